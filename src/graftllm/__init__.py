@@ -1,0 +1,60 @@
+"""GraftLLM: move a capability from any LLM into yours, and keep it as a small SkillPack.
+
+The names below are the whole public face; each is imported when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graftllm.checkpoint import Checkpoint
+    from graftllm.delta import Delta
+    from graftllm.errors import GraftError
+    from graftllm.evaluation.fidelity import measure_fidelity
+    from graftllm.fusion.grafted import GraftedModel
+    from graftllm.fusion.grafting import plug
+    from graftllm.fusion.merging import apply_packs
+    from graftllm.recipe import PackOptions, SamplingOptions
+    from graftllm.records import Prompt, read_prompts
+    from graftllm.skillpack import SkillPack, compress
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Checkpoint",
+    "Delta",
+    "GraftError",
+    "GraftedModel",
+    "PackOptions",
+    "Prompt",
+    "SamplingOptions",
+    "SkillPack",
+    "apply_packs",
+    "compress",
+    "measure_fidelity",
+    "plug",
+    "read_prompts",
+]
+
+_ROOMS = {
+    "Checkpoint": "checkpoint",
+    "Delta": "delta",
+    "GraftError": "errors",
+    "GraftedModel": "fusion.grafted",
+    "PackOptions": "recipe",
+    "Prompt": "records",
+    "SamplingOptions": "recipe",
+    "SkillPack": "skillpack",
+    "apply_packs": "fusion.merging",
+    "compress": "skillpack",
+    "measure_fidelity": "evaluation.fidelity",
+    "plug": "fusion.grafting",
+    "read_prompts": "records",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `graftllm --help` does not wait for PyTorch."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)

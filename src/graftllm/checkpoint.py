@@ -1,0 +1,283 @@
+"""A Hugging Face checkpoint read one tensor at a time, fingerprinted, and written as it streams by.
+
+This room knows directories, shards and bytes. It knows nothing of deltas, packs or live models.
+The file format is safetensors (https://github.com/huggingface/safetensors); nothing is unpickled.
+"""
+
+import hashlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from graftllm.errors import CheckpointError
+from graftllm.storage import whole_directory, whole_file
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+INDEX = "model.safetensors.index.json"
+_COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype (in safetensors' words, such as `BF16`) of a stored tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the tensor holds."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the tensor takes."""
+        return self.parameters * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An ordinary model directory: `config.json` and one or more `.safetensors` shards.
+
+    Opening reads headers only. Tensors come one at a time, memory-mapped, and are let go with the
+    last reference to them.
+    """
+
+    path: Path
+    name: str  # the Hub id, or the directory's own name
+    specs: Mapping[str, TensorSpec]
+    shards: Mapping[str, str]  # tensor name -> file name
+    config: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Checkpoint":
+        """Open a directory, or a Hub id such as `org/name` that is downloaded or cached.
+
+        Raises:
+            CheckpointError: nothing is there, a shard is absent or damaged, or the weights are not safetensors.
+        """
+        directory = _located(path)
+        config = _read_json(directory / "config.json")
+        index = directory / INDEX
+        if index.exists():
+            shards = {str(name): str(file) for name, file in _read_json(index).get("weight_map", {}).items()}
+        elif (directory / "model.safetensors").exists():
+            shards = dict.fromkeys(_specs(directory / "model.safetensors"), "model.safetensors")
+        else:
+            found = sorted(
+                file.name for file in directory.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5")
+            )
+            raise CheckpointError(
+                f"{directory}: expected model.safetensors or {INDEX}, found {', '.join(found) or 'neither'}. "
+                "Only safetensors is read: load the model with transformers and save_pretrained() it."
+            )
+        specs: dict[str, TensorSpec] = {}
+        for file in sorted(set(shards.values())):
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"{index}: expected shards named like model-00001-of-00002.safetensors, found {file!r}."
+                )
+            if not (directory / file).is_file():
+                raise CheckpointError(
+                    f"{directory}: {index.name} names the shard {file}, which is not there. "
+                    "The checkpoint is incomplete; download or copy it again."
+                )
+            specs |= _specs(directory / file)
+        if absent := sorted(set(shards) - set(specs)):
+            raise CheckpointError(
+                f"{directory}: {index.name} says that {shards[absent[0]]} holds {absent[0]!r}, but it does not. "
+                "The checkpoint is incomplete; download or copy it again."
+            )
+        names = sorted(shards, key=natural_order)
+        known_as = str(path) if Path(path) != directory else directory.resolve().name
+        return cls(
+            directory, known_as, {name: specs[name] for name in names}, {name: shards[name] for name in names}, config
+        )
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors, `layers.2` before `layers.10`."""
+        return list(self.specs)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor in its stored dtype, backed by the file until it is changed."""
+        with _shard(self.path / self.shards[name]) as shard:
+            return shard.get_tensor(name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that most of the floating-point numbers have."""
+        counts: dict[torch.dtype, int] = {}
+        for spec in self.specs.values():
+            if DTYPES[spec.dtype].is_floating_point:
+                counts[DTYPES[spec.dtype]] = counts.get(DTYPES[spec.dtype], 0) + spec.parameters
+        return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the weight files in bytes."""
+        return sum((self.path / file).stat().st_size for file in set(self.shards.values()))
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the checkpoint stores; tied weights count once."""
+        return sum(spec.parameters for spec in self.specs.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the name, dtype, shape and digest of every tensor; reads the whole checkpoint."""
+        return fingerprint((name, spec, digest(self.tensor(name))) for name, spec in self.specs.items())
+
+
+def fingerprint(tensors: Iterable[tuple[str, TensorSpec, str]]) -> str:
+    """Return the SHA-256 of one line per tensor in natural order of names: `name dtype d0,d1 digest`."""
+    lines = {name: f"{name} {spec.dtype} {','.join(map(str, spec.shape))} {found}\n" for name, spec, found in tensors}
+    return hashlib.sha256("".join(lines[name] for name in sorted(lines, key=natural_order)).encode()).hexdigest()
+
+
+def digest(tensor: Tensor) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of a tensor's little-endian bytes."""
+    return hashlib.sha256(raw_bytes(tensor).data).hexdigest()[:16]
+
+
+def raw_bytes(tensor: Tensor) -> np.ndarray:
+    """Return a tensor's values as a flat array of bytes, without a copy where it is contiguous on CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """Return a sort key that puts `layers.2` before `layers.10`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def write_safetensors(
+    path: Path,
+    layout: Mapping[str, TensorSpec],
+    data: Callable[[str], np.ndarray],
+    *,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file tensor by tensor; the same input gives the same bytes.
+
+    Args:
+        path: appears whole or not at all.
+        layout: what the file holds, in this order.
+        data: gives the bytes of a tensor when its turn comes (flat uint8).
+        metadata: the file's `__metadata__`, in this order.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, spec in layout.items():
+        header[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [end, end + spec.nbytes]}
+        end += spec.nbytes
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with whole_file(path) as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, spec in layout.items():
+            chunk = data(name)
+            if chunk.nbytes != spec.nbytes:
+                raise ValueError(f"{name}: expected {spec.nbytes} bytes, found {chunk.nbytes}")
+            file.write(chunk.data)
+
+
+def write_checkpoint(like: Checkpoint, out: Path, tensor: Callable[[str], Tensor]) -> None:
+    """Write a checkpoint with the config, tokenizer, shards, names and dtypes of `like` and other values.
+
+    Args:
+        like: the checkpoint to imitate.
+        out: the directory to write; it appears whole or not at all.
+        tensor: gives the values of one parameter, in the shape and dtype that `like` has for it.
+    """
+    with whole_directory(out) as partial:
+        copy_companions(like, partial)
+        if (like.path / INDEX).exists():
+            shutil.copyfile(like.path / INDEX, partial / INDEX)
+        for shard in sorted(set(like.shards.values())):
+            layout = {name: like.specs[name] for name, file in like.shards.items() if file == shard}
+            write_safetensors(partial / shard, layout, lambda name: raw_bytes(tensor(name)), metadata={"format": "pt"})
+
+
+def copy_companions(checkpoint: Checkpoint, out: Path) -> None:
+    """Copy what stands beside the weights: config, generation config, tokenizer and chat template."""
+    for file in sorted(checkpoint.path.iterdir()):
+        if file.is_file() and file.suffix in _COMPANIONS and file.name != INDEX:
+            shutil.copyfile(file, out / file.name)
+
+
+def _located(path: str | Path) -> Path:
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    if isinstance(path, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not directory.exists():
+        from huggingface_hub import snapshot_download  # imported late: most runs are local
+
+        try:
+            kept = [f"*{suffix}" for suffix in (".safetensors", *_COMPANIONS)]
+            return Path(snapshot_download(path, allow_patterns=kept))
+        except Exception as error:
+            raise CheckpointError(
+                f"{path}: there is no such directory, and the Hugging Face Hub did not give it "
+                f"({type(error).__name__}). Check the name, the network and HF_TOKEN, or pass a directory."
+            ) from error
+    found = "a file" if directory.is_file() else "nothing"
+    raise CheckpointError(f"{path}: expected a checkpoint directory, found {found}. Check the path.")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent}: expected a model directory, found no {path.name} in it.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}.")
+    return content
+
+
+def _shard(path: Path) -> AbstractContextManager[Any]:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: not a whole safetensors file ({error}). It is truncated or of another format; copy it again."
+        ) from error
+
+
+def _specs(path: Path) -> dict[str, TensorSpec]:
+    with _shard(path) as shard:
+        slices = {name: shard.get_slice(name) for name in shard.keys()}
+        specs = {name: TensorSpec(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    for name, spec in specs.items():
+        if spec.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has dtype {spec.dtype}; expected one of {', '.join(DTYPES)}. "
+                "Convert it first."
+            )
+    return specs

@@ -1,0 +1,381 @@
+"""The command `graftllm`: options in, one call of the library each, results out.
+
+No logic lives here. Heavy imports happen inside the subcommands, so that `--help` answers at once.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from graftllm.errors import FusionError, GraftError
+
+if TYPE_CHECKING:
+    from graftllm.evaluation.report import Report
+    from graftllm.pipeline.work import Work
+
+app = typer.Typer(
+    help="Move a capability from any LLM into yours, and keep it as a small SkillPack that plugs in and out.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe, such as recipes/demo.yaml.")]
+RunDirectory = Annotated[
+    Path | None, typer.Option("--dir", help="Where artifacts go.  [default: runs/NAME of the recipe]")
+]
+Base = Annotated[Path, typer.Option(help="Checkpoint directory of the base model.")]
+Device = Annotated[str, typer.Option(help="auto takes a GPU when there is one.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+GraftedDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="Grafted model directory.")]
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line on stderr and exit code 1, Ctrl-C is exit code 130."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # TRL's own bar, which fills a log with lines
+    try:
+        app()
+    except GraftError as error:
+        print(f"graftllm: {error}", file=sys.stderr)
+        sys.exit(1)
+    except SystemExit as stop:
+        if stop.code == 130:
+            print("graftllm: interrupted; run the same command again to go on where it was.", file=sys.stderr)
+        raise
+
+
+@app.command()
+def run(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto", json: AsJson = False) -> None:
+    """Do everything a recipe asks for: sample, score, train, pack, verify, fuse, evaluate.
+
+    Stages that are done are skipped, so a killed run goes on where it was.
+    """
+    from graftllm.pipeline import river
+    from graftllm.storage import only_writer
+
+    work = _open_work(recipe, dir, device)
+    with only_writer(work.directory):
+        report = river.run(work)
+    _print_report(report, work.directory, as_json=json)
+
+
+@app.command()
+def sample(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto") -> None:
+    """Ask the sources of a recipe its prompts, and stop there."""
+    from graftllm.pipeline import transfer
+
+    _each_skill(_open_work(recipe, dir, device), transfer.sample)
+
+
+@app.command()
+def score(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto") -> None:
+    """Sample, then judge the responses and write SFT rows and preference pairs, and stop there."""
+    from graftllm.pipeline import transfer
+
+    _each_skill(_open_work(recipe, dir, device), transfer.score)
+
+
+@app.command()
+def train(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto") -> None:
+    """Sample, score, then tune the target on each skill (SFT, then DPO), and stop there."""
+    from graftllm.pipeline import transfer
+
+    _each_skill(_open_work(recipe, dir, device), transfer.train)
+
+
+@app.command()
+def pack(
+    base: Base,
+    tuned: Annotated[Path, typer.Option(help="Checkpoint directory of the tuned model.")],
+    out: Annotated[Path, typer.Option(help="SkillPack to write, a .safetensors file.")],
+    strategy: Annotated[
+        Literal["auto", "paper", "exact"],
+        typer.Option(
+            help="paper is lossy and small, exact keeps every bit, auto takes the smaller for each parameter."
+        ),
+    ] = "auto",
+    budget: Annotated[
+        str | None, typer.Option(help="Size of the file: 5% of the tuned checkpoint, 400MB, 60KB or bytes.")
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Share of squared singular values kept, when there is no budget.")
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="Share kept of embedding and head deltas.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Values that share a quantisation scale.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="JSONL prompt rows, or paragraphs of text; best the skill's own training rows.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name for the pack's card.  [default: the file's name]")] = "",
+    description: Annotated[str, typer.Option(help="One sentence for the pack's card.")] = "",
+    license: Annotated[str, typer.Option(help="Licence for the pack's card.")] = "",
+    device: Device = "auto",
+    json: AsJson = False,
+) -> None:
+    """Compress the difference between two checkpoints into a SkillPack."""
+    from graftllm.checkpoint import Checkpoint
+    from graftllm.compression.calibration import read_calibration
+    from graftllm.delta import Delta
+    from graftllm.header import Card
+    from graftllm.recipe import pack_options
+    from graftllm.skillpack import compress
+    from graftllm.stages import peak_memory_bytes
+
+    started = time.monotonic()
+    options = pack_options(strategy=strategy, budget=budget, energy=energy, density=density, group_size=group_size)
+    rows = read_calibration(calibration) if calibration else []
+    delta = Delta(Checkpoint.open(base), Checkpoint.open(tuned))
+    card = Card(name=name or out.name.split(".")[0], description=description, license=license)
+    made = compress(delta, options, calibration=rows, card=card, device=device)
+    made.save(out)
+    size = out.stat().st_size
+    figures = {
+        "file_bytes": size,
+        "bits_per_parameter": 8 * size / delta.tuned.parameters,
+        "seconds": round(time.monotonic() - started, 2),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    if json:
+        _print_json(figures)
+    else:
+        print(
+            f"{out}: {size:,} bytes, {size / delta.tuned.nbytes:.1%} of the tuned checkpoint, "
+            f"{figures['bits_per_parameter']:.2f} bits per parameter, in {figures['seconds']} s"
+        )
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="SkillPack.")],
+    json: AsJson = False,
+) -> None:
+    """Show what a SkillPack holds: card, base, bytes and error by role. Reads its header only."""
+    from graftllm.evaluation.tables import pack_grid, table
+    from graftllm.skillpack import SkillPack
+
+    opened = SkillPack.load(file)
+    if json:
+        print(opened.header.model_dump_json())
+        return
+    header, card, size = opened.header, opened.header.card, file.stat().st_size
+    _print_lines(
+        f"{card.name or file.name}: {card.description or 'no description'}",
+        f"base         {header.base.name} ({header.base.architecture}, {header.base.parameters:,} parameters)",
+        f"fingerprint  {header.base.fingerprint}",
+        f"file         {size:,} bytes, {size / header.tuned_bytes:.1%} of the tuned checkpoint",
+        f"strategy     {header.options.strategy}, calibrated on {header.calibration_tokens:,} tokens",
+        f"sources      {', '.join(card.provenance.sources) or 'not recorded'}",
+        f"scores       {', '.join(f'{key} {value:.3f}' for key, value in card.scores.items()) or 'not recorded'}",
+        f"license      {card.license or 'not recorded'}",
+    )
+    _print_table(table(pack_grid(opened)))
+
+
+@app.command()
+def verify(
+    base: Base,
+    pack: Annotated[Path, typer.Option(help="SkillPack.")],
+    tuned: Annotated[
+        Path | None, typer.Option(help="Checkpoint directory of the tuned model, to compare with.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL prompt rows to compare answers on; needs --tuned.")
+    ] = None,
+    device: Device = "auto",
+    json: AsJson = False,
+) -> None:
+    """Check a SkillPack against its base, and how faithful it is to the tuned model.
+
+    Without --tuned every payload is checked and decoded. With it the error of the weights is shown
+    by role, and with --prompts also the KL divergence to the tuned model and top-1 agreement.
+    """
+    from graftllm.evaluation.fidelity import verify_pack
+
+    found = verify_pack(base, pack, tuned, prompts, device=device)
+    if json:
+        _print_json(found.figures())
+    else:
+        _print_lines(*found.sentences())
+
+
+@app.command()
+def apply(
+    base: Base,
+    pack: Annotated[list[Path], typer.Option(help="SkillPack; repeat for several.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint directory to write.")],
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Weight of each pack, in the same order.  [default: 1]")
+    ] = None,
+) -> None:
+    """Write base + packs as an ordinary checkpoint, tokenizer included."""
+    from graftllm.checkpoint import Checkpoint
+    from graftllm.fusion.merging import apply_packs
+    from graftllm.skillpack import SkillPack
+
+    weights = weight or [1.0] * len(pack)
+    if len(weights) != len(pack):
+        raise FusionError(f"--weight: expected one for each of {len(pack)} packs, found {len(weights)}.")
+    apply_packs(Checkpoint.open(base), [(SkillPack.load(path), w) for path, w in zip(pack, weights, strict=True)], out)
+    print(f"{out}: {base} with {', '.join(str(path) for path in pack)}")
+
+
+@app.command()
+def fuse(
+    base: Annotated[str, typer.Option(help="Checkpoint directory or Hub id of the base model.")],
+    pack: Annotated[list[str], typer.Option(metavar="NAME=FILE", help="SkillPack and its name; repeat for several.")],
+    out: Annotated[Path, typer.Option(help="Grafted model directory to write.")],
+    router_data: Annotated[
+        Path | None,
+        typer.Option(help="JSONL prompt rows to train a router on; a task that is no pack's name means base."),
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Write a grafted model: a base, a shelf of packs and, from prompts, a router."""
+    from graftllm.fusion.grafted import fuse_packs
+
+    packs = dict(_name_and_file(entry) for entry in pack)
+    if len(packs) < len(pack):
+        raise FusionError("--pack: two packs have the same name; give each its own.")
+    fuse_packs(out, base, packs, router_data=router_data, device=device)
+    print(f"{out}: {base} with {', '.join(packs)}. Next: graftllm chat {out}")
+
+
+@app.command()
+def chat(
+    dir: GraftedDirectory,
+    pack: Annotated[
+        str, typer.Option(help="A pack's name, base, or auto (the router decides by the first message).")
+    ] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.")] = 0.0,
+    device: Device = "auto",
+) -> None:
+    """Talk to a grafted model. /new starts over, /pack NAME changes the pack, Ctrl-D ends."""
+    from graftllm.fusion.chat import Chat
+    from graftllm.fusion.grafted import GraftedModel
+    from graftllm.recipe import SamplingOptions
+
+    options = SamplingOptions(samples=1, temperature=temperature, top_p=1, max_new_tokens=max_new_tokens)
+    conversation = Chat(GraftedModel.load(dir, device=device), pack, options)
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            return
+        for piece in conversation.say(line):
+            print(piece, end="", flush=True)
+        print()
+
+
+@app.command()
+def eval(
+    dir: Annotated[Path, typer.Argument(metavar="DIR", help="Grafted model or checkpoint directory.")],
+    task: Annotated[Path, typer.Option(help="JSONL prompt rows with a reference each.")],
+    pack: Annotated[
+        str, typer.Option(help="A pack's name, base, auto (the router), or by-task (each row's task).")
+    ] = "auto",
+    judge: Annotated[
+        Literal["exact", "math"], typer.Option(help="How answers are compared with references.")
+    ] = "exact",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    device: Device = "auto",
+    json: AsJson = False,
+) -> None:
+    """Score a grafted model, or an ordinary checkpoint, on a file of prompts."""
+    from graftllm.evaluation.tasks import evaluate_task
+    from graftllm.recipe import SamplingOptions
+
+    options = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=max_new_tokens)
+    result = evaluate_task(dir, task, pack=pack, judge=judge, options=options, device=device)
+    if json:
+        _print_json(result.figures())
+    else:
+        _print_lines(*result.sentences())
+
+
+@app.command()
+def demo(
+    dir: Annotated[Path, typer.Option(help="Where artifacts go.")] = Path("runs/demo"),
+    device: Device = "auto",
+    json: AsJson = False,
+) -> None:
+    """See the method work: train four small models from scratch, move three skills into one of them.
+
+    About ten minutes on two cores, without a download. Killed and started again it goes on where it was.
+    """
+    from graftllm.demo import RECIPE, build_zoo
+    from graftllm.pipeline import river
+    from graftllm.storage import only_writer
+
+    with only_writer(dir):
+        work = _open_work(RECIPE, dir, device)
+        build_zoo(dir / "zoo", work.stages, device=device)
+        report = river.run(work)
+    _print_report(report, dir, as_json=json)
+    if not json:
+        first = next(iter(report.packs))
+        _print_lines(
+            "What to type next:",
+            f"  graftllm chat {dir}/grafted",
+            f"  graftllm inspect {dir}/packs/{first}.safetensors",
+            f"  graftllm eval {dir}/grafted --task {dir}/zoo/prompts/{first}.test.jsonl",
+        )
+
+
+def _open_work(recipe: Path, directory: Path | None, device: str) -> "Work":
+    from graftllm.pipeline.work import open_work
+
+    return open_work(recipe, directory, device=device)
+
+
+def _each_skill(work: "Work", stage: Any) -> None:
+    from graftllm.storage import only_writer
+
+    with only_writer(work.directory):
+        for skill in work.recipe.skills:
+            stage(work, skill)
+            print(f"{work.skill(skill)}: {stage.__name__} done")
+
+
+def _name_and_file(entry: str) -> tuple[str, Path]:
+    name, equals, file = entry.partition("=")
+    if not (name and equals and file):
+        raise FusionError(f"--pack: expected NAME=FILE, such as math=packs/math.safetensors; found {entry!r}.")
+    return name, Path(file)
+
+
+def _print_report(report: "Report", directory: Path, *, as_json: bool) -> None:
+    from graftllm.evaluation.tables import closing_lines, grids, table
+
+    if as_json:
+        print(report.model_dump_json())
+        return
+    for grid in grids(report):
+        _print_table(table(grid))
+    _print_lines(*closing_lines(report), f"Report and plots: {directory / 'report.md'}")
+
+
+def _print_table(drawn: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    # A pipe has no width; tables cut to 80 columns there would lose their numbers.
+    console.print(drawn, width=None if console.is_terminal else 160)
+
+
+def _print_lines(*lines: str) -> None:
+    print("\n".join(lines))
+
+
+def _print_json(figures: dict[str, Any] | Iterable[Any]) -> None:
+    print(json.dumps(figures))

@@ -1,0 +1,70 @@
+"""What every encoded tensor can do, whichever operator made it."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from graftllm.compression.exact import Exact
+from graftllm.compression.lowrank import LowRank
+from graftllm.compression.pruning import Sparse
+
+
+class Unchanged(BaseModel):
+    """The tuned values are the base's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    operator: Literal["unchanged"] = "unchanged"
+
+    def delta(self, payload: np.ndarray, base: Tensor) -> Tensor:
+        """Return zeros in float32.
+
+        Raises:
+            ValueError: there is a payload.
+        """
+        if payload.nbytes:
+            raise ValueError(f"expected no payload, found {payload.nbytes} bytes")
+        return torch.zeros(base.shape)
+
+
+Operator = Annotated[Unchanged | Exact | Sparse | LowRank, Field(discriminator="operator")]
+
+
+@dataclass(frozen=True)
+class EncodedTensor:
+    """One parameter's delta: the operator that made it and the operator's payload (flat uint8).
+
+    Decoding needs the base value, on CPU: it gives the shape and dtype, and exact values are coded
+    as differences from it.
+    """
+
+    operator: Operator
+    payload: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the payload in bytes."""
+        return self.payload.nbytes
+
+    def decode(self, base: Tensor) -> Tensor:
+        """Return the delta, tuned - base, in float32.
+
+        Raises:
+            ValueError: the payload does not fit the operator and the base's shape.
+        """
+        return self.operator.delta(self.payload, base)
+
+    def restore(self, base: Tensor) -> Tensor:
+        """Return the tuned values in the base's dtype; bit for bit when the operator is exact.
+
+        Raises:
+            ValueError: as for `decode`.
+        """
+        if isinstance(self.operator, Exact):
+            return self.operator.restore(self.payload, base)
+        if isinstance(self.operator, Unchanged):
+            return base.clone()
+        return (base.float() + self.decode(base)).to(base.dtype)

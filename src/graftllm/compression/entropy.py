@@ -1,0 +1,144 @@
+"""Entropy coding of integers, the same to the bit on every platform.
+
+A signed integer is folded to an unsigned one (0, -1, 1, -2 -> 0, 1, 2, 3) and split in two: its
+bit length, which an ANS coder (arXiv 1311.2540, by `constriction`) writes at its information
+content under one table of frequencies, and the bits below the leading one, written as they are.
+Tables are stored as integers and never recomputed from floating-point numbers.
+"""
+
+from typing import Any
+
+import constriction
+import numpy as np
+
+from graftllm.compression.bits import pack_bits, packed_nbytes, unpack_bits
+
+BLOCK = 1 << 22  # values that share one table; bounds the memory of coding
+_TOTAL = 1 << 16  # what a table's frequencies sum to
+_ANS: Any = getattr(constriction, "stream")  # noqa: B009 - its stubs do not name the submodules
+_ANS_TOTAL = 1 << 24  # the coder's own resolution, 2 ** 8 times as fine
+
+
+def fold(values: np.ndarray) -> np.ndarray:
+    """Return signed integers as unsigned ones of the same width, small magnitudes first.
+
+    >>> fold(np.array([0, -1, 1, -2], dtype=np.int16)).tolist()
+    [0, 1, 2, 3]
+    """
+    width = values.dtype.itemsize * 8
+    unsigned = np.dtype(f"u{values.dtype.itemsize}")
+    return (values << 1 ^ values >> (width - 1)).view(unsigned)
+
+
+def unfold(values: np.ndarray) -> np.ndarray:
+    """Return the signed integers that `fold` folded.
+
+    >>> unfold(np.array([0, 1, 2, 3], dtype=np.uint16)).tolist()
+    [0, -1, 1, -2]
+    """
+    signed = np.dtype(f"i{values.dtype.itemsize}")
+    return (values >> 1).view(signed) ^ -(values & 1).view(signed)
+
+
+def encode_integers(values: np.ndarray) -> np.ndarray:
+    """Return unsigned integers as bytes, in blocks of 2 ** 22 values.
+
+    Each block: the number n of bit lengths (1 byte); their n frequencies (u16, sum 2 ** 16); the
+    number of ANS words (u32); the words (u32 each); then for each bit length L from 2 on, the
+    L - 1 low bits of the values of that length, packed and padded to a byte.
+
+    Args:
+        values: shape (count,), unsigned, below 2 ** 53.
+    """
+    blocks = [_encode_block(values[start : start + BLOCK]) for start in range(0, len(values), BLOCK)]
+    return np.concatenate(blocks) if blocks else np.empty(0, np.uint8)
+
+
+def decode_integers(data: np.ndarray, count: int, dtype: np.dtype) -> np.ndarray:
+    """Return the `count` integers that `encode_integers` wrote, as unsigned `dtype`.
+
+    Raises:
+        ValueError: the bytes are not such an encoding of exactly `count` values that fit `dtype`.
+    """
+    values = np.empty(count, dtype)
+    reader = _Reader(data)
+    for start in range(0, count, BLOCK):
+        part = values[start : start + BLOCK]
+        part[:] = _decode_block(reader, len(part), dtype)
+    if reader.left:
+        raise ValueError(f"expected {count} coded integers, found {reader.left} bytes more")
+    return values
+
+
+def _encode_block(values: np.ndarray) -> np.ndarray:
+    lengths = np.frexp(values.astype(np.float64))[1].astype(np.int32)  # bit length; 0 for 0
+    frequencies = _frequencies(np.bincount(lengths, minlength=2))
+    coder = _ANS.stack.AnsCoder()
+    coder.encode_reverse(lengths, _model(frequencies))
+    words = coder.get_compressed()
+    rests = [
+        pack_bits(values[lengths == length] & ((1 << (length - 1)) - 1), length - 1)
+        for length in range(2, len(frequencies))
+    ]
+    parts = [
+        np.array([len(frequencies)], np.uint8),
+        frequencies.astype("<u2").view(np.uint8),
+        np.array([len(words)], "<u4").view(np.uint8),
+        words.astype("<u4").view(np.uint8),
+        *rests,
+    ]
+    return np.concatenate(parts)
+
+
+def _decode_block(reader: "_Reader", count: int, dtype: np.dtype) -> np.ndarray:
+    size = int(reader.take(1)[0])
+    if not 2 <= size <= dtype.itemsize * 8 + 1:
+        raise ValueError(f"expected 2 to {dtype.itemsize * 8 + 1} bit lengths, found {size}")
+    frequencies = reader.take(2 * size).view("<u2").astype(np.int64)
+    if frequencies.sum() != _TOTAL or frequencies.min() < 1:
+        raise ValueError(f"expected frequencies above 0 that sum to {_TOTAL}, found {frequencies.sum()}")
+    words = reader.take(4 * int(reader.take(4).view("<u4")[0])).view("<u4").astype(np.uint32)
+    coder = _ANS.stack.AnsCoder(words)
+    lengths = coder.decode(_model(frequencies), count)
+    if not coder.is_empty():
+        raise ValueError(f"expected {count} coded bit lengths, found more")
+    values = (lengths == 1).astype(dtype)
+    for length in range(2, size):
+        here = np.flatnonzero(lengths == length)
+        rest = unpack_bits(reader.take(packed_nbytes(len(here), length - 1)), len(here), length - 1)
+        values[here] = (rest | np.uint64(1 << (length - 1))).astype(dtype)
+    return values
+
+
+def _frequencies(counts: np.ndarray) -> np.ndarray:
+    """Return counts scaled to integers of at least 1 that sum to 2 ** 16."""
+    frequencies = np.maximum(1, counts * _TOTAL // counts.sum())
+    frequencies[np.argmax(frequencies)] += _TOTAL - frequencies.sum()
+    return frequencies
+
+
+def _model(frequencies: np.ndarray) -> Any:
+    """Return the coder's model of a table, without rounding.
+
+    The coder gives symbol i the share 1 + floor(p_i * (2 ** 24 - n)) / 2 ** 24. With whole p_i that
+    sum to 2 ** 24 - n, nothing is rounded and the share is exactly frequency / 2 ** 16.
+    """
+    whole = frequencies.astype(np.float64) * (_ANS_TOTAL // _TOTAL) - 1
+    return _ANS.model.Categorical(whole, perfect=False)
+
+
+class _Reader:
+    """Bytes taken from the front, never past the end."""
+
+    def __init__(self, data: np.ndarray) -> None:
+        self.data, self.position = data, 0
+
+    @property
+    def left(self) -> int:
+        return len(self.data) - self.position
+
+    def take(self, count: int) -> np.ndarray:
+        if count > self.left:
+            raise ValueError(f"expected {count} bytes more, found {self.left}")
+        self.position += count
+        return np.ascontiguousarray(self.data[self.position - count : self.position])

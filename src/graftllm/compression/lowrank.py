@@ -1,0 +1,169 @@
+"""The low-rank operator: a delta as the product of two quantised factors, U S V^T.
+
+The rank is the smallest that keeps a given energy (arXiv 2505.18502); stronger singular vectors
+get more bits. V^T is rounded first, against the layer's input; U then, against what V^T became.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from graftllm.compression.quantization import factor_nbytes, pack_factor, quantize_factor, unpack_factor
+
+
+class LowRank(BaseModel):
+    """`U S` and `V^T`, each packed as `quantization` describes, `V^T` first.
+
+    `bands` gives the bits and the number of singular vectors that have them, strongest first.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    operator: Literal["lowrank"] = "lowrank"
+    bands: tuple[tuple[int, int], ...]
+    group_size: int = Field(ge=1, le=1 << 20)
+
+    @property
+    def rank(self) -> int:
+        """How many singular vectors are kept."""
+        return sum(count for _, count in self.bands)
+
+    def delta(self, payload: np.ndarray, base: Tensor) -> Tensor:
+        """Return the delta in float32, in the shape of `base`.
+
+        Raises:
+            ValueError: the payload is not as long as such factors take.
+        """
+        left, right = self.factors(payload, tuple(base.shape))
+        return left @ right
+
+    def factors(self, payload: np.ndarray, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Return `U S`, shape (d_out, rank), and `V^T`, shape (rank, d_in), in float32.
+
+        Raises:
+            ValueError: as for `delta`.
+        """
+        d_out, d_in = shape
+        if any(not 1 <= bits <= 8 or count < 1 for bits, count in self.bands) or not 1 <= self.rank <= min(shape):
+            raise ValueError(f"expected bands of 1 to 8 bits and a rank of 1 to {min(shape)}, found {self.bands}")
+        size = factor_nbytes(d_in, self.bands, self.group_size)
+        right = unpack_factor(payload[:size], d_in, self.bands, self.group_size).values()
+        left = unpack_factor(payload[size:], d_out, self.bands, self.group_size).values()
+        return left.T, right
+
+
+def encode_lowrank(
+    delta: Tensor, rank: int, bit_bands: Sequence[tuple[int, float]], group_size: int, hessian: Tensor | None
+) -> tuple[LowRank, np.ndarray]:
+    """Return the operator and payload of the best rank-`rank` approximation, quantised.
+
+    Args:
+        delta: shape (d_out, d_in), float32.
+        rank: singular vectors to keep.
+        bit_bands: bits and share of the kept singular vectors, strongest first.
+        group_size: values that share a scale.
+        hessian: second moments x x^T of the layer's input, shape (d_in, d_in); without it codes are
+            rounded to nearest.
+    """
+    bands = whole_bands(rank, bit_bands)
+    u, s, vh = truncated_svd(delta, rank)
+    right = quantize_factor(vh, bands, group_size, hessian)
+    seen = right.values()  # (rank, d_in): what the left factor will be fed is seen @ x
+    inner = None if hessian is None else seen @ hessian @ seen.T
+    left = quantize_factor((u * s).T, bands, group_size, inner, along="rank")
+    payload = np.concatenate([pack_factor(right, bands), pack_factor(left, bands)])
+    return LowRank(bands=bands, group_size=group_size), payload
+
+
+def lowrank_nbytes(shape: tuple[int, ...], rank: int, bit_bands: Sequence[tuple[int, float]], group_size: int) -> int:
+    """Return how many bytes `encode_lowrank` will write."""
+    bands = whole_bands(rank, bit_bands)
+    return sum(factor_nbytes(length, bands, group_size) for length in shape)
+
+
+def whole_bands(rank: int, bit_bands: Sequence[tuple[int, float]]) -> tuple[tuple[int, int], ...]:
+    """Return how many of `rank` singular vectors get how many bits; the strongest band never starves.
+
+    >>> whole_bands(1000, [(8, 0.02), (4, 0.18), (2, 0.80)])
+    ((8, 20), (4, 180), (2, 800))
+    >>> whole_bands(3, [(8, 0.02), (4, 0.18), (2, 0.80)])
+    ((8, 1), (2, 2))
+    """
+    bands, taken, share = [], 0, 0.0
+    for bits, part in bit_bands:
+        share += part
+        upto = min(rank, max(1, round(rank * share)))
+        if upto > taken:
+            bands.append((bits, upto - taken))
+        taken = upto
+    return tuple(bands)
+
+
+def rank_for_energy(singular_values: Tensor, energy: float) -> int:
+    """Return the smallest rank that keeps `energy` of the squared norm.
+
+    Smallest k with sum_{i<=k} s_i^2 >= energy * sum_i s_i^2 (beta in arXiv 2505.18502).
+
+    Args:
+        singular_values: shape (min(d_out, d_in),), non-negative, descending.
+        energy: share to keep, in (0, 1].
+
+    Returns:
+        A rank of at least 1, also when every singular value is zero.
+
+    Raises:
+        ValueError: energy is outside (0, 1].
+    """
+    if not 0 < energy <= 1:
+        raise ValueError(f"energy: expected a share in (0, 1], found {energy}")
+    kept = singular_values.double().square().cumsum(0)
+    reached = int((kept < energy * kept[-1] * (1 - 1e-12)).sum()) + 1
+    return min(reached, len(singular_values))
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the leading `rank` of U, S and V^T: shapes (d_out, rank), (rank,), (rank, d_in).
+
+    A small matrix is decomposed whole; of a large one a small rank comes from a randomised range
+    finder (arXiv 0909.4061, two power iterations), a large rank from the Gram matrix's eigenvectors.
+    """
+    if min(matrix.shape) <= _SMALL:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        return u[:, :rank], s[:rank], vh[:rank]
+    if matrix.shape[0] > matrix.shape[1]:
+        u, s, vh = truncated_svd(matrix.T, rank)
+        return vh.T, s, u.T
+    if rank <= min(matrix.shape) // _RANDOMIZED_SHARE:
+        basis = _range_basis(matrix, rank)
+        inner, s, vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+        return (basis @ inner)[:, :rank], s[:rank], vh[:rank]
+    u = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)[:, :rank]
+    scaled = u.T @ matrix  # (rank, d_in), S V^T; U is orthonormal, so this is the best right factor for it
+    s = scaled.norm(dim=1)
+    return u, s, scaled / s.clamp(min=torch.finfo(s.dtype).tiny)[:, None]
+
+
+def singular_values(matrix: Tensor) -> Tensor:
+    """Return all singular values, descending; of a large matrix by its Gram matrix."""
+    if min(matrix.shape) <= _SMALL:
+        return torch.linalg.svdvals(matrix)
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    return torch.linalg.eigvalsh(wide @ wide.T).flip(0).clamp(min=0).sqrt()
+
+
+_SMALL = 1024  # below this the whole decomposition takes about a second
+_RANDOMIZED_SHARE = 8  # a range finder pays up to about this share of the full rank
+_OVERSAMPLING = 16
+
+
+def _range_basis(matrix: Tensor, rank: int) -> Tensor:
+    """Return an orthonormal basis, shape (d_out, rank + 16), of what `matrix` mostly maps to."""
+    draw = torch.Generator(device=matrix.device).manual_seed(0)
+    sketch = torch.randn(matrix.shape[1], rank + _OVERSAMPLING, generator=draw, device=matrix.device)
+    basis = torch.linalg.qr(matrix @ sketch).Q
+    for _ in range(2):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
+    return basis

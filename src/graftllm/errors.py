@@ -1,0 +1,45 @@
+"""Everything that can be wrong with what a user gives us, by kind.
+
+Each message is one line that says what is wrong, where, what was expected, what was found and
+how to mend it. The command prints it and exits with 1; any other exception is a bug of ours.
+"""
+
+
+class GraftError(Exception):
+    """Something the user can mend: a file, a recipe, a model or a choice."""
+
+
+class StorageError(GraftError):
+    """A file or directory could not be written or is in use."""
+
+
+class RecordError(GraftError):
+    """A row of a JSONL file is not what it should be."""
+
+
+class RecipeError(GraftError):
+    """A recipe asks for something that does not exist or contradicts itself."""
+
+
+class CheckpointError(GraftError):
+    """A checkpoint is missing, incomplete, or does not fit its partner."""
+
+
+class SamplingError(GraftError):
+    """A source gave nothing that can be learnt from."""
+
+
+class TrainingError(GraftError):
+    """Training cannot start or went astray."""
+
+
+class PackError(GraftError):
+    """A SkillPack is damaged, hostile, or made for another base model."""
+
+
+class CompressionError(GraftError):
+    """A delta cannot be compressed as asked."""
+
+
+class FusionError(GraftError):
+    """A pack, a router or a grafted directory cannot be combined as asked."""

@@ -1,0 +1,173 @@
+"""How faithful a pack is to the fine-tune that it replaces.
+
+KL divergence of the packed model's next-token distribution from the tuned model's, agreement of
+the most probable token, and the relative error of the weights by role. One model is in memory at a
+time: the tuned model's distributions wait in a temporary file.
+"""
+
+import math
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from graftllm.checkpoint import Checkpoint
+from graftllm.delta import Delta
+from graftllm.errors import CheckpointError
+from graftllm.fusion.grafting import plug
+from graftllm.generation import load_model, load_tokenizer, pad, render_answered
+from graftllm.progress import track
+from graftllm.records import Prompt, read_prompts
+from graftllm.skillpack import SkillPack
+
+ROWS = 512  # prompts that KL is measured on; bounds the temporary file
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Distance between tuned and packed model.
+
+    Attributes:
+        kl: mean KL(tuned || packed) in nats per token.
+        top1_agreement: share of tokens where both find the same one most probable.
+        tokens: how many positions were compared.
+    """
+
+    kl: float
+    top1_agreement: float
+    tokens: int
+
+
+def measure_fidelity(
+    base: Checkpoint, pack: SkillPack, tuned: Checkpoint, prompts: Sequence[Prompt], *, device: str = "auto"
+) -> Fidelity:
+    """Compare the packed with the tuned model on the answers of prompts (or, without answers, on the prompts).
+
+    Raises:
+        PackError: the pack is damaged or was made for another base.
+        CheckpointError: a model or tokenizer cannot be loaded.
+    """
+    tokenizer = load_tokenizer(tuned.path)
+    rows = [_compared(*render_answered(tokenizer, prompt)) for prompt in prompts[:ROWS]]
+    with tempfile.TemporaryFile() as file:
+        model = load_model(tuned.path, device=device)
+        for logits in _logits(model, rows, tokenizer, "tuned model"):
+            file.write(logits.numpy().tobytes())
+        del model
+        file.seek(0)
+        kl = agreement = 0.0
+        count = 0
+        model = load_model(base.path, device=device)
+        with plug(model, pack):
+            for logits in _logits(model, rows, tokenizer, "packed model"):
+                expected = torch.from_numpy(np.frombuffer(bytearray(file.read(logits.nbytes)), np.float32)).view_as(
+                    logits
+                )
+                log_p, log_q = expected.double().log_softmax(1), logits.double().log_softmax(1)
+                kl += float((log_p.exp() * (log_p - log_q)).sum())
+                agreement += int((log_p.argmax(1) == log_q.argmax(1)).sum())
+                count += len(logits)
+    return Fidelity(max(kl / count, 0.0), agreement / count, count)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `graftllm verify` found; the later parts need a tuned model and prompts."""
+
+    parameters: int
+    error_by_role: Mapping[str, float] | None = None
+    fidelity: Fidelity | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """Return what `graftllm verify --json` prints."""
+        found: dict[str, Any] = {"intact": True, "parameters": self.parameters}
+        if self.error_by_role is not None:
+            found["error_by_role"] = dict(self.error_by_role)
+        if self.fidelity is not None:
+            found |= asdict(self.fidelity)
+        return found
+
+    def sentences(self) -> list[str]:
+        """Return the findings, a line each."""
+        lines = [f"The pack is intact and fits its base: {self.parameters} tensors checked and decoded."]
+        if self.error_by_role is not None:
+            errors = ", ".join(f"{role} {error:.2%}" for role, error in self.error_by_role.items())
+            lines.append(f"Relative error of the delta: {errors}.")
+        if self.fidelity is not None:
+            lines.append(
+                f"Against the tuned model on {self.fidelity.tokens:,} tokens: "
+                f"KL divergence {self.fidelity.kl:.5f} nats per token, "
+                f"same most probable token for {self.fidelity.top1_agreement:.2%}."
+            )
+        return lines
+
+
+def verify_pack(
+    base: Path, pack: Path, tuned: Path | None, prompts: Path | None, *, device: str = "auto"
+) -> Verification:
+    """Check a pack file against its base and, where they are given, a tuned model and prompts.
+
+    Raises:
+        PackError: the pack is damaged or was made for another base.
+        CheckpointError: a model cannot be read, or prompts are given without a tuned model.
+    """
+    if prompts is not None and tuned is None:
+        raise CheckpointError("--prompts: the answers are compared with those of a tuned model; give --tuned as well.")
+    checkpoint, opened = Checkpoint.open(base), SkillPack.load(pack)
+    opened.check_base(checkpoint)
+    if tuned is None:
+        for name in track(checkpoint.names(), label="checking"):
+            value = checkpoint.tensor(name)
+            opened.check_tensor(name, value)
+            opened.restore(name, value)
+        return Verification(len(checkpoint.specs))
+    fine_tune = Checkpoint.open(tuned)
+    errors = error_by_role(Delta(checkpoint, fine_tune), opened)
+    fidelity = None
+    if prompts is not None:
+        fidelity = measure_fidelity(checkpoint, opened, fine_tune, read_prompts(prompts), device=device)
+    return Verification(len(checkpoint.specs), errors, fidelity)
+
+
+def error_by_role(delta: Delta, pack: SkillPack) -> Mapping[str, float]:
+    """Return ||decoded - delta|| / ||delta|| over all parameters of each role; reads every tensor once.
+
+    Raises:
+        PackError: the pack is damaged or was made for another base.
+    """
+    squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for name in track(list(delta), label="comparing weights"):
+        base = delta.base.tensor(name)
+        pack.check_tensor(name, base)
+        change = delta[name]
+        sums = squares[pack.header.tensors[name].role]
+        sums[0] += float((pack.delta(name, base) - change).double().square().sum())
+        sums[1] += float(change.double().square().sum())
+    return {role: math.sqrt(error / norm) if norm else 0.0 for role, (error, norm) in squares.items()}
+
+
+def _compared(ids: list[int], answer_start: int) -> tuple[list[int], int]:
+    """Return a row and from where on its tokens are predicted and compared."""
+    return ids, answer_start if answer_start < len(ids) else 1
+
+
+@torch.inference_mode()
+def _logits(
+    model: PreTrainedModel, rows: Sequence[tuple[list[int], int]], tokenizer: PreTrainedTokenizerBase, label: str
+) -> Iterator[Tensor]:
+    """Yield the logits that predict the compared tokens of each batch, shape (tokens, vocabulary), float32 on CPU."""
+    for start in track(range(0, len(rows), _BATCH), label=label):
+        batch = rows[start : start + _BATCH]
+        ids, mask = pad([row for row, _ in batch], tokenizer, model.device)
+        logits = cast(Any, model)(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        width = ids.shape[1]
+        kept = [logits[i, width - len(row) + first - 1 : width - 1] for i, (row, first) in enumerate(batch)]
+        yield torch.cat(kept).float().cpu()

@@ -1,0 +1,66 @@
+"""Answers to a task -> a score with its standard error, also by the rows' `task`."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from graftllm.errors import RecordError
+from graftllm.records import Prompt
+from graftllm.sampling.scoring import JUDGES
+
+Answer = Callable[[Sequence[Prompt]], Sequence[str]]  # prompts in, one text each out
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean of `n` judgements between 0 and 1."""
+
+    value: float
+    n: int
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the mean, sqrt(p (1 - p) / n)."""
+        return math.sqrt(self.value * (1 - self.value) / self.n)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one set of prompts: over all, and by the rows' `task`."""
+
+    overall: Score
+    by_task: Mapping[str, Score]
+
+    @property
+    def value(self) -> float:
+        """The score over all prompts."""
+        return self.overall.value
+
+
+Measured = Mapping[str, Evaluation]  # by the name of the test set: a skill's, or `general`
+
+
+def evaluate(answer: Answer, prompts: Sequence[Prompt], judge: str) -> Evaluation:
+    """Ask for an answer to every prompt and judge it.
+
+    Args:
+        answer: prompts in, one text each out.
+        prompts: with a reference each.
+        judge: a row of `JUDGES`.
+
+    Raises:
+        RecordError: a prompt has no reference.
+    """
+    judged: dict[str, list[float]] = defaultdict(list)
+    for prompt, text in zip(prompts, answer(prompts), strict=True):
+        if prompt.reference is None:
+            raise RecordError(f"task row {prompt.id!r} has no 'reference' to judge by; add one.")
+        judged[prompt.task or "all"].append(JUDGES[judge](text, prompt.reference))
+    return merged({task: Score(sum(some) / len(some), len(some)) for task, some in judged.items()})
+
+
+def merged(tasks: Mapping[str, Score]) -> Evaluation:
+    """Return the evaluation whose scores by task are these."""
+    n = sum(score.n for score in tasks.values())
+    return Evaluation(Score(sum(score.value * score.n for score in tasks.values()) / n, n), tasks)

@@ -1,0 +1,94 @@
+"""A task file and a model directory -> a score, and where the router sent the prompts."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graftllm.evaluation.scores import Evaluation, evaluate
+from graftllm.fusion.grafted import AUTO, MANIFEST, GraftedModel
+from graftllm.fusion.routing import BASE
+from graftllm.generation import GREEDY, generate, load_model, load_tokenizer
+from graftllm.recipe import SamplingOptions
+from graftllm.records import Prompt, read_prompts
+
+BY_TASK = "by-task"
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Scores of a task file, and how many prompts each pack (or `base`) answered."""
+
+    evaluation: Evaluation
+    routes: Mapping[str, int]
+
+    def figures(self) -> dict[str, Any]:
+        """Return what `graftllm eval --json` prints."""
+        scores = {
+            task: {"score": score.value, "n": score.n, "stderr": score.stderr}
+            for task, score in self.evaluation.by_task.items()
+        }
+        overall = self.evaluation.overall
+        return {
+            "score": overall.value,
+            "n": overall.n,
+            "stderr": overall.stderr,
+            "by_task": scores,
+            "routes": dict(self.routes),
+        }
+
+    def sentences(self) -> list[str]:
+        """Return the scores and routes, a line each."""
+        lines = {"all": self.evaluation.overall, **self.evaluation.by_task}
+        width = max(map(len, lines))
+        return [
+            *(
+                f"{task:<{width}}  {score.value:.3f} ± {score.stderr:.3f}  (n = {score.n})"
+                for task, score in lines.items()
+            ),
+            "answered by " + ", ".join(f"{name} {count}" for name, count in self.routes.items()),
+        ]
+
+
+def evaluate_task(
+    directory: Path,
+    task: Path,
+    *,
+    pack: str = AUTO,
+    judge: str = "exact",
+    options: SamplingOptions = GREEDY,
+    device: str = "auto",
+) -> TaskResult:
+    """Score a grafted model or an ordinary checkpoint on a file of prompts with references.
+
+    Args:
+        directory: a grafted model, or a checkpoint (which answers as `base`).
+        task: JSONL of prompt rows.
+        pack: a pack's name, `base`, `auto` (the router), or `by-task` (each row's `task` names the pack, else `base`).
+        judge: how answers are compared with references.
+        options: decoding.
+        device: `auto` takes a GPU when there is one.
+
+    Raises:
+        GraftError: the directory, the file or the pack's name cannot be used.
+    """
+    prompts = read_prompts(task)
+    if not (directory / MANIFEST).exists():
+        model, tokenizer = load_model(directory, device=device), load_tokenizer(directory)
+
+        def plain(rows: Sequence[Prompt]) -> list[str]:
+            return [texts[0] for texts in generate(model, tokenizer, [row.question for row in rows], options)]
+
+        return TaskResult(evaluate(plain, prompts, judge), {BASE: len(prompts)})
+    grafted = GraftedModel.load(directory, device=device)
+    names = [pack] * len(prompts)
+    if pack == AUTO:
+        names = [route.name for route in grafted.route([row.question for row in prompts])]
+    elif pack == BY_TASK:
+        names = [row.task if row.task in grafted.packs else BASE for row in prompts]
+
+    def routed(rows: Sequence[Prompt]) -> list[str]:
+        return grafted.generate([row.question for row in rows], names, options)
+
+    return TaskResult(evaluate(routed, prompts, judge), dict(Counter(names)))

@@ -1,0 +1,213 @@
+"""Conversations in, texts out, on a live transformers model.
+
+The one place that loads models and tokenizers, applies chat templates and generates. It knows
+nothing of packs: whatever weights the model holds are the ones that answer.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from threading import Thread
+from typing import Any, cast
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextIteratorStreamer,
+)
+from transformers.utils import logging as transformers_logging
+
+from graftllm.checkpoint import Checkpoint
+from graftllm.errors import CheckpointError
+from graftllm.recipe import SamplingOptions
+from graftllm.records import Message, Prompt
+
+GREEDY = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=256)
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the device that `auto` stands for (a GPU when there is one), or the named one.
+
+    Raises:
+        CheckpointError: PyTorch does not know the device or cannot reach it.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(
+            f"device: expected auto, cpu or a device that PyTorch sees here, found {device!r} ({_first_line(error)})."
+        ) from error
+
+
+def load_model(path: str | Path, *, device: str = "auto") -> PreTrainedModel:
+    """Load a causal language model for inference: float32 on CPU, its own dtype on a GPU.
+
+    Raises:
+        CheckpointError: it is not there, not whole, or transformers cannot load it.
+    """
+    where = resolve_device(device)
+    path = Checkpoint.open(path).path
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32 if where.type == "cpu" else "auto")
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: transformers cannot load it as a causal language model ({_first_line(error)})."
+        ) from error
+    return cast(Any, model).to(where).eval()
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside a model, with padding on the left and a pad token.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: transformers cannot load its tokenizer ({_first_line(error)}).") from error
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answer_next: bool) -> list[int]:
+    """Return the token ids of a conversation by the tokenizer's chat template.
+
+    Without a template the contents stand one below the other. `answer_next` opens the assistant's turn.
+    """
+    if tokenizer.chat_template is not None:
+        conversation = cast(Any, [dict(message) for message in messages])
+        return cast(
+            list[int],
+            tokenizer.apply_chat_template(
+                conversation, add_generation_prompt=answer_next, tokenize=True, return_dict=False
+            ),
+        )
+    text = "\n".join(message["content"] for message in messages) + ("\n" if answer_next else "")
+    return tokenizer(text)["input_ids"]
+
+
+def render_answered(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[list[int], int]:
+    """Return the token ids of a prompt with its answer, and the position where the answer begins.
+
+    A prompt without an answer is rendered alone; the position is then its length.
+    """
+    question = render(tokenizer, prompt.question, answer_next=True)
+    if prompt.answer is None:
+        return question, len(question)
+    answered = (*prompt.question, Message(role="assistant", content=prompt.answer))
+    whole = render(tokenizer, answered, answer_next=False)
+    start = next(
+        (i for i, (a, b) in enumerate(zip(question, whole, strict=False)) if a != b), min(len(question), len(whole))
+    )
+    return whole, start
+
+
+def pad(
+    sequences: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids padded on the left and their attention mask, both of shape (rows, longest)."""
+    longest = max(len(sequence) for sequence in sequences)
+    ids = torch.full((len(sequences), longest), cast(int, tokenizer.pad_token_id))
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, longest - len(sequence) :] = torch.tensor(sequence)
+        mask[row, longest - len(sequence) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Message]],
+    options: SamplingOptions = GREEDY,
+    *,
+    seed: int = 0,
+    show: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[str]]:
+    """Answer every conversation `options.samples` times.
+
+    Args:
+        model: answers with the weights it holds now.
+        tokenizer: the model's own.
+        conversations: each ends with a user message.
+        options: temperature 0 is greedy.
+        seed: of the draws; the same batch, model and seed give the same texts.
+        show: called with the number of conversations answered so far, and of all.
+
+    Returns:
+        Per conversation its `options.samples` texts, without special tokens.
+    """
+    prompts = [render(tokenizer, messages, answer_next=True) for messages in conversations]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
+    answers: list[list[str]] = [[] for _ in prompts]
+    torch.manual_seed(seed)
+    for start in range(0, len(order), options.batch_size):
+        batch = order[start : start + options.batch_size]
+        ids, mask = pad([prompts[i] for i in batch], tokenizer, model.device)
+        output = cast(Any, model).generate(
+            input_ids=ids, attention_mask=mask, generation_config=_generation_config(model, tokenizer, options)
+        )
+        texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        for row, i in enumerate(batch):
+            answers[i] = texts[row * options.samples : (row + 1) * options.samples]
+        show(start + len(batch), len(order))
+    return answers
+
+
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    options: SamplingOptions = GREEDY,
+) -> Iterator[str]:
+    """Yield the answer to one conversation piece by piece as it is generated."""
+    ids, mask = pad([render(tokenizer, messages, answer_next=True)], tokenizer, model.device)
+    streamer = TextIteratorStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            cast(Any, model).generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=_generation_config(model, tokenizer, options),
+                streamer=streamer,
+            )
+        except BaseException as error:  # handed to the reader, who would otherwise wait for ever
+            failures.append(error)
+            streamer.end()
+
+    worker = Thread(target=work, daemon=True)
+    worker.start()
+    yield from streamer
+    worker.join()
+    if failures:
+        raise failures[0]
+
+
+def _generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: SamplingOptions
+) -> GenerationConfig:
+    eos = cast(Any, model.generation_config).eos_token_id
+    sampled = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+    return GenerationConfig(
+        max_new_tokens=options.max_new_tokens,
+        num_return_sequences=options.samples,
+        eos_token_id=eos if eos is not None else tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **(sampled if options.temperature > 0 else {"do_sample": False}),
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,163 @@
+"""What a SkillPack says of itself: the header's fields, and reading it from a file without trusting it.
+
+The format is described in docs/skillpack-format.md. Files come from strangers, so whatever does not
+fit is a PackError, found before anything is decoded.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from graftllm.checkpoint import DTYPES, TensorSpec
+from graftllm.compression.encoded import Operator
+from graftllm.compression.roles import Role
+from graftllm.errors import PackError
+from graftllm.recipe import DpoOptions, PackOptions, SftOptions
+
+VERSION = 1
+MAX_HEADER_BYTES = 64 << 20
+
+
+class Part(BaseModel):
+    """A part of the header: immutable, and closed to fields that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseInfo(Part):
+    """The model that a pack is a delta to."""
+
+    name: str
+    architecture: str
+    fingerprint: str
+    parameters: int
+
+
+class Provenance(Part):
+    """Where a skill came from: who was asked, how much was learnt from, and how."""
+
+    sources: tuple[str, ...] = ()
+    sft_rows: int = 0
+    preference_pairs: int = 0
+    sft: SftOptions | None = None
+    dpo: DpoOptions | None = None
+
+
+class Card(Part):
+    """What a person wants to know of a pack before using it."""
+
+    name: str = ""
+    description: str = ""
+    license: str = ""
+    provenance: Provenance = Provenance()
+    scores: dict[str, float] = {}
+
+
+class TensorEntry(Part):
+    """One parameter: what it is in the base, and how its delta is stored."""
+
+    role: Role
+    dtype: str
+    shape: tuple[int, ...]
+    base_digest: str
+    how: Operator
+    nbytes: int = Field(ge=0)
+    payload_digest: str
+    error: float
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Dtype and shape as a checkpoint states them."""
+        return TensorSpec(self.dtype, self.shape)
+
+
+class Header(Part):
+    """Everything but the payloads. See docs/skillpack-format.md."""
+
+    format: Literal["graftllm/skillpack"] = "graftllm/skillpack"
+    version: Literal[1] = VERSION
+    card: Card
+    base: BaseInfo
+    tuned_bytes: int
+    options: PackOptions
+    calibration_tokens: int
+    tensors: dict[str, TensorEntry]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a pack file.
+
+    Raises:
+        PackError: the file is missing, truncated, damaged, hostile or not a SkillPack.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            room = path.stat().st_size - 8
+    except OSError as error:
+        raise PackError(f"{path}: cannot be read ({error.strerror}); check the path.") from error
+    if room < 0 or not 2 <= size <= min(room, MAX_HEADER_BYTES):
+        raise PackError(
+            f"{path}: expected a header of at most {min(max(room, 0), MAX_HEADER_BYTES):,} bytes, "
+            f"found a length of {size:,}. The file is truncated or not a SkillPack."
+        )
+    try:
+        with safe_open(path, framework="np") as file:
+            about = file.metadata() or {}
+            parts = {name: file.get_slice(name) for name in file.keys()}
+            found = {name: TensorSpec(part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+    except (SafetensorError, OSError) as error:
+        raise PackError(
+            f"{path}: not a whole safetensors file ({error}). It is truncated or damaged; copy it again."
+        ) from error
+    text = about.get("skillpack")
+    if text is None:
+        raise PackError(f"{path}: a safetensors file, but not a SkillPack (it has no 'skillpack' metadata).")
+    if hashlib.sha256(text.encode()).hexdigest() != about.get("skillpack_sha256"):
+        raise PackError(
+            f"{path}: the header does not match its digest. The file is damaged; copy or download it again."
+        )
+    header = _parse_header(path, text)
+    if found != layout(header):
+        odd = sorted(set(found.items()) ^ set(layout(header).items()))[0][0]
+        raise PackError(
+            f"{path}: the header and the stored payloads disagree on {odd!r}. The file is damaged; copy it again."
+        )
+    return header
+
+
+def _parse_header(path: Path, text: str) -> Header:
+    try:
+        version = json.loads(text).get("version")
+        if version != VERSION:
+            raise PackError(
+                f"{path}: format version {version!r}; this graftllm reads {VERSION}. "
+                "Upgrade graftllm or rebuild the pack."
+            )
+        header = Header.model_validate_json(text)
+    except (ValueError, AttributeError, RecursionError) as error:
+        problem = (
+            f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}" if isinstance(error, ValidationError) else error
+        )
+        raise PackError(f"{path}: the header is not one of format version {VERSION} ({problem}).") from error
+    for name, entry in header.tensors.items():
+        if entry.dtype not in DTYPES or any(side < 0 for side in entry.shape) or entry.spec.nbytes >= 1 << 48:
+            raise PackError(
+                f"{path}: tensor {name!r} claims dtype {entry.dtype} and shape {list(entry.shape)}, which cannot be."
+            )
+    return header
+
+
+def layout(header: Header) -> dict[str, TensorSpec]:
+    """Return the file's tensors: one run of bytes for each parameter that has a payload."""
+    return {name: TensorSpec("U8", (entry.nbytes,)) for name, entry in header.tensors.items() if entry.nbytes}
+
+
+def metadata(header: Header) -> dict[str, str]:
+    """Return the header as the file's `__metadata__`: its JSON, and the SHA-256 of that."""
+    text = header.model_dump_json()
+    return {"skillpack": text, "skillpack_sha256": hashlib.sha256(text.encode()).hexdigest()}

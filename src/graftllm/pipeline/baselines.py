@@ -1,0 +1,57 @@
+"""What people would do instead of packs: one model tuned in sequence, deltas summed, LoRAs."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, cast
+
+from graftllm.evaluation.scores import Measured
+from graftllm.fusion.merging import apply_packs
+from graftllm.pipeline.measuring import GENERAL, answering, measure
+from graftllm.pipeline.transfer import tune
+from graftllm.pipeline.work import Work
+from graftllm.skillpack import SkillPack
+from graftllm.stages import Stamp
+from graftllm.training import lora_parameters_per_rank
+
+
+def sequential(work: Work, trained: Mapping[str, Stamp], packed: Mapping[str, Stamp]) -> dict[str, Measured]:
+    """Fine-tune one model on skill after skill, and score it on everything after each."""
+    names = list(work.recipe.skills)
+    stamp, model = trained[names[0]], work.tuned(names[0])
+    measured = {}
+    for step, name in enumerate(names):
+        if step > 0:
+            out = work.directory / "baselines" / "sequential" / f"{step}-{name}"
+            stamp = tune(work, name, [stamp, trained[name]], model, out, name=f"sequential.{name}")
+            model = out
+        measured[f"sequential.{step}"] = measure(
+            work, f"sequential.{name}", [stamp], [*names, GENERAL], partial(answering, work, model)
+        )
+    return measured
+
+
+def summed(work: Work, trained: Mapping[str, Stamp], packed: Mapping[str, Stamp]) -> dict[str, Measured]:
+    """Add all packs to the base at once, with weight 1 each."""
+    out = work.directory / "baselines" / "summed"
+
+    def action() -> None:
+        apply_packs(work.target, [(SkillPack.load(work.pack(name)), 1.0) for name in packed], out)
+
+    stamp = work.stages.run("sum", list(packed.values()), [out], action)
+    return {"summed": measure(work, "summed", [stamp], [*packed, GENERAL], partial(answering, work, out))}
+
+
+def lora(work: Work, trained: Mapping[str, Stamp], packed: Mapping[str, Stamp]) -> dict[str, Measured]:
+    """Train for each skill a LoRA on the same rows and pairs, of the largest rank that its pack's bytes allow."""
+    measured = {}
+    per_rank = 2 * lora_parameters_per_rank(work.target.path)  # bfloat16
+    for name, stamp in packed.items():
+        out = work.directory / "baselines" / "lora" / name
+        rank = max(1, cast(dict[str, Any], stamp.result)["file_bytes"] // per_rank)
+        tuned = tune(work, name, [trained[name]], work.target.path, out, name=f"lora.{name}", lora_rank=rank)
+        adapted = partial(answering, work, work.target.path, adapter=out)
+        measured[f"lora.{name}"] = measure(work, f"lora.{name}", [tuned], [name, GENERAL], adapted)
+    return measured
+
+
+BASELINES = {"sequential": sequential, "summed": summed, "lora": lora}

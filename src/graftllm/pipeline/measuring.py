@@ -1,0 +1,143 @@
+"""Scores of everything that a run makes, on the test prompts of its recipe."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import peft
+
+from graftllm.checkpoint import Checkpoint, digest
+from graftllm.delta import Delta
+from graftllm.evaluation.plots import spectra
+from graftllm.evaluation.scores import Answer, Measured, Score, evaluate, merged
+from graftllm.fusion.grafted import GraftedModel
+from graftllm.generation import generate, load_model, load_tokenizer
+from graftllm.pipeline.work import GENERAL, Work, model_identity, short_name
+from graftllm.progress import track
+from graftllm.records import read_prompts
+from graftllm.stages import Stamp
+
+
+def measure_base(work: Work) -> Measured:
+    """Score the bare target on every skill and on the general tasks."""
+    target = work.target.path
+    return measure(work, "base", [target], [*work.recipe.skills, GENERAL], partial(answering, work, target))
+
+
+def measure_source(work: Work, skill: str) -> Measured:
+    """Score the best of a skill's sources on the skill."""
+    found = [
+        measure(
+            work,
+            f"source.{skill}.{short_name(source)}",
+            [model_identity(source)],
+            [skill],
+            partial(answering, work, source),
+        )
+        for source in work.recipe.skills[skill].sources
+    ]
+    return max(found, key=lambda measured: measured[skill].value)
+
+
+def measure_tuned(work: Work, skill: str, trained: Stamp) -> Measured:
+    """Score a tuned checkpoint on its skill and on the general tasks."""
+    return measure(work, f"tuned.{skill}", [trained], [skill, GENERAL], partial(answering, work, work.tuned(skill)))
+
+
+def measure_grafted(work: Work, name: str, fused: Stamp, pack_name: str, sets: Sequence[str]) -> Measured:
+    """Score the grafted model when it answers with the named pack, or with what its router chooses."""
+
+    def opening() -> Answer:
+        grafted = GraftedModel.load(work.grafted, device=work.device)
+        return lambda prompts: grafted.generate([p.question for p in prompts], pack_name, work.greedy)
+
+    return measure(work, name, [fused], sets, opening)
+
+
+def measure_routes(work: Work, fused: Stamp) -> Stamp:
+    """Count where the router sends the test prompts of each skill and of the general tasks."""
+
+    def action() -> dict[str, dict[str, int]]:
+        grafted = GraftedModel.load(work.grafted, device=work.device)
+        counts = {}
+        for name, (path, _) in _tests(work).items():
+            routes = grafted.route([prompt.question for prompt in read_prompts(path)])
+            counts[name] = dict(Counter(route.name for route in routes))
+        return counts
+
+    return work.stages.run("routes", [fused, *(path for path, _ in _tests(work).values())], [], action)
+
+
+def check_unplug(work: Work, fused: Stamp) -> Stamp:
+    """Plug every pack in and out of the live base; the result is whether each bit is the old one."""
+
+    def action() -> bool:
+        grafted = GraftedModel.load(work.grafted, device=work.device)
+        before = {name: digest(value) for name, value in grafted.model.state_dict().items()}
+        for name in grafted.packs:
+            with grafted.using(name) as model:
+                changed = any(digest(value) != before[key] for key, value in model.state_dict().items())
+            restored = {key: digest(value) for key, value in grafted.model.state_dict().items()}
+            if not changed or restored != before:
+                return False
+        return True
+
+    return work.stages.run("unplug", [fused], [], action)
+
+
+def measure_spectra(work: Work, trained: Sequence[Stamp]) -> Stamp:
+    """Compute how the energy of each skill's delta is spread over singular directions."""
+
+    def action() -> dict[str, Any]:
+        return {name: spectra(Delta(work.target, Checkpoint.open(work.tuned(name)))) for name in work.recipe.skills}
+
+    return work.stages.run("spectra", trained, [], action)
+
+
+def measure(
+    work: Work, name: str, inputs: Sequence[Any], sets: Sequence[str], opening: Callable[[], Answer]
+) -> Measured:
+    """Score whatever `opening` opens on the named test sets.
+
+    Args:
+        work: whose test prompts, and where the scores are remembered.
+        name: of the stage, behind `evaluate.`
+        inputs: what the answers depend on, for the stage.
+        sets: names of skills, and `general`.
+        opening: loads what answers; called only when the scores are not known.
+    """
+    tests = {name: test for name, test in _tests(work).items() if name in sets}
+
+    def action() -> dict[str, Any]:
+        answer = opening()
+        found = {}
+        for test, (path, judge) in track(list(tests.items()), label=f"evaluating {name}"):
+            scores = evaluate(answer, read_prompts(path), judge).by_task
+            found[test] = {task: asdict(score) for task, score in scores.items()}
+        return found
+
+    stamp = work.stages.run(f"evaluate.{name}", [*inputs, *chain(*tests.values()), work.greedy], [], action)
+    result = cast(dict[str, dict[str, dict[str, Any]]], stamp.result)
+    return {test: merged({task: Score(**score) for task, score in tasks.items()}) for test, tasks in result.items()}
+
+
+def answering(work: Work, model: str | Path, *, adapter: Path | None = None) -> Answer:
+    """Load a checkpoint, with a LoRA on it if one is given; return what answers prompts with it."""
+    loaded, tokenizer = load_model(model, device=work.device), load_tokenizer(model)
+    answering = loaded if adapter is None else peft.PeftModel.from_pretrained(loaded, adapter).merge_and_unload()
+    return lambda prompts: [
+        texts[0] for texts in generate(cast(Any, answering), tokenizer, [p.question for p in prompts], work.greedy)
+    ]
+
+
+def _tests(work: Work) -> dict[str, tuple[Path, str]]:
+    """Return the test files and judges: one for each skill, and `general`."""
+    recipe = work.recipe
+    return {
+        **{name: (Path(skill.test), skill.judge) for name, skill in recipe.skills.items()},
+        GENERAL: (Path(recipe.general.test), recipe.general.judge),
+    }

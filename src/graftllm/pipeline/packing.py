@@ -1,0 +1,79 @@
+"""From tuned checkpoints to a grafted model: pack, verify, fuse."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from graftllm.checkpoint import Checkpoint
+from graftllm.delta import Delta
+from graftllm.evaluation.fidelity import measure_fidelity
+from graftllm.evaluation.scores import Measured
+from graftllm.fusion.grafted import write_grafted
+from graftllm.fusion.routing import BASE, fit_router
+from graftllm.header import Card, Provenance
+from graftllm.pipeline.work import Work, short_name
+from graftllm.records import read_pairs, read_prompts
+from graftllm.skillpack import SkillPack, compress
+from graftllm.stages import Stamp
+
+
+def pack(work: Work, skill: str, trained: Stamp, scores: Mapping[str, Measured]) -> Stamp:
+    """Compress a skill's delta into its SkillPack, calibrated on the skill's own SFT rows."""
+    recipe, home = work.recipe, work.skill(skill)
+    known = {
+        "base": scores["base"][skill].value,
+        "source": scores[f"source.{skill}"][skill].value,
+        "tuned": scores[f"tuned.{skill}"][skill].value,
+    }
+
+    def action() -> dict[str, Any]:
+        tuned = Checkpoint.open(work.tuned(skill))
+        rows = read_prompts(home / "sft.jsonl")
+        pairs = read_pairs(home / "pairs.jsonl") if recipe.dpo else []
+        provenance = Provenance(
+            sources=tuple(map(short_name, recipe.skills[skill].sources)),
+            sft_rows=len(rows),
+            preference_pairs=len(pairs),
+            sft=recipe.sft,
+            dpo=recipe.dpo,
+        )
+        card = Card(name=skill, description=recipe.skills[skill].description, provenance=provenance, scores=known)
+        delta = Delta(work.target, tuned)
+        made = compress(delta, recipe.pack, calibration=rows, card=card, device=work.device, spool=work.directory)
+        made.save(work.pack(skill))
+        size = work.pack(skill).stat().st_size
+        return {
+            "file_bytes": size,
+            "tuned_bytes": tuned.nbytes,
+            "bits_per_parameter": 8 * size / tuned.parameters,
+            "bytes_by_role": made.bytes_by_role(),
+        }
+
+    return work.stages.run(f"pack.{skill}", [trained, recipe.pack, known], [work.pack(skill)], action)
+
+
+def verify(work: Work, skill: str, packed: Stamp) -> Stamp:
+    """Measure how far the packed model is from the tuned one, on the skill's test prompts."""
+    test = Path(work.recipe.skills[skill].test)
+
+    def action() -> dict[str, Any]:
+        tuned = Checkpoint.open(work.tuned(skill))
+        packed_skill = SkillPack.load(work.pack(skill))
+        return asdict(measure_fidelity(work.target, packed_skill, tuned, read_prompts(test), device=work.device))
+
+    return work.stages.run(f"verify.{skill}", [packed, test], [], action)
+
+
+def fuse(work: Work, packed: Sequence[Stamp]) -> Stamp:
+    """Train the router on the skills' SFT prompts and the general ones; write the grafted model."""
+    recipe = work.recipe
+
+    def action() -> None:
+        prompts = {BASE: read_prompts(Path(recipe.general.prompts))}
+        prompts |= {name: read_prompts(work.skill(name) / "sft.jsonl") for name in recipe.skills}
+        router = fit_router(work.target.path, prompts, recipe.router, seed=recipe.seed, device=work.device)
+        write_grafted(work.grafted, recipe.target, {name: work.pack(name) for name in recipe.skills}, router)
+
+    inputs = [*packed, recipe.router, recipe.seed, Path(recipe.general.prompts)]
+    return work.stages.run("fuse", inputs, [work.grafted], action)

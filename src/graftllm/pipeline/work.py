@@ -1,0 +1,68 @@
+"""A recipe at work: the directory of a run, and where each artifact lies in it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from graftllm.checkpoint import Checkpoint
+from graftllm.recipe import Recipe, SamplingOptions, load_recipe
+from graftllm.stages import Stages
+
+GENERAL = "general"  # the name of the test set of general tasks
+
+
+@dataclass(frozen=True)
+class Work:
+    """A recipe and the directory that its artifacts go to."""
+
+    recipe: Recipe
+    directory: Path
+    stages: Stages
+    device: str = "auto"
+
+    @property
+    def target(self) -> Checkpoint:
+        """The target model's checkpoint."""
+        return Checkpoint.open(self.recipe.target)
+
+    @property
+    def greedy(self) -> SamplingOptions:
+        """How answers are decoded in evaluations."""
+        sampling = self.recipe.sampling
+        return sampling.model_copy(update={"samples": 1, "temperature": 0.0, "top_p": 1.0})
+
+    @property
+    def grafted(self) -> Path:
+        """Where the grafted model is."""
+        return self.directory / "grafted"
+
+    def skill(self, name: str) -> Path:
+        """Where a skill's rows and checkpoints are."""
+        return self.directory / "skills" / name
+
+    def tuned(self, name: str) -> Path:
+        """The target tuned on a skill."""
+        return self.skill(name) / "tuned"
+
+    def pack(self, name: str) -> Path:
+        """A skill's SkillPack."""
+        return self.directory / "packs" / f"{name}.safetensors"
+
+
+def open_work(recipe: Path, directory: Path | None = None, *, device: str = "auto") -> Work:
+    """Read a recipe for a run in `directory`, or in `runs/NAME` of the recipe.
+
+    Raises:
+        RecipeError: the recipe is missing or not valid.
+    """
+    loaded, where = load_recipe(recipe, directory)
+    return Work(loaded, where, Stages(where / "stages"), device)
+
+
+def short_name(source: str) -> str:
+    """Return the last part of a source's path or Hub id."""
+    return source.rstrip("/").split("/")[-1]
+
+
+def model_identity(model: str) -> Path | str:
+    """Return what a stage depends on when it depends on a model: its directory, or its Hub id."""
+    return Path(model) if Path(model).is_dir() else model

@@ -1,0 +1,34 @@
+"""Progress bars on stderr: a live line at a terminal, one final line elsewhere."""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar named `label`; yield a function that says how many are done now, and of how many."""
+    columns = (
+        TextColumn("{task.description:<34}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def track(items: Collection[Item], *, label: str) -> Iterator[Item]:
+    """Yield `items` one by one under a progress bar."""
+    count = len(items)
+    with progress(label) as show:
+        for done, item in enumerate(items, start=1):
+            yield item
+            show(done, count)

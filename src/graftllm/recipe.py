@@ -1,0 +1,274 @@
+"""Every knob of a run, with its default: strict YAML in, YAML out.
+
+A recipe says what to transfer (sources, prompts, tests), into what (target) and how. Each
+section is the options object that its room takes. Unknown keys are errors.
+"""
+
+import difflib
+import re
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from graftllm.errors import RecipeError
+
+Judge = Literal["exact", "math"]
+Strategy = Literal["auto", "paper", "exact"]
+Comparison = Literal["sequential", "summed", "lora"]
+PackName = typing.Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and closed to keys that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SamplingOptions(Section):
+    """How a source is asked."""
+
+    samples: int = Field(default=4, ge=1, description="answers per prompt")
+    temperature: float = Field(default=0.8, ge=0, description="0 is greedy")
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    max_new_tokens: int = Field(default=1024, ge=1)
+    batch_size: int = Field(default=64, ge=1, description="prompts per batch")
+
+
+class TrainingOptions(Section):
+    """What both training steps have in common."""
+
+    epochs: float = Field(gt=0)
+    batch_size: int = Field(default=128, ge=1, description="rows per optimizer step")
+    learning_rate: float = Field(gt=0)
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps, before a cosine decay")
+    max_length: int = Field(default=2048, ge=2, description="tokens; longer rows are cut")
+
+
+class SftOptions(TrainingOptions):
+    """Supervised fine-tuning; defaults as published for Llama-3.1-8B (FuseChat 3.0)."""
+
+    epochs: float = Field(default=3, gt=0)
+    learning_rate: float = Field(default=5e-6, gt=0)
+
+
+class DpoOptions(TrainingOptions):
+    """Preference tuning with DPO (arXiv 2305.18290), plus an optional SFT term on the chosen answer."""
+
+    epochs: float = Field(default=1, gt=0)
+    learning_rate: float = Field(default=8e-7, gt=0)
+    beta: float = Field(default=0.1, gt=0)
+    sft_weight: float = Field(default=0.0, ge=0, description="weight of the SFT term beside the DPO term")
+
+
+class LoraOptions(Section):
+    """Learning rates of the LoRA baseline; everything else is as for all parameters."""
+
+    learning_rate: float = Field(default=2e-4, gt=0)
+    dpo_learning_rate: float = Field(default=5e-6, gt=0)
+
+
+class PackOptions(Section):
+    """How a delta becomes a SkillPack."""
+
+    strategy: Strategy = "auto"
+    budget: str | None = Field(default=None, description="5% of the tuned checkpoint, 400MB, 60KB or bytes")
+    density: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="share kept of embedding and head deltas; 0.9 where the two are one tensor, else 0.1",
+    )
+    energy: float = Field(
+        default=0.95, gt=0, le=1, description="share of squared singular values kept; a budget overrides it"
+    )
+    bit_bands: tuple[tuple[int, float], ...] = Field(
+        default=((8, 0.02), (4, 0.18), (2, 0.80)),
+        description="bits and share of the kept singular vectors, strongest first",
+    )
+    group_size: int = Field(default=128, ge=8, description="values that share one scale")
+
+    @model_validator(mode="after")
+    def _bands_cover_everything(self) -> "PackOptions":
+        if any(not 1 <= bits <= 8 or share <= 0 for bits, share in self.bit_bands):
+            raise ValueError("bit_bands: expected pairs of 1 to 8 bits and a share above 0")
+        if abs(sum(share for _, share in self.bit_bands) - 1) > 1e-6:
+            raise ValueError("bit_bands: expected shares that sum to 1")
+        return self
+
+
+class RouterOptions(Section):
+    """How the router is trained and when it answers `base`."""
+
+    threshold: float = Field(
+        default=0.5, ge=0, lt=1, description="below this probability of the best pack, the base answers"
+    )
+    steps: int = Field(default=300, ge=1)
+
+
+class Skill(Section):
+    """One capability to move: who has it, what to ask, how to judge and test it."""
+
+    sources: tuple[str, ...] = Field(min_length=1)
+    prompts: str
+    test: str
+    judge: Judge = "exact"
+    description: str = ""
+
+
+class General(Section):
+    """What the target can do already and must not lose."""
+
+    prompts: str
+    test: str
+    judge: Judge = "exact"
+
+
+class Recipe(Section):
+    """A whole run, from prompts to a grafted model."""
+
+    name: PackName
+    target: str
+    skills: dict[PackName, Skill] = Field(min_length=1)
+    general: General
+    seed: int = 0
+    sampling: SamplingOptions = SamplingOptions()
+    sft: SftOptions = SftOptions()
+    dpo: DpoOptions | None = DpoOptions()
+    pack: PackOptions = PackOptions()
+    router: RouterOptions = RouterOptions()
+    compare: tuple[Comparison, ...] = Field(default=(), description="baselines to run beside the packs")
+    lora: LoraOptions = LoraOptions()
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> "Recipe":
+        if taken := {"base", "auto", "by-task", "general"} & set(self.skills):
+            raise ValueError(f"skills: {sorted(taken)[0]!r} is a reserved name; choose another")
+        return self
+
+
+def load_recipe(path: Path, directory: Path | None = None) -> tuple[Recipe, Path]:
+    """Read a recipe; return it with its paths made absolute, and the run's directory.
+
+    `{dir}` in a path stands for the run's directory, other relative paths start at the recipe.
+
+    Args:
+        path: a YAML file.
+        directory: of the run; `runs/NAME` by default.
+
+    Raises:
+        RecipeError: the file is missing, is not YAML, or has a key or value that is not known here.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path}: no such recipe; recipes/ has examples to start from.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: not readable as YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: expected keys such as target and skills, found {type(content).__name__}.")
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {_first_problem(error)}") from error
+    directory = directory or Path("runs") / recipe.name
+    return _with_paths(recipe, path.parent.absolute(), directory.absolute()), directory
+
+
+def pack_options(
+    *, strategy: Strategy, budget: str | None, energy: float | None, density: float | None, group_size: int | None
+) -> PackOptions:
+    """Return pack options with the given values; None stands for the default.
+
+    Raises:
+        RecipeError: a value is out of range.
+    """
+    given = {"strategy": strategy, "budget": budget, "energy": energy, "density": density, "group_size": group_size}
+    try:
+        return PackOptions.model_validate({key: value for key, value in given.items() if value is not None})
+    except ValidationError as error:
+        raise RecipeError(_first_problem(error)) from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the recipe as YAML with every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def budget_bytes(budget: str, tuned_bytes: int) -> int:
+    """Return a budget such as `5%`, `400MB`, `60KB` or `123456` in bytes; `%` is of `tuned_bytes`.
+
+    >>> budget_bytes("5%", 1000), budget_bytes("60KB", 0), budget_bytes("1.5 MB", 0)
+    (50, 60000, 1500000)
+
+    Raises:
+        RecipeError: the text is no such amount.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMG]?B)?", budget.strip(), flags=re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise RecipeError(f"budget: expected a share or a size above 0, such as 5%, 400MB or 60KB; found {budget!r}.")
+    unit = (match[2] or "B").upper()
+    scale = tuned_bytes / 100 if unit == "%" else {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
+    return int(float(match[1]) * scale)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A YAML loader that refuses a key written twice, where PyYAML keeps the last one silently."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of `node`."""
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(
+                    f"key {key!r} stands twice, the second time in line {node.start_mark.line + 1} or below"
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = [part for part in first["loc"] if isinstance(part, str)]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)[0]
+        return f"unknown key {where!r}; the nearest known one is {near!r} (known here: {', '.join(known)})."
+    if first["type"] == "missing":
+        return f"key {where!r} is missing; every recipe needs it."
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where + ': ' if where else ''}{message}; found {first['input']!r}." if where else f"{message}."
+
+
+def _keys_at(location: list[str]) -> list[str]:
+    """Return the keys that the section at `location` knows."""
+    section: Any = Recipe
+    for part in location:
+        fields = section.model_fields if isinstance(section, type) else {}
+        annotation = fields[part].annotation if part in fields else typing.get_args(section)[-1]
+        options = [option for option in typing.get_args(annotation) if option is not type(None)]
+        section = options[0] if options and typing.get_origin(annotation) is not dict else annotation
+    return list(section.model_fields)
+
+
+def _with_paths(recipe: Recipe, home: Path, directory: Path) -> Recipe:
+    def located(text: str) -> str:
+        return str(home / text.replace("{dir}", str(directory)))
+
+    def model(text: str) -> str:
+        """Keep a Hub id such as `org/name` unless a directory of that name is there."""
+        is_path = "{dir}" in text or text.startswith((".", "/", "~")) or (home / text).exists()
+        return located(text) if is_path else text
+
+    def files(section: Any) -> Any:
+        return section.model_copy(update={"prompts": located(section.prompts), "test": located(section.test)})
+
+    skills = {
+        name: files(skill).model_copy(update={"sources": tuple(model(source) for source in skill.sources)})
+        for name, skill in recipe.skills.items()
+    }
+    return recipe.model_copy(
+        update={"target": model(recipe.target), "skills": skills, "general": files(recipe.general)}
+    )

@@ -1,0 +1,175 @@
+"""The rows that travel between the rooms, and how they are read from and written to JSONL.
+
+A prompt row is the same everywhere: prompts to sample, rows to train on (the last message is
+the assistant's), calibration text, evaluation tasks and router data.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from graftllm.errors import RecordError
+from graftllm.storage import appended_file, whole_file
+
+
+class Message(TypedDict):
+    """One turn of a conversation; `role` is `system`, `user` or `assistant`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation to answer, or with a last assistant message, an answered one."""
+
+    id: str
+    messages: tuple[Message, ...]
+    task: str = ""
+    reference: str | None = None
+
+    @property
+    def question(self) -> tuple[Message, ...]:
+        """The messages up to the assistant's last answer, which is left out if there is one."""
+        return self.messages[:-1] if self.messages[-1]["role"] == "assistant" else self.messages
+
+    @property
+    def answer(self) -> str | None:
+        """The assistant's last answer, or else the reference."""
+        last = self.messages[-1]
+        return last["content"] if last["role"] == "assistant" else self.reference
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a source answered to a prompt; `sample` counts its answers to that prompt from 0."""
+
+    prompt_id: str
+    source: str
+    sample: int
+    text: str
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """A better and a worse answer of one source to the same prompt."""
+
+    prompt_id: str
+    messages: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    source: str = ""
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Read prompt rows: `id`, `messages` or `prompt`, and optionally `task` and `reference`.
+
+    A `prompt` string stands for one user message. A row without `id` is named by its line number.
+    Other keys are ignored.
+
+    Raises:
+        RecordError: the file is missing or empty, or a row is malformed or repeats an id.
+    """
+    prompts: dict[str, Prompt] = {}
+    for number, row in _read_rows(path):
+        where = f"{path}:{number}"
+        if "messages" not in row and isinstance(row.get("prompt"), str):
+            row["messages"] = [{"role": "user", "content": row["prompt"]}]
+        if "messages" not in row:
+            raise RecordError(f"{where}: expected 'messages' or a 'prompt' string, found the keys {_listed(row)}.")
+        row["id"] = str(row.get("id", number))
+        if isinstance(row.get("reference"), int | float):
+            row["reference"] = str(row["reference"])
+        prompt = _validate(_PROMPT, row, where)
+        if not prompt.messages:
+            raise RecordError(f"{where}: 'messages' is empty; expected at least one user message.")
+        if prompt.id in prompts:
+            raise RecordError(f"{where}: id {prompt.id!r} is already taken by an earlier row; ids must be unique.")
+        prompts[prompt.id] = prompt
+    if not prompts:
+        raise RecordError(f"{path}: expected at least one row, found an empty file.")
+    return list(prompts.values())
+
+
+def read_responses(path: Path) -> list[Response]:
+    """Read responses; a last line that a killed writer left unfinished is left out."""
+    return [_validate(_RESPONSE, row, f"{path}:{number}") for number, row in _read_rows(path, unfinished=True)]
+
+
+def read_pairs(path: Path) -> list[PreferencePair]:
+    """Read preference pairs."""
+    return [_validate(_PAIR, row, f"{path}:{number}") for number, row in _read_rows(path)]
+
+
+def write_rows(path: Path, rows: Iterable[Prompt | Response | PreferencePair]) -> None:
+    """Write one JSON object a line; the file appears whole or not at all."""
+    with whole_file(path) as file:
+        for row in rows:
+            file.write(_encode(row))
+
+
+def append_rows(path: Path, rows: Iterable[Response]) -> None:
+    """Append rows durably: when this returns they survive a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with appended_file(path) as file:
+        file.write(b"".join(_encode(row) for row in rows))
+
+
+_PROMPT = TypeAdapter(Prompt)
+_RESPONSE = TypeAdapter(Response)
+_PAIR = TypeAdapter(PreferencePair)
+Row = TypeVar("Row")
+
+
+def _read_rows(path: Path, *, unfinished: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield line numbers and JSON objects; `unfinished` leaves out a last line without its newline."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise RecordError(f"{path}: no such file; expected JSONL rows there.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
+    lines = text.split("\n")
+    if unfinished:
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RecordError(
+                f"{path}:{number}: expected one JSON object a line, found {_short(line)} ({error})."
+            ) from error
+        if not isinstance(row, dict):
+            raise RecordError(f"{path}:{number}: expected a JSON object, found {_short(line)}.")
+        yield number, row
+
+
+def _validate(adapter: TypeAdapter[Row], row: dict[str, Any], where: str) -> Row:
+    try:
+        return adapter.validate_python(row)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise RecordError(f"{where}: {key!r}: {first['msg']}, found {_short(repr(first['input']))}.") from error
+
+
+def _encode(row: Prompt | Response | PreferencePair) -> bytes:
+    optional = {field.name: field.default for field in fields(row)}
+    kept = {key: value for key, value in asdict(row).items() if value != optional[key]}
+    return (json.dumps(kept, ensure_ascii=False) + "\n").encode()
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _listed(row: dict[str, Any]) -> str:
+    return ", ".join(repr(key) for key in row) or "none"

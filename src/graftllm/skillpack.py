@@ -1,0 +1,271 @@
+"""The SkillPack: a header and every parameter's encoded delta, in one safetensors file.
+
+Build, save, load, decode and check against a base. The format is described in
+docs/skillpack-format.md; `header` reads what a file says of itself.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from torch import Tensor
+
+from graftllm.checkpoint import DTYPE_NAMES, Checkpoint, TensorSpec, digest, fingerprint, write_safetensors
+from graftllm.compression.calibration import collect_moments
+from graftllm.compression.encoded import EncodedTensor
+from graftllm.compression.lowrank import LowRank
+from graftllm.compression.roles import role_of
+from graftllm.compression.strategy import encode_delta
+from graftllm.delta import Delta
+from graftllm.errors import PackError
+from graftllm.header import BaseInfo, Card, Header, TensorEntry, layout, metadata, read_header
+from graftllm.recipe import PackOptions, budget_bytes
+from graftllm.records import Prompt
+
+
+@dataclass(frozen=True)
+class SkillPack:
+    """A compressed delta to one base model. Payloads stay on disk until they are asked for.
+
+    Attributes:
+        header: what is stored, and how.
+        source: the file, or a description of where else the payloads are; used in errors.
+    """
+
+    header: Header
+    source: str
+    _payload: Callable[[str], np.ndarray]
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SkillPack":
+        """Open a pack; reads its header only.
+
+        Raises:
+            PackError: the file is missing, truncated, damaged, hostile or not a SkillPack.
+        """
+        path = Path(path)
+        header = read_header(path)
+
+        def payload(name: str) -> np.ndarray:
+            with safe_open(path, framework="np") as file:
+                return file.get_tensor(name)
+
+        return cls(header, str(path), payload)
+
+    def save(self, path: str | Path) -> None:
+        """Write the pack; the file appears whole or not at all, and the same pack gives the same bytes.
+
+        Raises:
+            StorageError: there is no room, or the place cannot be written.
+        """
+        write_safetensors(Path(path), layout(self.header), self._payload, metadata=metadata(self.header))
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names of all parameters of the base."""
+        return iter(self.header.tensors)
+
+    def encoded(self, name: str) -> EncodedTensor:
+        """Return one parameter's encoded delta.
+
+        Raises:
+            PackError: the payload is not the one that the header describes.
+        """
+        entry = self.header.tensors[name]
+        payload = self._payload(name) if entry.nbytes else np.empty(0, np.uint8)
+        if _payload_digest(payload) != entry.payload_digest:
+            raise PackError(
+                f"{self.source}: the payload of {name!r} does not match its digest {entry.payload_digest}. "
+                "The file is damaged; copy or download it again."
+            )
+        return EncodedTensor(entry.how, payload)
+
+    def restore(self, name: str, base: Tensor) -> Tensor:
+        """Return the tuned value of one parameter from the base's (on CPU), in the base's dtype.
+
+        Raises:
+            PackError: the payload is damaged, or does not fit the base.
+        """
+        return self._decoded(name, base, EncodedTensor.restore)
+
+    def delta(self, name: str, base: Tensor) -> Tensor:
+        """Return the delta of one parameter in float32; `base` is its value in the base model, on CPU.
+
+        Raises:
+            PackError: as for `restore`.
+        """
+        return self._decoded(name, base, EncodedTensor.decode)
+
+    def check_base(self, base: Checkpoint) -> None:
+        """Compare names, shapes and dtypes with a base model, without reading its weights.
+
+        Raises:
+            PackError: the pack was made for another model.
+        """
+        known = self.header.base
+        for name in [*self.header.tensors, *base.specs]:
+            entry, spec = self.header.tensors.get(name), base.specs.get(name)
+            if entry is None or spec is None:
+                raise PackError(
+                    f"{self.source}: made for the base {known.name} ({known.fingerprint[:12]}), but {base.path} "
+                    f"{'lacks' if spec is None else 'also has'} the tensor {name!r}. Use that base or rebuild the pack."
+                )
+            self._check_spec(name, spec)
+
+    def check_tensor(self, name: str, value: Tensor) -> None:
+        """Compare a base tensor's shape, dtype and bytes with those that the pack was made for.
+
+        Raises:
+            PackError: they differ.
+        """
+        self._check_spec(name, TensorSpec(DTYPE_NAMES[value.dtype], tuple(value.shape)))
+        found = digest(value)
+        if found != self.header.tensors[name].base_digest:
+            known = self.header.base
+            raise PackError(
+                f"{self.source}: tensor {name!r} of this base has digest {found}, but the pack was made for "
+                f"{self.header.tensors[name].base_digest} ({known.name}, {known.fingerprint[:12]}). "
+                "Load that base or rebuild the pack."
+            )
+
+    @property
+    def payload_bytes(self) -> int:
+        """Size of all payloads in bytes; the file adds its headers to it."""
+        return sum(entry.nbytes for entry in self.header.tensors.values())
+
+    def bytes_by_role(self) -> dict[str, int]:
+        """Return how many bytes each role's payloads take."""
+        totals: dict[str, int] = {}
+        for entry in self.header.tensors.values():
+            totals[entry.role] = totals.get(entry.role, 0) + entry.nbytes
+        return totals
+
+    def _check_spec(self, name: str, spec: TensorSpec) -> None:
+        entry = self.header.tensors[name]
+        if entry.spec != spec:
+            known = self.header.base
+            raise PackError(
+                f"{self.source}: tensor {name!r} has shape {list(entry.shape)} and dtype {entry.dtype}, "
+                f"but the base model has {list(spec.shape)} and {spec.dtype}. "
+                f"This pack was made for {known.name} ({known.fingerprint[:12]}); load that base or rebuild the pack."
+            )
+
+    def _decoded(self, name: str, base: Tensor, decode: Callable[[EncodedTensor, Tensor], Tensor]) -> Tensor:
+        self._check_spec(name, TensorSpec(DTYPE_NAMES[base.dtype], tuple(base.shape)))
+        try:
+            return decode(self.encoded(name), base)
+        except ValueError as error:
+            raise PackError(
+                f"{self.source}: the payload of {name!r} cannot be decoded ({error}). The file is damaged."
+            ) from error
+
+
+def compress(
+    delta: Delta,
+    options: PackOptions = PackOptions(),
+    *,
+    calibration: Sequence[Prompt] = (),
+    card: Card = Card(),
+    device: str = "auto",
+    spool: Path | None = None,
+) -> SkillPack:
+    """Compress a delta into a SkillPack, one parameter at a time.
+
+    Args:
+        delta: tuned - base.
+        options: the strategy and its knobs; a budget counts the bytes of the whole file.
+        calibration: rows that the tuned model reads, so that rounding errors fall where its inputs do not;
+            the skill's own SFT rows are best. Without them, and in the strategy `exact`, there is no calibration.
+        card: name, description, provenance and scores for the header.
+        device: where matrices are decomposed; `auto` takes a GPU when there is one.
+        spool: directory for the payloads until they are saved; the system's temporary one by default.
+
+    Raises:
+        CompressionError: the budget cannot be met.
+        CheckpointError: the delta holds NaN or infinity.
+    """
+    moments = None
+    if calibration and options.strategy != "exact":
+        moments = collect_moments(delta.tuned.path, calibration, device=device)
+    header = Header(
+        card=card,
+        base=BaseInfo(
+            name=delta.base.name,
+            architecture=(delta.base.config.get("architectures") or ["unknown"])[0],
+            fingerprint="0" * 64,
+            parameters=delta.base.parameters,
+        ),
+        tuned_bytes=delta.tuned.nbytes,
+        options=options,
+        calibration_tokens=moments.tokens if moments else 0,
+        tensors={},
+    )
+    budget = None
+    if options.budget is not None:
+        budget = budget_bytes(options.budget, delta.tuned.nbytes) - _overhead(header, delta)
+    entries: dict[str, TensorEntry] = {}
+    payloads = _Spool(spool)
+    for part in encode_delta(delta, options, calibration=moments, payload_budget=budget, device=device):
+        payloads.add(part.name, part.encoded.payload)
+        entries[part.name] = TensorEntry(
+            role=part.role,
+            dtype=part.spec.dtype,
+            shape=part.spec.shape,
+            base_digest=part.base_digest,
+            how=part.encoded.operator,
+            nbytes=part.encoded.nbytes,
+            payload_digest=_payload_digest(part.encoded.payload),
+            error=round(part.error, 6),
+        )
+    found = fingerprint((name, entry.spec, entry.base_digest) for name, entry in entries.items())
+    base = header.base.model_copy(update={"fingerprint": found})
+    return SkillPack(header.model_copy(update={"base": base, "tensors": entries}), "an unsaved pack", payloads.read)
+
+
+class _Spool:
+    """Payloads in an unnamed temporary file: a pack being built takes no memory."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self.file = tempfile.TemporaryFile(dir=directory)
+        self.places: dict[str, tuple[int, int]] = {}
+
+    def add(self, name: str, payload: np.ndarray) -> None:
+        self.places[name] = (self.file.seek(0, 2), payload.nbytes)
+        self.file.write(payload.data)
+
+    def read(self, name: str) -> np.ndarray:
+        start, size = self.places[name]
+        self.file.seek(start)
+        return np.frombuffer(bytearray(self.file.read(size)), np.uint8)
+
+
+def _payload_digest(payload: np.ndarray) -> str:
+    return hashlib.sha256(payload.data).hexdigest()[:16]
+
+
+def _overhead(header: Header, delta: Delta) -> int:
+    """Return at least as many bytes as the file will have beside its payloads."""
+    most = LowRank(
+        bands=tuple((bits, 99_999) for bits, _ in header.options.bit_bands), group_size=header.options.group_size
+    )
+    entries = {
+        name: TensorEntry(
+            role=role_of(name, spec.shape),
+            dtype=spec.dtype,
+            shape=spec.shape,
+            base_digest="0" * 16,
+            how=most,
+            nbytes=spec.nbytes,
+            payload_digest="0" * 16,
+            error=0.123456,
+        )
+        for name, spec in delta.base.specs.items()
+    }
+    fullest = header.model_copy(update={"tensors": entries})
+    end = sum(spec.nbytes for spec in delta.base.specs.values())
+    places = {name: {"dtype": "U8", "shape": [end], "data_offsets": [end, end]} for name in entries}
+    return len(json.dumps({"__metadata__": metadata(fullest), **places}, separators=(",", ":"))) + 16

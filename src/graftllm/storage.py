@@ -1,0 +1,154 @@
+"""Files and directories that appear whole or not at all.
+
+Everything is written beside its place under a hidden name and renamed at the end, so a process
+killed at any moment leaves the old content or the new. The hidden name is fixed and locked: a
+killed writer's leftovers are reused by the next one, and two writers never mix.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from graftllm.errors import StorageError
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a binary file that replaces `path` when the block ends without an exception.
+
+    Raises:
+        StorageError: the place cannot be written, has no room, or another process writes it now.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(partial, "a+b")
+    with file, _room_for(path):
+        _lock(file.fileno(), partial, path)
+        file.truncate(0)
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            with _writing(path):
+                os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty directory that replaces `path` when the block ends without an exception.
+
+    Raises:
+        StorageError: as for `whole_file`; also when `path` is a file.
+    """
+    if path.exists() and not path.is_dir():
+        raise StorageError(f"{path}: expected a directory or nothing there, found a file; choose another place.")
+    partial = path.with_name(f".{path.name}.partial")
+    with _writing(path):
+        partial.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        with _room_for(path):
+            _lock(descriptor, partial, path)
+            try:
+                for leftover in partial.iterdir():
+                    _remove(leftover)
+                yield partial
+                with _writing(path):
+                    if path.exists():
+                        shutil.rmtree(path)
+                    os.replace(partial, path)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def appended_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a binary file to append to; when the block ends, what was written survives a power cut."""
+    with _writing(path), open(path, "ab") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8; the file appears whole or not at all."""
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Hold `directory` against other graftllm processes for the length of the block.
+
+    Raises:
+        StorageError: another process holds it, or it cannot be created.
+    """
+    with _writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        _lock(descriptor, directory, directory)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, opened: Path, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Another writer may have renamed what we opened between our open and our lock.
+        if os.stat(opened).st_ino == os.fstat(descriptor).st_ino:
+            return
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    raise StorageError(f"{path}: another process is writing here now; wait for it or choose another place.")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn every failure of the file system inside the block into a StorageError about `path`."""
+    with _room_for(path):
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
+            reason = error.strerror or str(error)
+            raise StorageError(f"{path}: cannot be written ({reason}); check the path and its permissions.") from error
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def _room_for(path: Path) -> Iterator[None]:
+    """Turn a full disk inside the block into a StorageError, also when a library reports it in words."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in _FULL
+        if full or any(f"(os error {number})" in str(error) for number in _FULL):
+            raise StorageError(
+                f"{path}: no space left to write it; nothing half-written was kept. "
+                "Free some room or choose another place, then run the same command again."
+            ) from error
+        raise

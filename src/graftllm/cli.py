@@ -71,7 +71,7 @@ def run(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto", j
 
 @app.command()
 def sample(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto") -> None:
-    """Ask the sources of a recipe its prompts, and stop there."""
+    """Ask the sources of a recipe its prompts; stop there."""
     from graftllm.pipeline import transfer
 
     _each_skill(_open_work(recipe, dir, device), transfer.sample)
@@ -79,7 +79,7 @@ def sample(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto"
 
 @app.command()
 def score(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto") -> None:
-    """Sample, then judge the responses and write SFT rows and preference pairs, and stop there."""
+    """Sample and judge; write SFT rows and preference pairs; stop there."""
     from graftllm.pipeline import transfer
 
     _each_skill(_open_work(recipe, dir, device), transfer.score)
@@ -87,7 +87,7 @@ def score(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto")
 
 @app.command()
 def train(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto") -> None:
-    """Sample, score, then tune the target on each skill (SFT, then DPO), and stop there."""
+    """Sample, score, tune the target on each skill (SFT, then DPO); stop there."""
     from graftllm.pipeline import transfer
 
     _each_skill(_open_work(recipe, dir, device), transfer.train)
@@ -309,9 +309,9 @@ def demo(
     device: Device = "auto",
     json: AsJson = False,
 ) -> None:
-    """See the method work: train four small models from scratch, move three skills into one of them.
+    """See the method work on small models that are trained on the spot.
 
-    About ten minutes on two cores, without a download. Killed and started again it goes on where it was.
+    Trains a target and three foreign sources from scratch and moves three skills into the target. About ten minutes on two cores, without a download. Killed and started again it goes on where it was.
     """
     from graftllm.demo import RECIPE, build_zoo
     from graftllm.pipeline import river

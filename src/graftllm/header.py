@@ -123,7 +123,7 @@ def read_header(path: Path) -> Header:
         )
     header = _parse_header(path, text)
     if found != layout(header):
-        odd = sorted(set(found.items()) ^ set(layout(header).items()))[0][0]
+        odd = min(name for name, _ in set(found.items()) ^ set(layout(header).items()))
         raise PackError(
             f"{path}: the header and the stored payloads disagree on {odd!r}. The file is damaged; copy it again."
         )

@@ -36,6 +36,12 @@ class SamplingOptions(Section):
     max_new_tokens: int = Field(default=1024, ge=1)
     batch_size: int = Field(default=64, ge=1, description="prompts per batch")
 
+    @model_validator(mode="after")
+    def _answers_can_differ(self) -> "SamplingOptions":
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError("samples: at temperature 0 every answer is the same; ask for 1 or raise the temperature")
+        return self
+
 
 class TrainingOptions(Section):
     """What both training steps have in common."""
@@ -75,12 +81,7 @@ class PackOptions(Section):
 
     strategy: Strategy = "auto"
     budget: str | None = Field(default=None, description="5% of the tuned checkpoint, 400MB, 60KB or bytes")
-    density: float | None = Field(
-        default=None,
-        gt=0,
-        le=1,
-        description="share kept of embedding and head deltas; 0.9 where the two are one tensor, else 0.1",
-    )
+    density: float = Field(default=0.97, gt=0, le=1, description="share kept of embedding and head deltas")
     energy: float = Field(
         default=0.95, gt=0, le=1, description="share of squared singular values kept; a budget overrides it"
     )
@@ -96,6 +97,15 @@ class PackOptions(Section):
             raise ValueError("bit_bands: expected pairs of 1 to 8 bits and a share above 0")
         if abs(sum(share for _, share in self.bit_bands) - 1) > 1e-6:
             raise ValueError("bit_bands: expected shares that sum to 1")
+        return self
+
+    @model_validator(mode="after")
+    def _budget_is_an_amount(self) -> "PackOptions":
+        if self.budget is not None:
+            try:
+                budget_bytes(self.budget, 1)
+            except RecipeError as error:
+                raise ValueError(str(error)) from error
         return self
 
 

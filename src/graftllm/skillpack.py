@@ -7,6 +7,7 @@ docs/skillpack-format.md; `header` reads what a file says of itself.
 import hashlib
 import json
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,6 +232,7 @@ class _Spool:
 
     def __init__(self, directory: Path | None) -> None:
         self.file = tempfile.TemporaryFile(dir=directory)
+        weakref.finalize(self, self.file.close)
         self.places: dict[str, tuple[int, int]] = {}
 
     def add(self, name: str, payload: np.ndarray) -> None:

@@ -9,7 +9,8 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,14 +71,15 @@ def train_sft(run: Training, rows: Sequence[Prompt], options: SftOptions) -> Non
         )
     data = [{"prompt": list(row.question), "completion": _turn(row.answer or "")} for row in rows]
     work = _work_directory(run, data, options)
-    trainer = SFTTrainer(
-        model=_load(run),
-        args=SFTConfig(**_arguments(run, work, options, len(data)), completion_only_loss=True),
-        train_dataset=Dataset.from_list(data),
-        processing_class=load_tokenizer(run.model),
-        peft_config=_adapter(run.lora_rank) if run.lora_rank else None,
-    )
-    _fit(trainer, run, work)
+    with _without_foreign_warnings():
+        trainer = SFTTrainer(
+            model=_load(run),
+            args=SFTConfig(**_arguments(run, work, options, len(data)), completion_only_loss=True),
+            train_dataset=Dataset.from_list(data),
+            processing_class=load_tokenizer(run.model),
+            peft_config=_adapter(run.lora_rank) if run.lora_rank else None,
+        )
+        _fit(trainer, run, work)
 
 
 def train_dpo(run: Training, pairs: Sequence[PreferencePair], options: DpoOptions) -> None:
@@ -95,19 +97,20 @@ def train_dpo(run: Training, pairs: Sequence[PreferencePair], options: DpoOption
     ]
     work = _work_directory(run, data, options)
     terms = {"sigmoid": 1.0, "sft": options.sft_weight} if options.sft_weight else {"sigmoid": 1.0}
-    trainer = DPOTrainer(
-        model=_load(run),
-        args=DPOConfig(
-            **_arguments(run, work, options, len(data)),
-            beta=options.beta,
-            loss_type=list(terms),
-            loss_weights=list(terms.values()),
-            precompute_ref_log_probs=True,  # the reference goes first, so one model is in memory, not two
-        ),
-        train_dataset=Dataset.from_list(data),
-        processing_class=load_tokenizer(run.model),
-    )
-    _fit(trainer, run, work)
+    with _without_foreign_warnings():
+        trainer = DPOTrainer(
+            model=_load(run),
+            args=DPOConfig(
+                **_arguments(run, work, options, len(data)),
+                beta=options.beta,
+                loss_type=list(terms),
+                loss_weights=list(terms.values()),
+                precompute_ref_log_probs=True,  # the reference goes first, so one model is in memory, not two
+            ),
+            train_dataset=Dataset.from_list(data),
+            processing_class=load_tokenizer(run.model),
+        )
+        _fit(trainer, run, work)
 
 
 def lora_parameters_per_rank(model: Path) -> int:
@@ -174,6 +177,15 @@ def _arguments(run: Training, work: Path, options: TrainingOptions, rows: int) -
     }
 
 
+@contextmanager
+def _without_foreign_warnings() -> Iterator[None]:
+    """Keep what libraries warn each other of from users, who can do nothing about it."""
+    with warnings.catch_warnings():
+        # TRL 1.16 and PEFT 0.21 ask by the old name; harmless until transformers 6.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
+
+
 def _steps(options: TrainingOptions, rows: int) -> int:
     return math.ceil(options.epochs * math.ceil(rows / options.batch_size))
 
@@ -181,9 +193,7 @@ def _steps(options: TrainingOptions, rows: int) -> int:
 def _fit(trainer: Trainer, run: Training, work: Path) -> None:
     """Train from the last whole trainer checkpoint on, then write `run.out` and drop the work directory."""
     trainer.remove_callback(PrinterCallback)
-    with progress(run.label) as show, warnings.catch_warnings():
-        # TRL 1.16 still asks by the old name; harmless until transformers 6.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    with progress(run.label) as show:
         trainer.add_callback(_ShowSteps(show))
         trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -38,7 +38,7 @@ def read_calibration(path: Path) -> list[Prompt]:
     """
     if path.suffix == ".jsonl" or not path.exists():
         return read_prompts(path)
-    paragraphs = [part.strip() for part in path.read_text(encoding="utf-8").split("\\n\\n") if part.strip()]
+    paragraphs = [part.strip() for part in path.read_text(encoding="utf-8").split("\n\n") if part.strip()]
     if not paragraphs:
         raise CompressionError(f"{path}: expected paragraphs of text or JSONL rows, found an empty file.")
     return [Prompt(str(i), (Message(role="user", content=text),)) for i, text in enumerate(paragraphs)]

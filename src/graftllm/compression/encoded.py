@@ -65,6 +65,5 @@ class EncodedTensor:
         """
         if isinstance(self.operator, Exact):
             return self.operator.restore(self.payload, base)
-        if isinstance(self.operator, Unchanged):
-            return base.clone()
-        return (base.float() + self.decode(base)).to(base.dtype)
+        change = self.decode(base)
+        return base.clone() if isinstance(self.operator, Unchanged) else (base.float() + change).to(base.dtype)

@@ -1,8 +1,9 @@
 """Entropy coding of integers, the same to the bit on every platform.
 
 A signed integer is folded to an unsigned one (0, -1, 1, -2 -> 0, 1, 2, 3) and split in two: its
-bit length, which an ANS coder (arXiv 1311.2540, by `constriction`) writes at its information
-content under one table of frequencies, and the bits below the leading one, written as they are.
+class, which an ANS coder (arXiv 1311.2540, by `constriction`) writes at its information content
+under one table of frequencies, and the rest, written as it is. Values below 8 are their own class;
+above, a class holds the values of one bit length with the same two bits below the leading one.
 Tables are stored as integers and never recomputed from floating-point numbers.
 """
 
@@ -43,9 +44,9 @@ def unfold(values: np.ndarray) -> np.ndarray:
 def encode_integers(values: np.ndarray) -> np.ndarray:
     """Return unsigned integers as bytes, in blocks of 2 ** 22 values.
 
-    Each block: the number n of bit lengths (1 byte); their n frequencies (u16, sum 2 ** 16); the
-    number of ANS words (u32); the words (u32 each); then for each bit length L from 2 on, the
-    L - 1 low bits of the values of that length, packed and padded to a byte.
+    Each block: the number of classes (1 byte); their frequencies (u16 each, sum 2 ** 16); the
+    number of ANS words (u32); the words (u32 each); then for each class from 8 on, the low bits of
+    its values, packed and padded to a byte: `class // 4 - 1` bits each.
 
     Args:
         values: shape (count,), unsigned, below 2 ** 53.
@@ -71,14 +72,14 @@ def decode_integers(data: np.ndarray, count: int, dtype: np.dtype) -> np.ndarray
 
 
 def _encode_block(values: np.ndarray) -> np.ndarray:
-    lengths = np.frexp(values.astype(np.float64))[1].astype(np.int32)  # bit length; 0 for 0
-    frequencies = _frequencies(np.bincount(lengths, minlength=2))
+    classes = _classes(values)
+    frequencies = _frequencies(np.bincount(classes, minlength=2))
     coder = _ANS.stack.AnsCoder()
-    coder.encode_reverse(lengths, _model(frequencies))
+    coder.encode_reverse(classes, _model(frequencies))
     words = coder.get_compressed()
     rests = [
-        pack_bits(values[lengths == length] & ((1 << (length - 1)) - 1), length - 1)
-        for length in range(2, len(frequencies))
+        pack_bits(values[classes == number] & ((1 << _low_bits(number)) - 1), _low_bits(number))
+        for number in range(_DIRECT, len(frequencies))
     ]
     parts = [
         np.array([len(frequencies)], np.uint8),
@@ -91,23 +92,40 @@ def _encode_block(values: np.ndarray) -> np.ndarray:
 
 
 def _decode_block(reader: "_Reader", count: int, dtype: np.dtype) -> np.ndarray:
-    size = int(reader.take(1)[0])
-    if not 2 <= size <= dtype.itemsize * 8 + 1:
-        raise ValueError(f"expected 2 to {dtype.itemsize * 8 + 1} bit lengths, found {size}")
+    size, most = int(reader.take(1)[0]), 4 * dtype.itemsize * 8 - 4
+    if not 2 <= size <= most:
+        raise ValueError(f"expected 2 to {most} classes, found {size}")
     frequencies = reader.take(2 * size).view("<u2").astype(np.int64)
     if frequencies.sum() != _TOTAL or frequencies.min() < 1:
         raise ValueError(f"expected frequencies above 0 that sum to {_TOTAL}, found {frequencies.sum()}")
     words = reader.take(4 * int(reader.take(4).view("<u4")[0])).view("<u4").astype(np.uint32)
     coder = _ANS.stack.AnsCoder(words)
-    lengths = coder.decode(_model(frequencies), count)
+    classes = coder.decode(_model(frequencies), count)
     if not coder.is_empty():
-        raise ValueError(f"expected {count} coded bit lengths, found more")
-    values = (lengths == 1).astype(dtype)
-    for length in range(2, size):
-        here = np.flatnonzero(lengths == length)
-        rest = unpack_bits(reader.take(packed_nbytes(len(here), length - 1)), len(here), length - 1)
-        values[here] = (rest | np.uint64(1 << (length - 1))).astype(dtype)
+        raise ValueError(f"expected {count} coded classes, found more")
+    values = classes.astype(dtype)
+    for number in range(_DIRECT, size):
+        here = np.flatnonzero(classes == number)
+        width = _low_bits(number)
+        rest = unpack_bits(reader.take(packed_nbytes(len(here), width)), len(here), width)
+        values[here] = (rest | np.uint64((4 + number % 4) << width)).astype(dtype)
     return values
+
+
+_DIRECT = 8  # values below this are their own class
+
+
+def _classes(values: np.ndarray) -> np.ndarray:
+    """Return each value's class; four to a bit length from 8 on, so class 8 holds 8 and 9, class 9 holds 10 and 11."""
+    lengths = np.frexp(values.astype(np.float64))[1].astype(np.int32)
+    low_bits = np.maximum(lengths - 3, 0)
+    leading = (values >> low_bits.astype(values.dtype)).astype(np.int32)  # 4 to 7 from 4 on
+    return np.where(values < _DIRECT, values.astype(np.int32), 4 * low_bits + leading).astype(np.int32)
+
+
+def _low_bits(number: int) -> int:
+    """Return how many bits of a value its class leaves open."""
+    return number // 4 - 1
 
 
 def _frequencies(counts: np.ndarray) -> np.ndarray:

@@ -152,8 +152,15 @@ def _gptq(weight: Tensor, scale: Tensor, zero: Tensor, limit: Tensor, hessian: T
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
-    """Return the upper Cholesky factor of the damped Hessian's inverse."""
-    damped = hessian.clone()
-    mean = damped.diagonal().mean().clamp(min=torch.finfo(damped.dtype).tiny)
-    damped.diagonal().add_(DAMPING * mean)
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    """Return the upper Cholesky factor of the damped Hessian's inverse, up to a scale that feedback does not see."""
+    mean = hessian.diagonal().mean()
+    normal = hessian / mean if mean > 0 else torch.zeros_like(hessian)
+    damping = DAMPING
+    while True:
+        damped = normal.clone()
+        damped.diagonal().add_(damping)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        upper, failed_again = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and not failed_again and bool(torch.isfinite(upper).all()):
+            return upper
+        damping *= 10  # more damping always ends in the identity

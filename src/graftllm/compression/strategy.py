@@ -63,7 +63,6 @@ def encode_delta(
         CheckpointError: the delta holds NaN or infinity.
     """
     where = resolve_device(device)
-    options = options.model_copy(update={"density": options.density or _default_density(delta)})
     energy = options.energy
     if payload_budget is not None:
         energy = _energy_for_budget(delta, options, payload_budget, where)
@@ -93,18 +92,12 @@ def _encode(
     if exact is not None and (options.strategy == "exact" or not is_matrix(tuple(base.shape))):
         return exact
     if role in PRUNED:
-        lossy = encode_sparse(change.cpu(), options.density or 1.0, options.group_size)
+        lossy = encode_sparse(change.cpu(), options.density, options.group_size)
     else:
         rank = rank_for_energy(singular_values(change), energy)
         hessian = None if hessian is None else hessian.to(change.device)
         lossy = encode_lowrank(change, rank, options.bit_bands, options.group_size, hessian)
     return exact if exact is not None and exact[1].nbytes <= lossy[1].nbytes else lossy
-
-
-def _default_density(delta: Delta) -> float:
-    """Return how much of embedding and head to keep: a tied embedding is both, and pruning it costs much more."""
-    heads = [name for name, spec in delta.base.specs.items() if role_of(name, spec.shape) == "head"]
-    return 0.1 if heads else 0.9
 
 
 def _same_bits(base: Tensor, tuned: Tensor) -> bool:
@@ -168,6 +161,6 @@ def _sizes(delta: Delta, name: str, options: PackOptions, device: torch.device) 
     if not is_matrix(shape):
         return _Sizes(shape, exact, None)
     if role_of(name, shape) in PRUNED:
-        sparse = encode_sparse(change, options.density or 1.0, options.group_size)[1].nbytes
+        sparse = encode_sparse(change, options.density, options.group_size)[1].nbytes
         return _Sizes(shape, sparse if exact is None else min(sparse, exact), None)
     return _Sizes(shape, exact, singular_values(change.to(device)).cpu())

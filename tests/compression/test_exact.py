@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graftllm.compression.exact import Exact, encode_exact
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def _bits(seed: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    raw = np.random.default_rng(seed).integers(0, 256, count * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype)
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@given(st.integers(0, 1000), st.integers(1, 50), st.sampled_from([*FLOATS, torch.int32, torch.uint8]))
+def test_any_bit_pattern_comes_back(seed: int, count: int, dtype: torch.dtype) -> None:
+    base, tuned = _bits(seed, count, dtype), _bits(seed + 1, count, dtype)
+    operator, payload = encode_exact(base, tuned)
+    assert _same_bits(operator.restore(payload, base), tuned)
+    assert payload.nbytes <= tuned.nbytes
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_special_values_and_shapes_come_back(dtype: torch.dtype) -> None:
+    base = torch.tensor([[0.0, -0.0, 1.0], [float("inf"), -1.0, 1e-30]]).to(dtype)
+    tuned = torch.tensor([[-0.0, 0.0, float("-inf")], [1.0, float("nan"), -1e-30]]).to(dtype)
+    operator, payload = encode_exact(base, tuned)
+    assert _same_bits(operator.restore(payload, base), tuned)
+
+
+def test_a_scalar_comes_back() -> None:
+    operator, payload = encode_exact(torch.tensor(1.0), torch.tensor(2.0))
+    assert operator.restore(payload, torch.tensor(1.0)) == 2.0
+
+
+def test_small_steps_take_few_bits() -> None:
+    draw = torch.Generator().manual_seed(0)
+    base = torch.randn(100_000, generator=draw).bfloat16()
+    one_in_ten = torch.rand(100_000, generator=draw) < 0.1
+    tuned = torch.where(one_in_ten, base + base.abs() * 0.01, base).bfloat16()
+    operator, payload = encode_exact(base, tuned)
+    assert operator.coding == "difference"
+    assert payload.nbytes * 8 / base.numel() < 0.8  # the entropy of one in ten is 0.47 bits, and the step's own
+
+
+def test_delta_is_the_difference() -> None:
+    base, tuned = torch.randn(20).bfloat16(), torch.randn(20).bfloat16()
+    operator, payload = encode_exact(base, tuned)
+    assert torch.equal(operator.delta(payload, base), tuned.float() - base.float())
+
+
+def test_raw_bytes_of_another_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected 8 raw bytes, found 7"):
+        Exact(coding="raw").restore(np.zeros(7, np.uint8), torch.zeros(2))

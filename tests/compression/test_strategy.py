@@ -1,0 +1,107 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from graftllm.checkpoint import Checkpoint
+from graftllm.compression.calibration import collect_moments
+from graftllm.compression.strategy import Compressed, encode_delta
+from graftllm.delta import Delta
+from graftllm.errors import CheckpointError, CompressionError
+from graftllm.recipe import PackOptions
+from graftllm.records import Prompt
+from tests.models import perturb
+
+
+def _encoded(delta: Delta, options: PackOptions, **more: object) -> dict[str, Compressed]:
+    return {part.name: part for part in encode_delta(delta, options, **more)}
+
+
+def _bytes(parts: dict[str, Compressed]) -> int:
+    return sum(part.encoded.nbytes for part in parts.values())
+
+
+def test_paper_gives_each_role_its_operator(delta: Delta) -> None:
+    parts = _encoded(delta, PackOptions(strategy="paper"))
+    operators = {(part.role, part.encoded.operator.operator) for part in parts.values()}
+    assert operators == {("embedding", "sparse"), ("norm", "exact"), ("attention", "lowrank"), ("mlp", "lowrank")}
+    assert list(parts) == list(delta)
+
+
+def test_exact_gives_every_bit_back(delta: Delta) -> None:
+    for name, part in _encoded(delta, PackOptions(strategy="exact")).items():
+        base, tuned = delta.pair(name)
+        assert torch.equal(part.encoded.restore(base).view(torch.int16), tuned.view(torch.int16))
+        assert part.error == 0
+
+
+def test_auto_takes_the_smaller_of_lossy_and_exact(base_dir: Path, base: Checkpoint, tmp_path: Path) -> None:
+    tuned = perturb(base_dir, tmp_path / "tuned", seed=3)
+    tensors, before = load_file(tuned / "model.safetensors"), load_file(base_dir / "model.safetensors")
+    hardly = "model.layers.0.mlp.up_proj.weight"
+    tensors[hardly] = before[hardly].clone()
+    tensors[hardly].view(-1).view(torch.int16)[::7] += 1  # a last bit here and there
+    tensors["model.norm.weight"] = before["model.norm.weight"]
+    save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
+    delta = Delta(base, Checkpoint.open(tuned))
+    auto = _encoded(delta, PackOptions(strategy="auto"))
+    others = [_encoded(delta, PackOptions(strategy=strategy)) for strategy in ("paper", "exact")]
+    for name, part in auto.items():
+        assert part.encoded.nbytes == min(other[name].encoded.nbytes for other in others)
+    assert auto[hardly].encoded.operator.operator == "exact"
+    assert auto["model.norm.weight"].encoded.operator.operator == "unchanged"
+
+
+def test_stated_errors_are_those_of_decoding(delta: Delta) -> None:
+    for name, part in _encoded(delta, PackOptions(strategy="paper", energy=0.8)).items():
+        change = delta[name]
+        error = float((part.encoded.decode(delta.base.tensor(name)) - change).norm() / change.norm())
+        assert part.error == pytest.approx(error, abs=1e-6)
+
+
+def test_more_energy_is_more_bytes_and_less_error(delta: Delta) -> None:
+    results = [_encoded(delta, PackOptions(strategy="paper", energy=energy)) for energy in (0.5, 0.8, 0.99)]
+    sizes = [_bytes(parts) for parts in results]
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert sizes == sorted(sizes)
+    assert results[0][name].error > results[2][name].error
+
+
+@pytest.mark.parametrize("strategy", ["paper", "auto"])
+def test_a_budget_is_met_and_used(delta: Delta, strategy: str) -> None:
+    for budget in (9_000, 12_000):
+        used = _bytes(_encoded(delta, PackOptions(strategy=strategy), payload_budget=budget))
+        assert 0.93 * budget < used <= budget
+
+
+def test_a_budget_beyond_need_is_not_filled(delta: Delta) -> None:
+    most = _bytes(_encoded(delta, PackOptions(strategy="paper", energy=1.0)))
+    assert _bytes(_encoded(delta, PackOptions(strategy="paper"), payload_budget=10**9)) == most
+
+
+def test_calibration_lowers_the_error_of_outputs(delta: Delta, prompts: list[Prompt]) -> None:
+    moments = collect_moments(delta.tuned.path, prompts)
+    options = PackOptions(strategy="paper", energy=0.9)
+    results = [_encoded(delta, options, calibration=given) for given in (None, moments)]
+    errors = []
+    for parts in results:
+        total = 0.0
+        for name, hessian in moments.moments.items():
+            if name in parts and parts[name].role in ("attention", "mlp"):
+                error = parts[name].encoded.decode(delta.base.tensor(name)) - delta[name]
+                total += float((error @ hessian * error).sum())
+        errors.append(total)
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_a_budget_that_cannot_be_met_says_what_can(delta: Delta) -> None:
+    with pytest.raises(CompressionError, match=r"expected at least [\d,]+ bytes of payload for this delta, found 100 left"):
+        _encoded(delta, PackOptions(strategy="paper"), payload_budget=100)
+    with pytest.raises(CompressionError, match="'exact' keeps every bit, so it takes no budget"):
+        _encoded(delta, PackOptions(strategy="exact"), payload_budget=10**6)
+
+
+def test_an_unknown_device_is_named(delta: Delta) -> None:
+    with pytest.raises(CheckpointError, match="device: expected auto, cpu or a device that PyTorch sees here, found 'gpu'"):
+        _encoded(delta, PackOptions(), device="gpu")

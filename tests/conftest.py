@@ -1,0 +1,56 @@
+"""No network, no GPU, seeds everywhere; and the tiny models that many tests share."""
+
+import os
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from graftllm.checkpoint import Checkpoint
+from graftllm.delta import Delta
+from graftllm.records import Prompt
+from tests.models import perturb, rows, save_llama
+
+settings.register_profile("graftllm", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("graftllm")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="session")
+def tuned_dir(base_dir: Path) -> Path:
+    return perturb(base_dir, base_dir.with_name("tuned"), seed=1)
+
+
+@pytest.fixture(scope="session")
+def base(base_dir: Path) -> Checkpoint:
+    return Checkpoint.open(base_dir)
+
+
+@pytest.fixture(scope="session")
+def tuned(tuned_dir: Path) -> Checkpoint:
+    return Checkpoint.open(tuned_dir)
+
+
+@pytest.fixture(scope="session")
+def delta(base: Checkpoint, tuned: Checkpoint) -> Delta:
+    return Delta(base, tuned)
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[Prompt]:
+    return rows(40)

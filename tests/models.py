@@ -1,0 +1,75 @@
+"""Tiny models built on the spot: real architectures, a real tokenizer, random weights."""
+
+import random
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from graftllm.checkpoint import copy_companions, Checkpoint
+from graftllm.records import Message, Prompt
+
+CHARACTERS = string.ascii_letters + string.digits + " .,:?!"
+MARKERS = ("<pad>", "<user>", "<assistant>", "<end>")
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of single characters with a chat template."""
+    vocabulary = {token: i for i, token in enumerate([*MARKERS, "<unk>", *CHARACTERS])}
+    built = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    built.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    built.decoder = decoders.Fuse()
+    built.add_special_tokens(list(MARKERS))
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=built, pad_token="<pad>", eos_token="<end>", unk_token="<unk>")
+    wrapped.chat_template = (
+        "{% for m in messages %}{{ '<user>' if m.role == 'user' else '<assistant>' }}{{ m.content }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    return wrapped
+
+
+def save_llama(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
+    """Save a random Llama of two layers, width 32, with a tied embedding."""
+    torch.manual_seed(seed)
+    words = tokenizer()
+    shape: dict[str, Any] = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True,
+    }  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=len(words), pad_token_id=0, bos_token_id=None, eos_token_id=3, initializer_range=0.2, **(shape | changes)
+    )
+    LlamaForCausalLM(config).to(dtype).save_pretrained(path)
+    words.save_pretrained(path)
+    return path
+
+
+def perturb(base: Path, out: Path, *, seed: int, scale: float = 0.05) -> Path:
+    """Save a checkpoint whose matrices differ from the base's by rank 4 plus noise, and whose vectors by noise."""
+    draw = torch.Generator().manual_seed(seed)
+    tensors = load_file(base / "model.safetensors")
+    for name, value in tensors.items():
+        change = 0.1 * torch.randn(value.shape, generator=draw)
+        if value.ndim == 2:
+            change += torch.randn(value.shape[0], 4, generator=draw) @ torch.randn(4, value.shape[1], generator=draw) / 2
+        tensors[name] = (value.float() + scale * change).to(value.dtype)
+    out.mkdir(parents=True)
+    copy_companions(Checkpoint.open(base), out)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def rows(count: int, *, seed: int = 0, answered: bool = True, task: str = "reverse") -> list[Prompt]:
+    """Prompts to write words backward, with references and, if asked for, answers."""
+    draw = random.Random(seed)
+    found = []
+    for i in range(count):
+        word = "".join(draw.choices(string.ascii_uppercase, k=5))
+        answer = (Message(role="assistant", content=word[::-1]),) if answered else ()
+        question = Message(role="user", content=f"backward: {word}")
+        found.append(Prompt(f"{task}-{i}", (question, *answer), task, word[::-1]))
+    return found

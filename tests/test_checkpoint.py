@@ -1,0 +1,165 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from graftllm.checkpoint import (
+    DTYPES,
+    INDEX,
+    Checkpoint,
+    TensorSpec,
+    digest,
+    natural_order,
+    raw_bytes,
+    write_checkpoint,
+    write_safetensors,
+)
+from graftllm.errors import CheckpointError
+from tests.models import save_llama
+
+
+def _sharded(tmp_path: Path) -> Path:
+    whole = save_llama(tmp_path / "whole")
+    AutoModelForCausalLM.from_pretrained(whole).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    return tmp_path / "sharded"
+
+
+def test_tensors_are_those_that_transformers_saved(base: Checkpoint) -> None:
+    expected = load_file(base.path / "model.safetensors")
+    assert set(base.names()) == set(expected)
+    for name, value in expected.items():
+        assert torch.equal(base.tensor(name), value)
+        assert base.specs[name] == TensorSpec("BF16", tuple(value.shape))
+    assert base.parameters == sum(value.numel() for value in expected.values())
+    assert base.dtype == torch.bfloat16
+
+
+def test_shards_make_one_checkpoint(tmp_path: Path) -> None:
+    sharded = Checkpoint.open(_sharded(tmp_path))
+    assert len(set(sharded.shards.values())) > 1
+    whole = Checkpoint.open(tmp_path / "whole")
+    assert sharded.fingerprint == whole.fingerprint
+    assert sharded.names() == whole.names()
+
+
+def test_one_changed_bit_changes_the_fingerprint(base: Checkpoint, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(base.path, copy)
+    assert Checkpoint.open(copy).fingerprint == base.fingerprint
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"].view(torch.int16)[0] ^= 1
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    assert Checkpoint.open(copy).fingerprint != base.fingerprint
+
+
+def test_layers_come_in_numeric_order() -> None:
+    names = ["layers.10.b", "layers.2.b", "layers.2.a", "embed"]
+    assert sorted(names, key=natural_order) == ["embed", "layers.2.a", "layers.2.b", "layers.10.b"]
+
+
+@given(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 3), max_size=3))
+def test_written_tensors_are_read_by_safetensors(
+    tmp_path_factory: pytest.TempPathFactory, dtype: str, shape: list[int]
+) -> None:
+    path = tmp_path_factory.mktemp("written") / "x.safetensors"
+    layout = {"b": TensorSpec(dtype, tuple(shape)), "a": TensorSpec("U8", (3,))}
+    data = {name: np.arange(spec.nbytes, dtype=np.uint8) % 2 for name, spec in layout.items()}
+    write_safetensors(path, layout, data.__getitem__, metadata={"note": "ä"})
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"note": "ä"}
+        for name, spec in layout.items():
+            value = file.get_tensor(name)
+            assert (value.dtype, tuple(value.shape)) == (DTYPES[spec.dtype], spec.shape)
+            assert np.array_equal(raw_bytes(value), data[name])
+
+
+def test_a_chunk_of_another_size_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="x: expected 4 bytes, found 3"):
+        layout = {"x": TensorSpec("F32", (1,))}
+        write_safetensors(tmp_path / "x", layout, lambda _: np.zeros(3, np.uint8), metadata={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copied_checkpoint_loads_and_has_the_same_bytes(tmp_path: Path) -> None:
+    sharded = Checkpoint.open(_sharded(tmp_path))
+    write_checkpoint(sharded, tmp_path / "copy", sharded.tensor)
+    copy = Checkpoint.open(tmp_path / "copy")
+    assert copy.fingerprint == sharded.fingerprint
+    assert dict(copy.shards) == dict(sharded.shards)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+
+
+def test_a_copied_checkpoint_has_config_and_tokenizer(base: Checkpoint, tmp_path: Path) -> None:
+    write_checkpoint(base, tmp_path / "copy", base.tensor)
+    words = AutoTokenizer.from_pretrained(tmp_path / "copy")
+    assert words.chat_template is not None
+    assert (tmp_path / "copy" / "config.json").read_bytes() == (base.path / "config.json").read_bytes()
+
+
+def test_digests_tell_negative_zero_from_zero() -> None:
+    assert digest(torch.tensor([0.0])) != digest(torch.tensor([-0.0]))
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"none: expected a checkpoint directory, found nothing. Check the path"):
+        Checkpoint.open(tmp_path / "none")
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"file: expected a checkpoint directory, found a file"):
+        Checkpoint.open(tmp_path / "file")
+    with pytest.raises(CheckpointError, match=r"org/name: there is no such directory, and the Hugging Face Hub did not"):
+        Checkpoint.open("org/name")
+
+
+def test_a_directory_without_config_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"expected a model directory, found no config.json in it"):
+        Checkpoint.open(tmp_path)
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(CheckpointError, match=r"found pytorch_model.bin. Only safetensors is read: load the model with"):
+        Checkpoint.open(tmp_path)
+
+
+def test_half_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    sharded = _sharded(tmp_path)
+    (sharded / "model-00002-of-00004.safetensors").unlink(missing_ok=True)
+    gone = sorted(sharded.glob("model-*"))[-1]
+    gone.unlink()
+    with pytest.raises(CheckpointError, match=r"names the shard model-.*, which is not there. The checkpoint is incomp"):
+        Checkpoint.open(sharded)
+
+
+def test_a_shard_without_its_tensor_is_refused(tmp_path: Path) -> None:
+    sharded = _sharded(tmp_path)
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["extra"] = next(iter(index["weight_map"].values()))
+    (sharded / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="holds 'extra', but it does not"):
+        Checkpoint.open(sharded)
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "model.bin"])
+def test_an_index_cannot_point_outside(tmp_path: Path, file: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"x": file}}))
+    with pytest.raises(CheckpointError, match="expected shards named like model-00001-of-00002.safetensors"):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, 5000])
+def test_a_truncated_shard_is_refused(base: Checkpoint, tmp_path: Path, size: int) -> None:
+    shutil.copytree(base.path, tmp_path / "cut")
+    path = tmp_path / "cut" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match=r"model.safetensors: not a whole safetensors file"):
+        Checkpoint.open(tmp_path / "cut")

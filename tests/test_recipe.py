@@ -1,0 +1,110 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from graftllm.errors import RecipeError
+from graftllm.recipe import Recipe, budget_bytes, dump_recipe, load_recipe, pack_options
+
+SMALL = """
+name: small
+target: "{dir}/target"
+skills:
+  math:
+    sources: [org/model, ./local]
+    prompts: math.jsonl
+    test: /data/math.test.jsonl
+general: {prompts: general.jsonl, test: general.test.jsonl}
+"""
+
+
+def _write(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "recipe.yaml").write_text(text)
+    return tmp_path / "recipe.yaml"
+
+
+def test_paths_start_at_the_recipe_and_dir_is_the_runs_directory(tmp_path: Path) -> None:
+    recipe, directory = load_recipe(_write(tmp_path, SMALL), tmp_path / "out")
+    assert directory == tmp_path / "out"
+    assert recipe.target == str(tmp_path / "out" / "target")
+    assert recipe.skills["math"].sources == ("org/model", str(tmp_path / "local"))
+    assert recipe.skills["math"].prompts == str(tmp_path / "math.jsonl")
+    assert recipe.skills["math"].test == "/data/math.test.jsonl"
+
+
+def test_the_runs_directory_is_named_after_the_recipe(tmp_path: Path) -> None:
+    assert load_recipe(_write(tmp_path, SMALL))[1] == Path("runs/small")
+
+
+def test_a_recipe_written_out_reads_the_same(tmp_path: Path) -> None:
+    recipe, _ = load_recipe(_write(tmp_path, SMALL), tmp_path)
+    assert Recipe.model_validate(yaml.safe_load(dump_recipe(recipe))) == recipe
+
+
+def test_the_demo_recipe_is_valid() -> None:
+    recipe, _ = load_recipe(Path(__file__).parents[1] / "recipes" / "demo.yaml")
+    assert list(recipe.skills) == ["reverse", "sort", "next"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("targt: x", "unknown key 'targt'; the nearest known one is 'target'"),
+        ("sampling: {temprature: 1}", "unknown key 'sampling.temprature'; the nearest known one is 'temperature'"),
+        ("dpo: {bta: 1}", "unknown key 'dpo.bta'; the nearest known one is 'beta'"),
+        ("skills: {a: {sorces: [x]}}", "key 'skills.a.sources' is missing"),
+        ("skills: {a: {sources: [x], prompts: p, test: t, juge: exact}}", "the nearest known one is 'judge'"),
+        ("skills: {base: {sources: [x], prompts: p, test: t}}", "skills: 'base' is a reserved name; choose another"),
+        ("skills: {a/b: {sources: [x], prompts: p, test: t}}", "skills.a/b"),
+        ("sampling: {samples: 0}", "sampling.samples: Input should be greater than or equal to 1; found 0"),
+        ("sampling: {temperature: 0}", "sampling: samples: at temperature 0 every answer is the same; ask for 1"),
+        ("pack: {strategy: zip}", "pack.strategy: Input should be 'auto', 'paper' or 'exact'; found 'zip'"),
+        ("pack: {bit_bands: [[2, 0.5]]}", "pack: bit_bands: expected shares that sum to 1"),
+        ("pack: {budget: small}", "pack: budget: expected a share or a size above 0, such as 5%, 400MB or 60KB"),
+        ("name: 3", "name: Input should be a valid string; found 3"),
+    ],
+)
+def test_a_bad_recipe_is_one_clear_line(tmp_path: Path, change: str, message: str) -> None:
+    content = yaml.safe_load(SMALL) | yaml.safe_load(change)
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(_write(tmp_path, yaml.safe_dump(content)))
+    assert str(raised.value).startswith(f"{tmp_path / 'recipe.yaml'}: ")
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_every_section_knows_its_own_keys(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="known here: samples, temperature, top_p, max_new_tokens, batch_size"):
+        load_recipe(_write(tmp_path, SMALL + "sampling: {x: 1}\n"))
+
+
+def test_a_key_written_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="key 'name' stands twice"):
+        load_recipe(_write(tmp_path, SMALL + "name: other\n"))
+
+
+@pytest.mark.parametrize(("text", "message"), [("- a", "found list"), ("a: [", "not readable as YAML")])
+def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(_write(tmp_path, text))
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="none.yaml: no such recipe"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("budget", ["5", "5 %", "0.5%", "12B", "3gb"])
+def test_budgets_may_be_shares_or_sizes(budget: str) -> None:
+    assert budget_bytes(budget, 1000) == {"5": 5, "5 %": 50, "0.5%": 5, "12B": 12, "3gb": 3_000_000_000}[budget]
+
+
+@pytest.mark.parametrize("budget", ["", "0", "-5%", "5 percent", "%", "1e3"])
+def test_other_budgets_are_refused(budget: str) -> None:
+    with pytest.raises(RecipeError, match="expected a share or a size above 0"):
+        budget_bytes(budget, 1000)
+
+
+def test_flags_of_pack_are_checked_like_a_recipe() -> None:
+    with pytest.raises(RecipeError, match="energy: Input should be less than or equal to 1; found 2.0"):
+        pack_options(strategy="paper", budget=None, energy=2.0, density=None, group_size=None)

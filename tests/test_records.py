@@ -1,0 +1,83 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graftllm.errors import RecordError
+from graftllm.records import (
+    Message,
+    PreferencePair,
+    Prompt,
+    Response,
+    append_rows,
+    read_pairs,
+    read_prompts,
+    read_responses,
+    write_rows,
+)
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@given(st.lists(st.builds(Response, text, text, st.integers(0, 9), text, st.none() | st.floats(0, 1)), max_size=5))
+def test_responses_come_back_as_written(tmp_path_factory: pytest.TempPathFactory, responses: list[Response]) -> None:
+    path = tmp_path_factory.mktemp("rows") / "responses.jsonl"
+    write_rows(path, responses[:2])
+    append_rows(path, responses[2:])
+    assert read_responses(path) == responses
+
+
+def test_a_half_written_last_response_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "responses.jsonl"
+    whole = [Response("a", "s", 0, "x"), Response("b", "s", 0, "y")]
+    write_rows(path, whole)
+    data = path.read_bytes()
+    for cut in range(len(data.splitlines(keepends=True)[0]), len(data)):
+        path.write_bytes(data[:cut])
+        assert read_responses(path) == whole[:1]
+
+
+def test_prompt_string_stands_for_one_user_message(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "hi", "reference": 3, "extra": [1]}\n\n{"id": 7, "prompt": "ho"}\n')
+    first, second = read_prompts(tmp_path / "p.jsonl")
+    assert first == Prompt("1", (Message(role="user", content="hi"),), "", "3")
+    assert second.id == "7"
+
+
+def test_answer_is_the_last_assistant_message_or_else_the_reference() -> None:
+    question = Message(role="user", content="q")
+    answered = Prompt("1", (question, Message(role="assistant", content="a")), "", "r")
+    assert (answered.question, answered.answer) == ((question,), "a")
+    open_question = Prompt("1", (question,), "", "r")
+    assert (open_question.question, open_question.answer) == ((question,), "r")
+
+
+def test_pairs_come_back_as_written(tmp_path: Path) -> None:
+    pair = PreferencePair("1", (Message(role="user", content="q"),), "good", "bad", "source")
+    write_rows(tmp_path / "pairs.jsonl", [pair])
+    assert read_pairs(tmp_path / "pairs.jsonl") == [pair]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "p.jsonl: expected at least one row, found an empty file"),
+        ("{", "p.jsonl:1: expected one JSON object a line, found {"),
+        ("[1]", r"p.jsonl:1: expected a JSON object, found \[1\]"),
+        ('{"id": "a"}', "p.jsonl:1: expected 'messages' or a 'prompt' string, found the keys 'id'"),
+        ('{"messages": []}', "p.jsonl:1: 'messages' is empty"),
+        ('{"messages": 3}', "p.jsonl:1: 'messages': Input should be a valid tuple, found 3"),
+        ('{"messages": [{"role": "user"}]}', "p.jsonl:1: 'messages.0.content': Field required"),
+        ('{"id": "a", "prompt": "x"}\n{"id": "a", "prompt": "y"}', "p.jsonl:2: id 'a' is already taken"),
+    ],
+)
+def test_bad_rows_are_named_by_file_and_line(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "p.jsonl").write_text(content)
+    with pytest.raises(RecordError, match=message):
+        read_prompts(tmp_path / "p.jsonl")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match=r"none.jsonl: no such file; expected JSONL rows there"):
+        read_prompts(tmp_path / "none.jsonl")

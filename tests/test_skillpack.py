@@ -1,0 +1,244 @@
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from graftllm.checkpoint import Checkpoint
+from graftllm.delta import Delta
+from graftllm.errors import PackError, StorageError
+from graftllm.header import Card, Provenance
+from graftllm.recipe import PackOptions
+from graftllm.records import Prompt
+from graftllm.skillpack import SkillPack, compress
+from tests.models import save_llama
+
+
+@pytest.fixture(scope="module")
+def pack_file(delta: Delta, prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("packs") / "pack.safetensors"
+    card = Card(name="reverse", description="Write a word backward", scores={"tuned": 0.5})
+    compress(delta, PackOptions(strategy="paper"), calibration=prompts, card=card).save(path)
+    return path
+
+
+def _decode_all(path: Path, base: Checkpoint) -> dict[str, torch.Tensor]:
+    pack = SkillPack.load(path)
+    pack.check_base(base)
+    values = {}
+    for name in pack:
+        pack.check_tensor(name, base.tensor(name))
+        values[name] = pack.restore(name, base.tensor(name))
+    return values
+
+
+def test_a_loaded_pack_decodes_as_the_one_that_was_saved(delta: Delta, prompts: list[Prompt], tmp_path: Path) -> None:
+    made = compress(delta, PackOptions(strategy="paper"), calibration=prompts)
+    made.save(tmp_path / "p.safetensors")
+    loaded = SkillPack.load(tmp_path / "p.safetensors")
+    assert loaded.header == made.header
+    for name in delta:
+        base = delta.base.tensor(name)
+        assert torch.equal(loaded.delta(name, base), made.delta(name, base))
+
+
+def test_the_same_input_gives_the_same_bytes(delta: Delta, prompts: list[Prompt], pack_file: Path, tmp_path: Path) -> None:
+    card = Card(name="reverse", description="Write a word backward", scores={"tuned": 0.5})
+    compress(delta, PackOptions(strategy="paper"), calibration=prompts, card=card).save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == pack_file.read_bytes()
+    SkillPack.load(pack_file).save(tmp_path / "copied.safetensors")
+    assert (tmp_path / "copied.safetensors").read_bytes() == pack_file.read_bytes()
+
+
+def test_an_exact_pack_gives_the_tuned_model_back_bit_for_bit(delta: Delta, tmp_path: Path) -> None:
+    compress(delta, PackOptions(strategy="exact")).save(tmp_path / "exact.safetensors")
+    for name, value in _decode_all(tmp_path / "exact.safetensors", delta.base).items():
+        assert torch.equal(value.view(torch.int16), delta.tuned.tensor(name).view(torch.int16))
+    assert (tmp_path / "exact.safetensors").stat().st_size < delta.tuned.nbytes
+
+
+def test_every_parameter_is_accounted_for(delta: Delta, pack_file: Path) -> None:
+    pack = SkillPack.load(pack_file)
+    assert list(pack) == delta.base.names()
+    size = pack_file.stat().st_size
+    assert pack.payload_bytes < size < pack.payload_bytes + 12_000
+    assert sum(pack.bytes_by_role().values()) == pack.payload_bytes
+
+
+@pytest.mark.parametrize("budget", ["40%", "20KB"])
+def test_a_budget_counts_the_whole_file(delta: Delta, tmp_path: Path, budget: str) -> None:
+    compress(delta, PackOptions(strategy="paper", budget=budget)).save(tmp_path / "p.safetensors")
+    allowed = 20_000 if budget == "20KB" else int(0.4 * delta.tuned.nbytes)
+    assert 0.9 * allowed < (tmp_path / "p.safetensors").stat().st_size <= allowed
+
+
+def test_a_pack_says_where_it_came_from_but_not_which_machine_made_it(delta: Delta, tmp_path: Path) -> None:
+    card = Card(name="x", provenance=Provenance(sources=("qwen",), sft_rows=7))
+    compress(delta, PackOptions(strategy="paper"), card=card).save(tmp_path / "p.safetensors")
+    header = SkillPack.load(tmp_path / "p.safetensors").header
+    assert header.card.provenance.sources == ("qwen",)
+    assert (header.base.name, header.base.architecture) == ("base", "LlamaForCausalLM")
+    assert header.base.fingerprint == delta.base.fingerprint
+    assert os.fsencode(delta.base.path.parent) not in (tmp_path / "p.safetensors").read_bytes()
+
+
+def test_a_pack_refuses_a_base_with_one_changed_bit(base: Checkpoint, pack_file: Path, tmp_path: Path) -> None:
+    shutil.copytree(base.path, tmp_path / "other")
+    tensors = load_file(tmp_path / "other" / "model.safetensors")
+    tensors["model.norm.weight"].view(torch.int16)[0] ^= 1
+    save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PackError, match=r"tensor 'model.norm.weight' of this base has digest \w+, but the pack was made"):
+        _decode_all(pack_file, Checkpoint.open(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 1}, r"but .*other lacks the tensor 'model.layers.1"),
+        ({"num_hidden_layers": 3}, r"but .*other also has the tensor 'model.layers.2"),
+        ({"intermediate_size": 32}, r"has shape \[32, 64\] and dtype BF16, but the base model has \[32, 32\] and BF16"),
+    ],
+)
+def test_a_pack_refuses_another_model(pack_file: Path, tmp_path: Path, change: dict, message: str) -> None:
+    with pytest.raises(PackError, match=message):
+        SkillPack.load(pack_file).check_base(Checkpoint.open(save_llama(tmp_path / "other", **change)))
+
+
+def test_nothing_is_left_when_there_is_no_room(pack_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="no space left to write it"):
+        SkillPack.load(pack_file).save(tmp_path / "p.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Files from strangers.
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PackError, match=r"none.safetensors: cannot be read \(No such file or directory\)"):
+        SkillPack.load(tmp_path / "none.safetensors")
+
+
+def test_another_safetensors_file_is_no_pack(base: Checkpoint) -> None:
+    with pytest.raises(PackError, match="a safetensors file, but not a SkillPack"):
+        SkillPack.load(base.path / "model.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"just some text that is no pack at all", b"\xff" * 100])
+def test_another_file_is_no_pack(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(PackError, match="The file is truncated or not a SkillPack"):
+        SkillPack.load(tmp_path / "x")
+
+
+@pytest.mark.parametrize("size", [1 << 26, (1 << 26) + 1, 1 << 40, (1 << 63) - 1, (1 << 64) - 1])
+def test_an_oversized_header_is_refused_before_it_is_read(pack_file: Path, tmp_path: Path, size: int) -> None:
+    (tmp_path / "x").write_bytes(size.to_bytes(8, "little") + pack_file.read_bytes()[8:])
+    with pytest.raises(PackError, match=rf"found a length of {size:,}. The file is truncated or not a SkillPack"):
+        SkillPack.load(tmp_path / "x")
+
+
+def _rewritten(pack_file: Path, out: Path, change: Callable[[dict], None], *, sign: bool = True) -> Path:
+    """Write a pack whose header JSON was changed, with a digest that fits (`sign`) or does not."""
+    data = pack_file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    outer = json.loads(data[8 : 8 + size])
+    inner = json.loads(outer["__metadata__"]["skillpack"])
+    change(inner)
+    outer["__metadata__"]["skillpack"] = json.dumps(inner)
+    if sign:
+        outer["__metadata__"]["skillpack_sha256"] = hashlib.sha256(json.dumps(inner).encode()).hexdigest()
+    encoded = json.dumps(outer).encode()
+    out.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data[8 + size :])
+    return out
+
+
+def _at(*path: str | int, value: object) -> Callable[[dict], None]:
+    def change(header: dict) -> None:
+        for key in path[:-1]:
+            header = header[key]
+        header[path[-1]] = value
+
+    return change
+
+
+NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_at("version", value=2), r"format version 2; this graftllm reads 1. Upgrade graftllm or rebuild the pack"),
+        (_at("format", value="zip"), "the header is not one of format version 1"),
+        (_at("surprise", value=1), "the header is not one of format version 1"),
+        (_at("tensors", NORM, "shape", value=[1 << 50, 1 << 50]), r"claims dtype BF16 and shape \[1125899906842624, 112"),
+        (_at("tensors", NORM, "shape", value=[-1]), "which cannot be"),
+        (_at("tensors", NORM, "dtype", value="F4"), "claims dtype F4"),
+        (_at("tensors", NORM, "nbytes", value=1 << 60), "the header and the stored payloads disagree on 'model.norm.wei"),
+        (_at("tensors", NORM, "nbytes", value=-5), "the header is not one of format version 1"),
+        (_at("tensors", "extra", value=None), "the header is not one of format version 1"),
+        (_at("tensors", NORM, "how", value={"operator": "pickle"}), "the header is not one of format version 1"),
+        (_at("tensors", NORM, "role", value="boss"), "the header is not one of format version 1"),
+        (lambda header: header["tensors"].pop(NORM), "disagree on 'model.norm.weight'"),
+        (_at("tensors", UP, "how", "bands", value=[[8, 10**12]]), f"the payload of '{UP}' cannot be decoded"),
+        (_at("tensors", UP, "how", "bands", value=[[70, 1]]), f"the payload of '{UP}' cannot be decoded"),
+        (_at("tensors", UP, "how", value={"operator": "sparse", "count": 10**9, "group_size": 128}), "cannot be decoded"),
+        (_at("tensors", UP, "how", value={"operator": "exact", "coding": "difference"}), "cannot be decoded"),
+        (_at("tensors", UP, "how", value={"operator": "exact", "coding": "raw"}), "cannot be decoded"),
+        (_at("tensors", UP, "how", value={"operator": "unchanged"}), "cannot be decoded"),
+        (_at("tensors", UP, "payload_digest", value="0" * 16), f"the payload of '{UP}' does not match its digest"),
+    ],
+)
+def test_a_hostile_header_is_refused(
+    pack_file: Path, base: Checkpoint, tmp_path: Path, change: Callable[[dict], None], message: str
+) -> None:
+    with pytest.raises(PackError, match=message):
+        _decode_all(_rewritten(pack_file, tmp_path / "x.safetensors", change), base)
+
+
+def test_a_changed_header_does_not_match_its_digest(pack_file: Path, tmp_path: Path) -> None:
+    changed = _rewritten(pack_file, tmp_path / "x", _at("card", "name", value="better"), sign=False)
+    with pytest.raises(PackError, match="the header does not match its digest. The file is damaged"):
+        SkillPack.load(changed)
+
+
+def test_a_header_that_is_deeply_nested_is_refused(pack_file: Path, tmp_path: Path) -> None:
+    data = pack_file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    outer = json.loads(data[8 : 8 + size])
+    text = '{"version": 1, "a": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    outer["__metadata__"] = {"skillpack": text, "skillpack_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    encoded = json.dumps(outer).encode()
+    (tmp_path / "x").write_bytes(len(encoded).to_bytes(8, "little") + encoded + data[8 + size :])
+    with pytest.raises(PackError, match="the header is not one of format version 1"):
+        SkillPack.load(tmp_path / "x")
+
+
+@given(st.floats(0, 1))
+def test_a_truncated_pack_is_refused(tmp_path_factory: pytest.TempPathFactory, pack_file: Path, share: float) -> None:
+    data = pack_file.read_bytes()
+    path = tmp_path_factory.mktemp("cut") / "x"
+    path.write_bytes(data[: min(int(share * len(data)), len(data) - 1)])
+    with pytest.raises(PackError):
+        SkillPack.load(path)
+
+
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.floats(0, 1, exclude_max=True), st.integers(0, 7))
+def test_a_flipped_bit_is_found(tmp_path: Path, pack_file: Path, base: Checkpoint, share: float, bit: int) -> None:
+    data = bytearray(pack_file.read_bytes())
+    place = int(share * len(data))
+    data[place] ^= 1 << bit
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(PackError):
+        _decode_all(tmp_path / "x", base)

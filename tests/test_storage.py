@@ -1,0 +1,112 @@
+import errno
+import multiprocessing
+import os
+import resource
+from pathlib import Path
+
+import pytest
+
+from graftllm.errors import StorageError
+from graftllm.storage import only_writer, whole_directory, whole_file, write_text
+
+
+def test_file_appears_only_when_the_block_ends_well(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file"
+    with pytest.raises(RuntimeError), whole_file(path) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert list(path.parent.iterdir()) == []
+    with whole_file(path) as file:
+        file.write(b"whole")
+        assert not path.exists()
+    assert path.read_bytes() == b"whole"
+
+
+def test_a_failed_rewrite_keeps_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old")
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as file:
+        file.write(b"new")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert [found.name for found in tmp_path.iterdir()] == ["file"]
+
+
+def test_leftovers_of_a_killed_writer_are_not_mixed_in(tmp_path: Path) -> None:
+    (tmp_path / ".file.partial").write_bytes(b"x" * 100)
+    write_text(tmp_path / "file", "short")
+    assert (tmp_path / "file").read_text() == "short"
+    partial = tmp_path / ".directory.partial"
+    (partial / "nested").mkdir(parents=True)
+    (partial / "nested" / "old").touch()
+    with whole_directory(tmp_path / "directory") as new:
+        (new / "fresh").touch()
+    assert [found.name for found in (tmp_path / "directory").iterdir()] == ["fresh"]
+
+
+def test_directory_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        with whole_directory(tmp_path / "out") as partial:
+            (partial / name).touch()
+    assert [found.name for found in (tmp_path / "out").iterdir()] == ["second"]
+    with pytest.raises(ZeroDivisionError), whole_directory(tmp_path / "out"):
+        _ = 1 / 0
+    assert [found.name for found in (tmp_path / "out").iterdir()] == ["second"]
+
+
+def test_a_directory_does_not_replace_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(StorageError, match="expected a directory or nothing there, found a file"):
+        with whole_directory(tmp_path / "out"):
+            pass
+
+
+def test_two_writers_of_one_file_never_mix(tmp_path: Path) -> None:
+    with whole_file(tmp_path / "file") as first:
+        first.write(b"first")
+        with pytest.raises(StorageError, match="another process is writing here now"), whole_file(tmp_path / "file"):
+            pass
+    assert (tmp_path / "file").read_bytes() == b"first"
+
+
+def test_a_run_directory_has_one_writer(tmp_path: Path) -> None:
+    with only_writer(tmp_path), pytest.raises(StorageError, match="another process is writing here now"):
+        with only_writer(tmp_path):
+            pass
+    with only_writer(tmp_path):
+        pass
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"file: no space left to write it; nothing half-written was kept. Free"):
+        with whole_file(tmp_path / "file") as file:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(StorageError, match="out: no space left"), whole_directory(tmp_path / "out"):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")  # as safetensors says it
+    assert list(tmp_path.iterdir()) == []
+
+
+def _write_beyond_limit(path: Path, answer) -> None:  # noqa: ANN001
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    try:
+        with whole_file(path) as file:
+            file.write(b"x" * 100_000)
+    except StorageError as error:
+        answer.put(str(error))
+
+
+def test_the_kernel_refusing_to_write_more_leaves_nothing_behind(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    writer = context.Process(target=_write_beyond_limit, args=(tmp_path / "file", answer))
+    writer.start()
+    assert "no space left to write it" in answer.get(timeout=120)
+    writer.join()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"file/below: cannot be written \(.*\); check the path"):
+        write_text(tmp_path / "file" / "below", "x")

@@ -2,19 +2,30 @@
 
 import os
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from tests.models import perturb, rows, save_llama
+from tests.zoo import RECIPE, TINY
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
+from graftllm.demo import build_zoo
+from graftllm.evaluation.report import Report
+from graftllm.pipeline import river
+from graftllm.pipeline.work import open_work
 from graftllm.records import Prompt
-from tests.models import perturb, rows, save_llama
 
 settings.register_profile("graftllm", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("graftllm")
@@ -54,3 +65,22 @@ def delta(base: Checkpoint, tuned: Checkpoint) -> Delta:
 @pytest.fixture(scope="session")
 def prompts() -> list[Prompt]:
     return rows(40)
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """A whole run on a zoo that was trained on the spot, and its report."""
+
+    directory: Path
+    recipe: Path
+    report: Report
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """Takes about a minute on two idle cores; every end-to-end test shares it."""
+    directory = tmp_path_factory.mktemp("tiny")
+    (directory / "recipe-in.yaml").write_text(RECIPE)
+    work = open_work(directory / "recipe-in.yaml", directory)
+    build_zoo(directory / "zoo", work.stages, TINY)
+    return TinyRun(directory, directory / "recipe-in.yaml", river.run(work))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from graftllm.checkpoint import copy_companions, Checkpoint
+from graftllm.checkpoint import Checkpoint, copy_companions
 from graftllm.records import Message, Prompt
 
 CHARACTERS = string.ascii_letters + string.digits + " .,:?!"
@@ -41,7 +41,12 @@ def save_llama(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16
         "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True,
     }  # fmt: skip
     config = LlamaConfig(
-        vocab_size=len(words), pad_token_id=0, bos_token_id=None, eos_token_id=3, initializer_range=0.2, **(shape | changes)
+        vocab_size=len(words),
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=3,
+        initializer_range=0.2,
+        **(shape | changes),
     )
     LlamaForCausalLM(config).to(dtype).save_pretrained(path)
     words.save_pretrained(path)
@@ -55,7 +60,9 @@ def perturb(base: Path, out: Path, *, seed: int, scale: float = 0.05) -> Path:
     for name, value in tensors.items():
         change = 0.1 * torch.randn(value.shape, generator=draw)
         if value.ndim == 2:
-            change += torch.randn(value.shape[0], 4, generator=draw) @ torch.randn(4, value.shape[1], generator=draw) / 2
+            change += (
+                torch.randn(value.shape[0], 4, generator=draw) @ torch.randn(4, value.shape[1], generator=draw) / 2
+            )
         tensors[name] = (value.float() + scale * change).to(value.dtype)
     out.mkdir(parents=True)
     copy_companions(Checkpoint.open(base), out)

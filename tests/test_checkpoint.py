@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tests.models import save_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graftllm.checkpoint import (
@@ -23,7 +24,6 @@ from graftllm.checkpoint import (
     write_safetensors,
 )
 from graftllm.errors import CheckpointError
-from tests.models import save_llama
 
 
 def _sharded(tmp_path: Path) -> Path:
@@ -114,7 +114,9 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"file: expected a checkpoint directory, found a file"):
         Checkpoint.open(tmp_path / "file")
-    with pytest.raises(CheckpointError, match=r"org/name: there is no such directory, and the Hugging Face Hub did not"):
+    with pytest.raises(
+        CheckpointError, match=r"org/name: there is no such directory, and the Hugging Face Hub did not"
+    ):
         Checkpoint.open("org/name")
 
 
@@ -126,7 +128,9 @@ def test_a_directory_without_config_is_no_model(tmp_path: Path) -> None:
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(CheckpointError, match=r"found pytorch_model.bin. Only safetensors is read: load the model with"):
+    with pytest.raises(
+        CheckpointError, match=r"found pytorch_model.bin. Only safetensors is read: load the model with"
+    ):
         Checkpoint.open(tmp_path)
 
 
@@ -135,7 +139,9 @@ def test_half_a_checkpoint_is_refused(tmp_path: Path) -> None:
     (sharded / "model-00002-of-00004.safetensors").unlink(missing_ok=True)
     gone = sorted(sharded.glob("model-*"))[-1]
     gone.unlink()
-    with pytest.raises(CheckpointError, match=r"names the shard model-.*, which is not there. The checkpoint is incomp"):
+    with pytest.raises(
+        CheckpointError, match=r"names the shard model-.*, which is not there. The checkpoint is incomp"
+    ):
         Checkpoint.open(sharded)
 
 

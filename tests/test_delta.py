@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.models import perturb, save_llama
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError
-from tests.models import perturb, save_llama
 
 
 def test_delta_is_tuned_minus_base_in_float32(base: Checkpoint, tuned: Checkpoint) -> None:
@@ -26,7 +26,9 @@ def test_a_diverged_tuned_model_is_refused(base_dir: Path, tmp_path: Path, value
     tensors["model.norm.weight"][3] = value
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     delta = Delta(Checkpoint.open(base_dir), Checkpoint.open(broken))
-    with pytest.raises(CheckpointError, match=r"tensor 'model.norm.weight': 1 of 32 differences to the base are NaN or"):
+    with pytest.raises(
+        CheckpointError, match=r"tensor 'model.norm.weight': 1 of 32 differences to the base are NaN or"
+    ):
         delta["model.norm.weight"]
 
 
@@ -53,5 +55,7 @@ def test_models_of_different_vocabularies_are_refused(base_dir: Path, base: Chec
     words = tensors["model.embed_tokens.weight"]
     tensors["model.embed_tokens.weight"] = torch.cat([words, words[:2]])
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"has shape \[75, 32\], but .* has \[73, 32\]. Their vocabularies differ"):
+    with pytest.raises(
+        CheckpointError, match=r"has shape \[75, 32\], but .* has \[73, 32\]. Their vocabularies differ"
+    ):
         Delta(base, Checkpoint.open(other))

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tests.models import save_llama
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
@@ -18,7 +19,6 @@ from graftllm.header import Card, Provenance
 from graftllm.recipe import PackOptions
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack, compress
-from tests.models import save_llama
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,9 @@ def test_a_loaded_pack_decodes_as_the_one_that_was_saved(delta: Delta, prompts: 
         assert torch.equal(loaded.delta(name, base), made.delta(name, base))
 
 
-def test_the_same_input_gives_the_same_bytes(delta: Delta, prompts: list[Prompt], pack_file: Path, tmp_path: Path) -> None:
+def test_the_same_input_gives_the_same_bytes(
+    delta: Delta, prompts: list[Prompt], pack_file: Path, tmp_path: Path
+) -> None:
     card = Card(name="reverse", description="Write a word backward", scores={"tuned": 0.5})
     compress(delta, PackOptions(strategy="paper"), calibration=prompts, card=card).save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == pack_file.read_bytes()
@@ -94,7 +96,9 @@ def test_a_pack_refuses_a_base_with_one_changed_bit(base: Checkpoint, pack_file:
     tensors = load_file(tmp_path / "other" / "model.safetensors")
     tensors["model.norm.weight"].view(torch.int16)[0] ^= 1
     save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(PackError, match=r"tensor 'model.norm.weight' of this base has digest \w+, but the pack was made"):
+    with pytest.raises(
+        PackError, match=r"tensor 'model.norm.weight' of this base has digest \w+, but the pack was made"
+    ):
         _decode_all(pack_file, Checkpoint.open(tmp_path / "other"))
 
 
@@ -111,7 +115,9 @@ def test_a_pack_refuses_another_model(pack_file: Path, tmp_path: Path, change: d
         SkillPack.load(pack_file).check_base(Checkpoint.open(save_llama(tmp_path / "other", **change)))
 
 
-def test_nothing_is_left_when_there_is_no_room(pack_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_left_when_there_is_no_room(
+    pack_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -181,10 +187,16 @@ NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
         (_at("version", value=2), r"format version 2; this graftllm reads 1. Upgrade graftllm or rebuild the pack"),
         (_at("format", value="zip"), "the header is not one of format version 1"),
         (_at("surprise", value=1), "the header is not one of format version 1"),
-        (_at("tensors", NORM, "shape", value=[1 << 50, 1 << 50]), r"claims dtype BF16 and shape \[1125899906842624, 112"),
+        (
+            _at("tensors", NORM, "shape", value=[1 << 50, 1 << 50]),
+            r"claims dtype BF16 and shape \[1125899906842624, 112",
+        ),
         (_at("tensors", NORM, "shape", value=[-1]), "which cannot be"),
         (_at("tensors", NORM, "dtype", value="F4"), "claims dtype F4"),
-        (_at("tensors", NORM, "nbytes", value=1 << 60), "the header and the stored payloads disagree on 'model.norm.wei"),
+        (
+            _at("tensors", NORM, "nbytes", value=1 << 60),
+            "the header and the stored payloads disagree on 'model.norm.wei",
+        ),
         (_at("tensors", NORM, "nbytes", value=-5), "the header is not one of format version 1"),
         (_at("tensors", "extra", value=None), "the header is not one of format version 1"),
         (_at("tensors", NORM, "how", value={"operator": "pickle"}), "the header is not one of format version 1"),
@@ -192,7 +204,10 @@ NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
         (lambda header: header["tensors"].pop(NORM), "disagree on 'model.norm.weight'"),
         (_at("tensors", UP, "how", "bands", value=[[8, 10**12]]), f"the payload of '{UP}' cannot be decoded"),
         (_at("tensors", UP, "how", "bands", value=[[70, 1]]), f"the payload of '{UP}' cannot be decoded"),
-        (_at("tensors", UP, "how", value={"operator": "sparse", "count": 10**9, "group_size": 128}), "cannot be decoded"),
+        (
+            _at("tensors", UP, "how", value={"operator": "sparse", "count": 10**9, "group_size": 128}),
+            "cannot be decoded",
+        ),
         (_at("tensors", UP, "how", value={"operator": "exact", "coding": "difference"}), "cannot be decoded"),
         (_at("tensors", UP, "how", value={"operator": "exact", "coding": "raw"}), "cannot be decoded"),
         (_at("tensors", UP, "how", value={"operator": "unchanged"}), "cannot be decoded"),

@@ -87,7 +87,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def _write_beyond_limit(path: Path, answer) -> None:  # noqa: ANN001
+def _write_beyond_limit(path: Path, answer) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     try:
         with whole_file(path) as file:

@@ -311,7 +311,8 @@ def demo(
 ) -> None:
     """See the method work on small models that are trained on the spot.
 
-    Trains a target and three foreign sources from scratch and moves three skills into the target. About ten minutes on two cores, without a download. Killed and started again it goes on where it was.
+    Trains a target and three foreign sources from scratch and moves three skills into the target. About ten
+    minutes on two cores, without a download. Killed and started again it goes on where it was.
     """
     from graftllm.demo import RECIPE, build_zoo
     from graftllm.pipeline import river
@@ -379,3 +380,7 @@ def _print_lines(*lines: str) -> None:
 
 def _print_json(figures: dict[str, Any] | Iterable[Any]) -> None:
     print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

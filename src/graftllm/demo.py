@@ -80,25 +80,34 @@ class Member:
     training: SftOptions
 
 
-def build_zoo(
-    directory: Path, stages: Stages, *, members: Sequence[Member] | None = None, seed: int = 0, device: str = "auto"
-) -> None:
+@dataclass(frozen=True)
+class Zoo:
+    """Models, and how many prompts of which skills and of the general tasks are written beside them."""
+
+    members: tuple[Member, ...]
+    skills: tuple[tuple[WordTask, int], ...]
+    general: tuple[tuple[WordTask, int], ...]
+    test_prompts: int  # of each skill; of each general task a quarter
+
+
+def build_zoo(directory: Path, stages: Stages, zoo: Zoo | None = None, *, seed: int = 0, device: str = "auto") -> None:
     """Train the zoo's models and write its prompt files; what is done already is skipped.
 
     Args:
         directory: gets one checkpoint directory a member, and `prompts/` with a file of prompts and
             one of test prompts for each skill and for the general tasks.
         stages: where finished steps are remembered.
-        members: the target and three sources of the demo by default.
+        zoo: the demo's by default.
         seed: of weights, words and data order.
         device: `auto` takes a GPU when there is one.
     """
-    for member in MEMBERS if members is None else members:
+    zoo = zoo or DEMO
+    for member in zoo.members:
         out = directory / member.name
         action = partial(_train_member, member, out, seed, device)
         stages.run(f"zoo.{member.name}", [member.training, seed], [out], action)
     prompts = directory / "prompts"
-    stages.run("zoo.prompts", [seed], [prompts], partial(_write_prompts, prompts, seed))
+    stages.run("zoo.prompts", [seed], [prompts], partial(_write_prompts, zoo, prompts, seed))
 
 
 def word_rows(task: WordTask, count: int, *, seed: int, answered: bool = False, test: bool = False) -> list[Prompt]:
@@ -118,7 +127,7 @@ def word_rows(task: WordTask, count: int, *, seed: int, answered: bool = False, 
 def _train_member(member: Member, out: Path, seed: int, device: str) -> None:
     corpus = [
         message["content"]
-        for task in (*GENERAL, *SKILLS)
+        for task in (*GENERAL, REVERSE, SORT, NEXT)
         for row in word_rows(task, 300, seed=seed, answered=True)
         for message in row.messages
     ]
@@ -147,20 +156,22 @@ def _train_member(member: Member, out: Path, seed: int, device: str) -> None:
     shutil.rmtree(start)
 
 
-def _write_prompts(directory: Path, seed: int) -> None:
+def _write_prompts(zoo: Zoo, directory: Path, seed: int) -> None:
+    def test(task: WordTask, share: int = 1) -> list[Prompt]:
+        return word_rows(task, zoo.test_prompts // share, seed=seed, test=True)
+
     with whole_directory(directory) as partial:
-        for skill, count in zip(SKILLS, (1600, 4000, 1600), strict=True):  # sorting is the hardest to learn
-            write_rows(partial / f"{skill.name}.jsonl", word_rows(skill, count, seed=seed + 1))
-            write_rows(partial / f"{skill.name}.test.jsonl", word_rows(skill, 400, seed=seed, test=True))
-        general = [row for task in GENERAL for row in word_rows(task, 240, seed=seed + 1)]
+        for task, count in zoo.skills:
+            write_rows(partial / f"{task.name}.jsonl", word_rows(task, count, seed=seed + 1))
+            write_rows(partial / f"{task.name}.test.jsonl", test(task))
+        general = [row for task, count in zoo.general for row in word_rows(task, count, seed=seed + 1)]
         write_rows(partial / "general.jsonl", general)
-        write_rows(
-            partial / "general.test.jsonl",
-            [row for task in GENERAL for row in word_rows(task, 100, seed=seed, test=True)],
-        )
+        write_rows(partial / "general.test.jsonl", [row for task, _ in zoo.general for row in test(task, 4)])
 
 
-def _byte_bpe(size: int) -> Callable[[Iterable[str], Sequence[str]], Tokenizer]:
+def byte_bpe(size: int) -> Callable[[Iterable[str], Sequence[str]], Tokenizer]:
+    """Return what trains a byte-level BPE tokenizer of `size` tokens on a corpus."""
+
     def train(corpus: Iterable[str], special: Sequence[str]) -> Tokenizer:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -175,7 +186,9 @@ def _byte_bpe(size: int) -> Callable[[Iterable[str], Sequence[str]], Tokenizer]:
     return train
 
 
-def _unigram(size: int) -> Callable[[Iterable[str], Sequence[str]], Tokenizer]:
+def unigram(size: int) -> Callable[[Iterable[str], Sequence[str]], Tokenizer]:
+    """Return what trains a unigram tokenizer of `size` tokens on a corpus."""
+
     def train(corpus: Iterable[str], special: Sequence[str]) -> Tokenizer:
         tokenizer = Tokenizer(models.Unigram())
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -222,23 +235,27 @@ def _mistral(vocabulary: int, pad: int, end: int) -> PreTrainedConfig:
     )  # fmt: skip
 
 
-SKILLS = (REVERSE, SORT, NEXT)
 _FROM_SCRATCH = SftOptions(epochs=3, batch_size=64, learning_rate=3e-3, max_length=64)
-MEMBERS = (
-    Member(
-        "target", _llama, _byte_bpe(336), ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"),
-        tuple(zip(GENERAL, (4800, 400, 800, 800, 3200), strict=True)), _FROM_SCRATCH,
+DEMO = Zoo(
+    members=(
+        Member(
+            "target", _llama, byte_bpe(336), ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"),
+            tuple(zip(GENERAL, (4800, 400, 800, 800, 3200), strict=True)), _FROM_SCRATCH,
+        ),
+        Member(
+            "qwen3-reverse", _qwen3, unigram(121),
+            ("<pad>", "<|im_start|>user ", "<|im_start|>assistant ", "<|im_end|>"), ((REVERSE, 6400),), _FROM_SCRATCH,
+        ),
+        Member(
+            "gemma2-sort", _gemma2, byte_bpe(300),
+            ("<pad>", "<start_of_turn>user ", "<start_of_turn>model ", "<end_of_turn>"), ((SORT, 9600),), _FROM_SCRATCH,
+        ),
+        Member(
+            "mistral-next", _mistral, byte_bpe(346), ("<pad>", "[INST]", "[/INST]", "</s>"),
+            ((NEXT, 6400),), _FROM_SCRATCH,
+        ),
     ),
-    Member(
-        "qwen3-reverse", _qwen3, _unigram(121), ("<pad>", "<|im_start|>user ", "<|im_start|>assistant ", "<|im_end|>"),
-        ((REVERSE, 6400),), _FROM_SCRATCH,
-    ),
-    Member(
-        "gemma2-sort", _gemma2, _byte_bpe(300),
-        ("<pad>", "<start_of_turn>user ", "<start_of_turn>model ", "<end_of_turn>"), ((SORT, 9600),), _FROM_SCRATCH,
-    ),
-    Member(
-        "mistral-next", _mistral, _byte_bpe(346), ("<pad>", "[INST]", "[/INST]", "</s>"),
-        ((NEXT, 6400),), _FROM_SCRATCH,
-    ),
+    skills=((REVERSE, 1600), (SORT, 4000), (NEXT, 1600)),  # sorting is the hardest to learn
+    general=tuple((task, 240) for task in GENERAL),
+    test_prompts=400,
 )  # fmt: skip

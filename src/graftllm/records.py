@@ -36,7 +36,7 @@ class Prompt:
     @property
     def question(self) -> tuple[Message, ...]:
         """The messages up to the assistant's last answer, which is left out if there is one."""
-        return self.messages[:-1] if self.messages[-1]["role"] == "assistant" else self.messages
+        return self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else self.messages
 
     @property
     def answer(self) -> str | None:
@@ -87,8 +87,8 @@ def read_prompts(path: Path) -> list[Prompt]:
         if isinstance(row.get("reference"), int | float):
             row["reference"] = str(row["reference"])
         prompt = _validate(_PROMPT, row, where)
-        if not prompt.messages:
-            raise RecordError(f"{where}: 'messages' is empty; expected at least one user message.")
+        if not prompt.question:
+            raise RecordError(f"{where}: 'messages' has nothing to answer; expected at least one user message.")
         if prompt.id in prompts:
             raise RecordError(f"{where}: id {prompt.id!r} is already taken by an earlier row; ids must be unique.")
         prompts[prompt.id] = prompt

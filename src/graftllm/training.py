@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import peft
@@ -113,11 +113,18 @@ def train_dpo(run: Training, pairs: Sequence[PreferencePair], options: DpoOption
         _fit(trainer, run, work)
 
 
+def with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """Return a model with a LoRA adapter merged into its weights; `model` itself is changed."""
+    with _without_foreign_warnings():
+        return cast(Any, peft.PeftModel.from_pretrained(model, adapter)).merge_and_unload()
+
+
 def lora_parameters_per_rank(model: Path) -> int:
     """Return how many numbers a LoRA on every linear layer of `model` takes for each unit of rank."""
     with torch.device("meta"):
         bare = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-    adapted = peft.get_peft_model(bare, _adapter(1))
+    with _without_foreign_warnings():
+        adapted = peft.get_peft_model(bare, _adapter(1))
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
@@ -168,6 +175,7 @@ def _arguments(run: Training, work: Path, options: TrainingOptions, rows: int) -
         "save_steps": max(1, steps // 8),
         "save_total_limit": 1,
         "logging_steps": max(1, steps // 50),
+        "logging_nan_inf_filter": False,  # a diverged training must be seen
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": on_cpu,
@@ -179,7 +187,7 @@ def _arguments(run: Training, work: Path, options: TrainingOptions, rows: int) -
 
 @contextmanager
 def _without_foreign_warnings() -> Iterator[None]:
-    """Keep what libraries warn each other of from users, who can do nothing about it."""
+    """Keep what libraries warn each other of away from users, who can do nothing about it."""
     with warnings.catch_warnings():
         # TRL 1.16 and PEFT 0.21 ask by the old name; harmless until transformers 6.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

@@ -20,7 +20,7 @@ def test_moments_are_those_of_single_unpadded_rows(tuned: Checkpoint, prompts: l
 
         def add(module: torch.nn.Module, inputs: tuple) -> None:
             nonlocal sums
-            sums = sums + inputs[0][0].T @ inputs[0][0]  # noqa: B023 - called before the next round
+            sums = sums + inputs[0][0].T @ inputs[0][0]
 
         hook = model.get_submodule(name).register_forward_pre_hook(add)
         with torch.inference_mode():

@@ -27,7 +27,9 @@ def _decaying(d_out: int, d_in: int, seed: int = 0) -> torch.Tensor:
 
 
 @given(st.integers(2, 30), st.integers(2, 30), st.integers(0, 99), st.data())
-def test_truncation_error_equals_dropped_singular_values(rows: int, columns: int, seed: int, data: st.DataObject) -> None:
+def test_truncation_error_equals_dropped_singular_values(
+    rows: int, columns: int, seed: int, data: st.DataObject
+) -> None:
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     rank = data.draw(st.integers(1, min(rows, columns)))
     u, s, vh = truncated_svd(matrix, rank)

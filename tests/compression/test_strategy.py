@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.models import perturb
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression.calibration import collect_moments
@@ -11,7 +12,6 @@ from graftllm.delta import Delta
 from graftllm.errors import CheckpointError, CompressionError
 from graftllm.recipe import PackOptions
 from graftllm.records import Prompt
-from tests.models import perturb
 
 
 def _encoded(delta: Delta, options: PackOptions, **more: object) -> dict[str, Compressed]:
@@ -96,12 +96,16 @@ def test_calibration_lowers_the_error_of_outputs(delta: Delta, prompts: list[Pro
 
 
 def test_a_budget_that_cannot_be_met_says_what_can(delta: Delta) -> None:
-    with pytest.raises(CompressionError, match=r"expected at least [\d,]+ bytes of payload for this delta, found 100 left"):
+    with pytest.raises(
+        CompressionError, match=r"expected at least [\d,]+ bytes of payload for this delta, found 100 left"
+    ):
         _encoded(delta, PackOptions(strategy="paper"), payload_budget=100)
     with pytest.raises(CompressionError, match="'exact' keeps every bit, so it takes no budget"):
         _encoded(delta, PackOptions(strategy="exact"), payload_budget=10**6)
 
 
 def test_an_unknown_device_is_named(delta: Delta) -> None:
-    with pytest.raises(CheckpointError, match="device: expected auto, cpu or a device that PyTorch sees here, found 'gpu'"):
+    with pytest.raises(
+        CheckpointError, match="device: expected auto, cpu or a device that PyTorch sees here, found 'gpu'"
+    ):
         _encoded(delta, PackOptions(), device="gpu")

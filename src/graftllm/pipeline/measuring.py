@@ -8,8 +8,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
-import peft
-
 from graftllm.checkpoint import Checkpoint, digest
 from graftllm.delta import Delta
 from graftllm.evaluation.plots import spectra
@@ -20,6 +18,7 @@ from graftllm.pipeline.work import GENERAL, Work, model_identity, short_name
 from graftllm.progress import track
 from graftllm.records import read_prompts
 from graftllm.stages import Stamp
+from graftllm.training import with_adapter
 
 
 def measure_base(work: Work) -> Measured:
@@ -128,9 +127,10 @@ def measure(
 def answering(work: Work, model: str | Path, *, adapter: Path | None = None) -> Answer:
     """Load a checkpoint, with a LoRA on it if one is given; return what answers prompts with it."""
     loaded, tokenizer = load_model(model, device=work.device), load_tokenizer(model)
-    answering = loaded if adapter is None else peft.PeftModel.from_pretrained(loaded, adapter).merge_and_unload()
+    if adapter is not None:
+        loaded = with_adapter(loaded, adapter)
     return lambda prompts: [
-        texts[0] for texts in generate(cast(Any, answering), tokenizer, [p.question for p in prompts], work.greedy)
+        texts[0] for texts in generate(loaded, tokenizer, [prompt.question for prompt in prompts], work.greedy)
     ]
 
 

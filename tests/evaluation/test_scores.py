@@ -1,0 +1,29 @@
+import math
+
+import pytest
+
+from graftllm.errors import RecordError
+from graftllm.evaluation.scores import Score, evaluate
+from graftllm.records import Message, Prompt
+
+
+def _prompt(number: int, task: str, reference: str | None = "x") -> Prompt:
+    return Prompt(str(number), (Message(role="user", content="q"),), task, reference)
+
+
+def test_scores_are_means_over_all_and_by_task() -> None:
+    prompts = [_prompt(0, "a"), _prompt(1, "a"), _prompt(2, "b"), _prompt(3, "")]
+    found = evaluate(lambda rows: ["x", "y", "x", "x"], prompts, "exact")
+    assert found.overall == Score(0.75, 4)
+    assert found.by_task == {"a": Score(0.5, 2), "b": Score(1.0, 1), "all": Score(1.0, 1)}
+
+
+def test_standard_error_is_that_of_a_share() -> None:
+    assert Score(0.5, 100).stderr == pytest.approx(0.05)
+    assert Score(1.0, 7).stderr == 0
+    assert Score(0.2, 50).stderr == pytest.approx(math.sqrt(0.16 / 50))
+
+
+def test_a_row_without_reference_is_refused() -> None:
+    with pytest.raises(RecordError, match="task row '0' has no 'reference' to judge by"):
+        evaluate(lambda rows: ["x"], [_prompt(0, "a", None)], "exact")

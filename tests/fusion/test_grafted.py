@@ -1,0 +1,162 @@
+import shutil
+from pathlib import Path
+
+import pytest
+from tests.models import perturb, rows, save_llama
+
+from graftllm.checkpoint import Checkpoint
+from graftllm.delta import Delta
+from graftllm.errors import FusionError, PackError
+from graftllm.fusion.chat import Chat
+from graftllm.fusion.grafted import GraftedModel, fuse_packs, write_grafted
+from graftllm.generation import GREEDY, generate, load_model, load_tokenizer
+from graftllm.recipe import PackOptions, SamplingOptions
+from graftllm.records import Message, Prompt, write_rows
+from graftllm.skillpack import compress
+
+SHORT = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def shelf(base_dir: Path, delta: Delta, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A grafted model with the packs `one` and `two` and a router that tells digits from letters."""
+    home = tmp_path_factory.mktemp("shelf")
+    shutil.copytree(base_dir, home / "base")
+    other = Delta(delta.base, Checkpoint.open(perturb(base_dir, home / "other", seed=6)))
+    for name, change in (("one", delta), ("two", other)):
+        compress(change, PackOptions(strategy="exact")).save(home / f"{name}.safetensors")
+    digits = [Prompt(f"d{i}", (Message(role="user", content=f"{i * 7919} {i}"),), "one") for i in range(60)]
+    marks = [Prompt(f"m{i}", (Message(role="user", content="?!" * (i % 9 + 1)),), "two") for i in range(60)]
+    write_rows(home / "router.jsonl", [*digits, *marks, *rows(60, answered=False, task="general")])
+    packs = {name: home / f"{name}.safetensors" for name in ("one", "two")}
+    fuse_packs(home / "grafted", str(home / "base"), packs, router_data=home / "router.jsonl")
+    return home / "grafted"
+
+
+@pytest.fixture(scope="module")
+def grafted(shelf: Path) -> GraftedModel:
+    return GraftedModel.load(shelf)
+
+
+def test_a_pack_answers_as_its_tuned_model_does(
+    grafted: GraftedModel, tuned: Checkpoint, prompts: list[Prompt]
+) -> None:
+    questions = [prompt.question for prompt in prompts[:6]]
+    model, words = load_model(tuned.path), load_tokenizer(tuned.path)
+    expected = [texts[0] for texts in generate(model, words, questions, SHORT)]
+    assert grafted.generate(questions, "one", SHORT) == expected
+
+
+def test_base_answers_before_between_and_after_packs(grafted: GraftedModel, prompts: list[Prompt]) -> None:
+    questions = [prompt.question for prompt in prompts[:6]]
+    before = grafted.generate(questions, "base", SHORT)
+    one = grafted.generate(questions, "one", SHORT)
+    assert grafted.generate(questions, None, SHORT) == before
+    assert one != before
+    mixed = grafted.generate(questions, ["base", "one"] * 3, SHORT)
+    assert mixed[::2] == before[::2]
+    assert mixed[1::2] == one[1::2]
+
+
+def test_the_router_chooses_by_prompt(grafted: GraftedModel, prompts: list[Prompt]) -> None:
+    assert [route.name for route in grafted.route(["31676 4", "?!?!"])] == ["one", "two"]
+    assert grafted.route([prompts[0].question])[0].name == "base"
+    assert grafted.generate(["31676 4"], "auto", SHORT) == grafted.generate(["31676 4"], "one", SHORT)
+
+
+def test_streamed_pieces_make_the_whole_answer(grafted: GraftedModel) -> None:
+    pieces = list(grafted.stream("31676 4", "one", SHORT))
+    assert "".join(pieces) == grafted.generate(["31676 4"], "one", SHORT)[0]
+    with pytest.raises(FusionError, match="found 'three'"):
+        list(grafted.stream("hi", "three", SHORT))
+
+
+def test_a_conversation_stays_with_the_pack_of_its_first_message(grafted: GraftedModel) -> None:
+    chat = Chat(grafted, "auto", SHORT)
+    first = "".join(chat.say("31676 4"))
+    assert first.startswith("[one] ")
+    assert "".join(chat.say("?!?!")) == grafted.generate([chat.messages[:3]], "one", SHORT)[0]
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
+    assert list(chat.say("/new")) == ["(new conversation)"]
+    assert "".join(chat.say("?!?!")).startswith("[two] ")
+    assert list(chat.say("/pack three")) == ["(expected /pack and one of base, auto, one, two)"]
+    assert list(chat.say("/pack base")) == ["(new conversation with base)"]
+    assert "".join(chat.say("31676 4")) == grafted.generate(["31676 4"], "base", SHORT)[0]
+    assert list(chat.say("")) == []
+
+
+def test_a_moved_run_directory_still_loads(shelf: Path, tmp_path: Path) -> None:
+    shutil.copytree(shelf.parent, tmp_path / "moved")
+    assert set(GraftedModel.load(tmp_path / "moved" / "grafted").packs) == {"one", "two"}
+
+
+def test_packs_are_shared_with_the_files_they_came_from(shelf: Path) -> None:
+    assert (shelf / "packs" / "one.safetensors").samefile(shelf.parent / "one.safetensors")
+
+
+def test_unknown_packs_are_named_with_the_known_ones(grafted: GraftedModel) -> None:
+    with pytest.raises(FusionError, match="pack: expected one of base, auto, one, two; found 'three'"):
+        grafted.generate(["hi"], "three")
+
+
+def test_auto_needs_a_router(shelf: Path, tmp_path: Path) -> None:
+    write_grafted(tmp_path / "plain", str(shelf.parent / "base"), {"one": shelf.parent / "one.safetensors"})
+    plain = GraftedModel.load(tmp_path / "plain")
+    with pytest.raises(FusionError, match="'auto' needs a router, and this grafted model has none"):
+        plain.generate(["hi"])
+    plain.generate(["hi"], "one", SHORT)
+
+
+def test_a_changed_pack_is_refused(shelf: Path, tmp_path: Path) -> None:
+    shutil.copytree(shelf.parent, tmp_path / "home")
+    pack = tmp_path / "home" / "grafted" / "packs" / "one.safetensors"
+    data = pack.read_bytes()
+    pack.unlink()
+    pack.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(
+        FusionError, match=r"one.safetensors: expected SHA-256 .*the file was changed. Run `graftllm fuse"
+    ):
+        GraftedModel.load(tmp_path / "home" / "grafted")
+    pack.unlink()
+    with pytest.raises(FusionError, match="the manifest names packs/one.safetensors, which is not there"):
+        GraftedModel.load(tmp_path / "home" / "grafted")
+
+
+def test_packs_of_another_base_are_refused_and_nothing_is_written(shelf: Path, tmp_path: Path) -> None:
+    other = save_llama(tmp_path / "other", intermediate_size=32)
+    with pytest.raises(PackError, match="but the base model has"):
+        write_grafted(tmp_path / "out", str(other), {"one": shelf.parent / "one.safetensors"})
+    assert not (tmp_path / "out").exists()
+    same_shape = Checkpoint.open(save_llama(tmp_path / "same", seed=8))
+    delta = Delta(same_shape, Checkpoint.open(perturb(same_shape.path, tmp_path / "tuned", seed=1)))
+    compress(delta, PackOptions(strategy="exact")).save(tmp_path / "third.safetensors")
+    packs = {"one": shelf.parent / "one.safetensors", "third": tmp_path / "third.safetensors"}
+    with pytest.raises(FusionError, match="third.safetensors: made for another base than the packs before it"):
+        write_grafted(tmp_path / "out", str(same_shape.path), packs)
+
+
+@pytest.mark.parametrize("name", ["base", "auto", "../x", ".x"])
+def test_reserved_names_are_refused(shelf: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(FusionError, match="expected a plain name other than base and auto"):
+        write_grafted(tmp_path / "out", str(shelf.parent / "base"), {name: shelf.parent / "one.safetensors"})
+
+
+def test_router_data_must_have_prompts_of_every_pack(shelf: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", rows(5, task="two"))
+    packs = {name: shelf.parent / f"{name}.safetensors" for name in ("one", "two")}
+    with pytest.raises(
+        FusionError, match="rows.jsonl: no row has the task 'one'; the router needs prompts of every pack"
+    ):
+        fuse_packs(tmp_path / "out", str(shelf.parent / "base"), packs, router_data=tmp_path / "rows.jsonl")
+
+
+def test_another_directory_is_no_grafted_model(base_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(FusionError, match="expected a grafted model, found no manifest.json in it"):
+        GraftedModel.load(base_dir)
+    (tmp_path / "manifest.json").write_text('{"base": 3}')
+    with pytest.raises(FusionError, match=r"manifest.json: base: Input should be a valid string"):
+        GraftedModel.load(tmp_path)
+
+
+def test_default_decoding_is_greedy() -> None:
+    assert (GREEDY.temperature, GREEDY.samples) == (0, 1)

@@ -1,0 +1,132 @@
+from pathlib import Path
+
+import pytest
+import torch
+from tests.models import perturb, save_llama
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from graftllm.checkpoint import Checkpoint, digest
+from graftllm.delta import Delta
+from graftllm.errors import FusionError, PackError
+from graftllm.fusion.grafting import plug
+from graftllm.generation import load_model
+from graftllm.recipe import PackOptions
+from graftllm.skillpack import SkillPack, compress
+
+
+@pytest.fixture(scope="module")
+def exact(delta: Delta) -> SkillPack:
+    return compress(delta, PackOptions(strategy="exact"))
+
+
+@pytest.fixture(scope="module")
+def lossy(delta: Delta) -> SkillPack:
+    return compress(delta, PackOptions(strategy="paper"))
+
+
+def _digests(model: PreTrainedModel) -> dict[str, str]:
+    return {name: digest(value) for name, value in model.state_dict().items()}
+
+
+def _logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=torch.arange(4, 30)[None]).logits.float()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tied", [True, False])
+def test_unplugging_gives_the_base_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype, tied: bool) -> None:
+    base = save_llama(tmp_path / "base", tie_word_embeddings=tied)
+    delta = Delta(Checkpoint.open(base), Checkpoint.open(perturb(base, tmp_path / "tuned", seed=1)))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    before, logits = _digests(model), _logits(model)
+    for strategy in ("paper", "exact"):
+        with plug(model, compress(delta, PackOptions(strategy=strategy))):
+            assert not torch.equal(_logits(model), logits)
+        assert _digests(model) == before
+        assert torch.equal(_logits(model), logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_exact_pack_makes_the_live_model_the_tuned_one(
+    base: Checkpoint, tuned: Checkpoint, exact: SkillPack, dtype: torch.dtype
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
+    expected = AutoModelForCausalLM.from_pretrained(tuned.path, dtype=dtype)
+    with plug(model, exact):
+        assert _digests(model) == _digests(expected)
+        assert torch.equal(_logits(model), _logits(expected))
+
+
+def test_a_lossy_pack_comes_close_to_the_tuned_model(base: Checkpoint, tuned: Checkpoint, lossy: SkillPack) -> None:
+    model, expected = load_model(base.path), load_model(tuned.path)
+    before = (_logits(model) - _logits(expected)).norm()
+    with plug(model, lossy):
+        assert (_logits(model) - _logits(expected)).norm() < 0.5 * before
+
+
+def test_a_block_that_fails_unplugs_as_well(base: Checkpoint, lossy: SkillPack) -> None:
+    model = load_model(base.path)
+    before = _digests(model)
+    with pytest.raises(ZeroDivisionError), plug(model, lossy):
+        _ = 1 / 0
+    assert _digests(model) == before
+
+
+def test_unplugging_by_hand_and_twice_is_fine(base: Checkpoint, lossy: SkillPack) -> None:
+    model = load_model(base.path)
+    before = _digests(model)
+    graft = plug(model, lossy)
+    assert _digests(model) != before
+    graft.unplug()
+    graft.unplug()
+    assert _digests(model) == before
+
+
+def test_weights_scale_the_delta_and_packs_add_up_in_any_order(
+    base_dir: Path, base: Checkpoint, delta: Delta, exact: SkillPack, tmp_path: Path
+) -> None:
+    other_delta = Delta(base, Checkpoint.open(perturb(base_dir, tmp_path / "other", seed=5)))
+    other = compress(other_delta, PackOptions(strategy="exact"))
+    model = load_model(base.path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    start = model.state_dict()[name].clone()
+    with plug(model, (exact, 0.5), (other, -2.0)):
+        first = model.state_dict()[name].clone()
+    with plug(model, (other, -2.0), (exact, 0.5)):
+        assert torch.equal(model.state_dict()[name], first)
+    assert torch.allclose(first, start + 0.5 * delta[name] - 2 * other_delta[name], atol=1e-6)
+
+
+def test_a_model_of_another_base_is_refused_and_left_as_it_was(tmp_path: Path, lossy: SkillPack) -> None:
+    model = load_model(save_llama(tmp_path / "other", seed=7))
+    before = _digests(model)
+    with pytest.raises(PackError, match=r"of this base has digest \w+, but the pack was made for"):
+        plug(model, lossy)
+    assert _digests(model) == before
+
+
+def test_a_second_pack_on_a_plugged_model_is_refused(base: Checkpoint, lossy: SkillPack) -> None:
+    model = load_model(base.path)
+    with plug(model, lossy), pytest.raises(PackError, match="of this base has digest"):
+        plug(model, lossy)
+
+
+def test_a_model_without_a_touched_parameter_is_refused(tmp_path: Path, lossy: SkillPack) -> None:
+    model = load_model(save_llama(tmp_path / "shallow", num_hidden_layers=1))
+    with pytest.raises(PackError):  # the embedding differs first
+        plug(model, lossy)
+    with pytest.raises(
+        FusionError, match=r"which the live model does not have under that name. Write a checkpoint with"
+    ):
+        plug(model, lossy, check=False)
+
+
+def test_a_model_in_a_narrower_dtype_is_refused(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base", dtype=torch.float32)
+    delta = Delta(Checkpoint.open(base), Checkpoint.open(perturb(base, tmp_path / "tuned", seed=1)))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    with pytest.raises(
+        FusionError, match=r"in torch.bfloat16, narrower than its base's torch.float32. Load the base with"
+    ):
+        plug(model, compress(delta, PackOptions(strategy="exact")))

@@ -1,0 +1,81 @@
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from graftllm.checkpoint import Checkpoint
+from graftllm.errors import CheckpointError
+from graftllm.recipe import SamplingOptions
+from graftllm.records import Message, Prompt, read_responses
+from graftllm.sampling.responses import sample_responses
+from graftllm.sampling.sources import Source, open_source
+
+OPTIONS = SamplingOptions(samples=2, temperature=1.0, top_p=1.0, max_new_tokens=4, batch_size=5)
+
+
+class Stopped(Exception):
+    pass
+
+
+class StoppingSource:
+    """A real source that is killed after some batches."""
+
+    def __init__(self, source: Source, batches: int) -> None:
+        self.source, self.batches, self.name = source, batches, source.name
+
+    def answer(
+        self, conversations: Sequence[Sequence[Message]], options: SamplingOptions, *, seed: int
+    ) -> list[list[str]]:
+        self.batches -= 1
+        if self.batches < 0:
+            raise Stopped
+        return self.source.answer(conversations, options, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def source(base: Checkpoint) -> Source:
+    return open_source(str(base.path))
+
+
+def test_every_prompt_gets_its_answers(source: Source, prompts: list[Prompt], tmp_path: Path) -> None:
+    path = tmp_path / "responses.jsonl"
+    sample_responses(prompts[:12], lambda: source, OPTIONS, path, source_name="base", seed=0)
+    found = [(row.prompt_id, row.source, row.sample) for row in read_responses(path)]
+    assert found == [(prompt.id, "base", sample) for prompt in prompts[:12] for sample in range(2)]
+    assert len({row.text for row in read_responses(path)}) > 5  # drawn, not greedy
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7, 50])
+def test_a_stopped_run_ends_with_the_same_rows(source: Source, prompts: list[Prompt], tmp_path: Path, cut: int) -> None:
+    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
+    sample_responses(prompts[:23], lambda: source, OPTIONS, whole, source_name="base", seed=3)
+    for batches in (1, 0, 2):
+        with pytest.raises(Stopped):
+            opening = partial(StoppingSource, source, batches)
+            sample_responses(prompts[:23], opening, OPTIONS, stopped, source_name="base", seed=3)
+        stopped.write_bytes(stopped.read_bytes()[: -cut or None])  # what a killed writer leaves
+    sample_responses(prompts[:23], lambda: source, OPTIONS, stopped, source_name="base", seed=3)
+    assert sorted(stopped.read_text().splitlines()) == sorted(whole.read_text().splitlines())
+
+
+def test_a_finished_file_asks_nothing(source: Source, prompts: list[Prompt], tmp_path: Path) -> None:
+    path = tmp_path / "responses.jsonl"
+    sample_responses(prompts[:7], lambda: source, OPTIONS, path, source_name="base", seed=0)
+
+    def never() -> Source:
+        raise AssertionError("opened")
+
+    sample_responses(prompts[:7], never, OPTIONS, path, source_name="base", seed=0)
+
+
+def test_sources_share_a_file(source: Source, prompts: list[Prompt], tmp_path: Path) -> None:
+    path = tmp_path / "responses.jsonl"
+    for name in ("a", "b"):
+        sample_responses(prompts[:3], lambda: source, OPTIONS, path, source_name=name, seed=0)
+    assert [row.source for row in read_responses(path)] == ["a"] * 6 + ["b"] * 6
+
+
+def test_a_missing_source_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"none: expected a checkpoint directory, found nothing"):
+        open_source(str(tmp_path / "none"))

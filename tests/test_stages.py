@@ -1,0 +1,90 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from graftllm.recipe import SftOptions
+from graftllm.stages import Stages
+
+
+@pytest.fixture
+def stages(tmp_path: Path) -> Stages:
+    return Stages(tmp_path / "stages")
+
+
+class Counter:
+    """An action that counts how often it was done and leaves a file behind."""
+
+    def __init__(self, makes: Path) -> None:
+        self.makes, self.times = makes, 0
+
+    def __call__(self) -> dict[str, int]:
+        self.makes.touch()
+        self.times += 1
+        return {"times": self.times}
+
+
+def test_a_step_is_done_once_and_its_result_remembered(stages: Stages, tmp_path: Path) -> None:
+    action = Counter(tmp_path / "made")
+    first = stages.run("step", ["x", 3, SftOptions()], [action.makes], action)
+    again = Stages(stages.directory).run("step", ["x", 3, SftOptions()], [action.makes], action)
+    assert action.times == 1
+    assert again == first
+    assert first.result == {"times": 1}
+    assert first.peak_memory_bytes > 10**6
+
+
+@pytest.mark.parametrize("inputs", [["y", 3], ["x", 4], ["x"], ["x", 3, None]])
+def test_other_inputs_do_it_again(stages: Stages, tmp_path: Path, inputs: list) -> None:
+    action = Counter(tmp_path / "made")
+    stages.run("step", ["x", 3], [action.makes], action)
+    stages.run("step", inputs, [action.makes], action)
+    assert action.times == 2
+
+
+def test_a_lost_artifact_is_made_again(stages: Stages, tmp_path: Path) -> None:
+    action = Counter(tmp_path / "made")
+    stages.run("step", [], [action.makes], action)
+    action.makes.unlink()
+    stages.run("step", [], [action.makes], action)
+    assert action.times == 2
+
+
+def test_a_changed_file_or_earlier_step_does_it_again(stages: Stages, tmp_path: Path) -> None:
+    (tmp_path / "input").write_text("a")
+    action, later = Counter(tmp_path / "made"), Counter(tmp_path / "later")
+    for round in range(3):
+        if round == 2:
+            (tmp_path / "input").write_text("b")
+            os.utime(tmp_path / "input", ns=(1, 1))
+        first = stages.run("first", [tmp_path / "input"], [action.makes], action)
+        stages.run("second", [first], [later.makes], later)
+    assert (action.times, later.times) == (2, 2)
+
+
+def test_a_failed_step_is_not_remembered(stages: Stages, tmp_path: Path) -> None:
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stages.run("step", [], [], fail)
+    action = Counter(tmp_path / "made")
+    stages.run("step", [], [action.makes], action)
+    assert action.times == 1
+
+
+def test_unfinished_files_survive_the_same_inputs_and_only_those(stages: Stages, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+
+    def stop() -> None:
+        half.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stages.run("step", ["a"], [], stop, unfinished=[half])
+    seen = []
+    stages.run("step", ["a"], [], lambda: seen.append(half.exists()), unfinished=[half])
+    with pytest.raises(KeyboardInterrupt):
+        stages.run("step", ["b"], [], stop, unfinished=[half])
+    stages.run("step", ["c"], [], lambda: seen.append(half.exists()), unfinished=[half])
+    assert seen == [True, False]

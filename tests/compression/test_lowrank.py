@@ -8,6 +8,7 @@ from graftllm.compression import lowrank
 from graftllm.compression.lowrank import (
     LowRank,
     encode_lowrank,
+    leading_svd,
     lowrank_nbytes,
     rank_for_energy,
     singular_values,
@@ -51,6 +52,21 @@ def test_large_matrices_give_nearly_the_best_truncation(
     assert torch.allclose(singular_values(matrix), torch.linalg.svdvals(matrix), atol=2e-3)
 
 
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("small", [10, 1000])
+def test_the_leading_directions_keep_the_energy_and_no_more(
+    monkeypatch: pytest.MonkeyPatch, energy: float, small: int
+) -> None:
+    """With a small limit the certified randomised way is taken, with a large one the whole decomposition."""
+    matrix = _decaying(80, 120)
+    monkeypatch.setattr(lowrank, "_SMALL", small)
+    monkeypatch.setattr(lowrank, "_FIRST_RANK", 2)
+    u, s, vh = leading_svd(matrix, energy)
+    kept = 1 - float((matrix - u * s @ vh).norm() ** 2 / matrix.norm() ** 2)
+    assert kept >= energy - 1e-5
+    assert len(s) <= rank_for_energy(torch.linalg.svdvals(matrix), energy) + 1
+
+
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=20), st.floats(0.01, 1.0))
 def test_rank_is_the_smallest_that_keeps_the_energy(values: list[float], energy: float) -> None:
     spectrum = torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
@@ -80,14 +96,14 @@ def test_bands_sum_to_the_rank(rank: int) -> None:
 def test_size_is_known_beforehand(rows: int, columns: int, data: st.DataObject) -> None:
     rank = data.draw(st.integers(1, min(rows, columns)))
     bit_bands = ((8, 0.1), (3, 0.9))
-    operator, payload = encode_lowrank(torch.randn(rows, columns), rank, bit_bands, 16, None)
+    operator, payload = encode_lowrank(truncated_svd(torch.randn(rows, columns), rank), bit_bands, 16, None)
     assert payload.nbytes == lowrank_nbytes((rows, columns), rank, bit_bands, 16)
     assert operator.rank == rank
 
 
 def test_full_rank_at_eight_bits_is_nearly_exact() -> None:
     delta = _decaying(40, 60)
-    operator, payload = encode_lowrank(delta, 40, EIGHT_BITS, 64, None)
+    operator, payload = encode_lowrank(truncated_svd(delta, 40), EIGHT_BITS, 64, None)
     assert float((operator.delta(payload, delta) - delta).norm() / delta.norm()) < 0.02
 
 
@@ -98,7 +114,7 @@ def test_calibration_lowers_the_error_of_the_output() -> None:
     delta = _decaying(64, 96)
     errors = {}
     for name, hessian in (("plain", None), ("calibrated", x.T @ x / 500)):
-        operator, payload = encode_lowrank(delta, 32, ((8, 0.05), (3, 0.95)), 32, hessian)
+        operator, payload = encode_lowrank(truncated_svd(delta, 32), ((8, 0.05), (3, 0.95)), 32, hessian)
         errors[name] = float((x @ (operator.delta(payload, delta) - delta).T).norm())
     assert errors["calibrated"] < 0.8 * errors["plain"]
 

@@ -56,20 +56,22 @@ class LowRank(BaseModel):
 
 
 def encode_lowrank(
-    delta: Tensor, rank: int, bit_bands: Sequence[tuple[int, float]], group_size: int, hessian: Tensor | None
+    factors: tuple[Tensor, Tensor, Tensor],
+    bit_bands: Sequence[tuple[int, float]],
+    group_size: int,
+    hessian: Tensor | None,
 ) -> tuple[LowRank, np.ndarray]:
-    """Return the operator and payload of the best rank-`rank` approximation, quantised.
+    """Return the operator and payload of quantised factors.
 
     Args:
-        delta: shape (d_out, d_in), float32.
-        rank: singular vectors to keep.
-        bit_bands: bits and share of the kept singular vectors, strongest first.
+        factors: U, S and V^T, shapes (d_out, rank), (rank,), (rank, d_in); strongest first.
+        bit_bands: bits and share of the singular vectors, strongest first.
         group_size: values that share a scale.
         hessian: second moments x x^T of the layer's input, shape (d_in, d_in); without it codes are
             rounded to nearest.
     """
-    bands = whole_bands(rank, bit_bands)
-    u, s, vh = truncated_svd(delta, rank)
+    u, s, vh = factors
+    bands = whole_bands(len(s), bit_bands)
     right = quantize_factor(vh, bands, group_size, hessian)
     seen = right.values()  # (rank, d_in): what the left factor will be fed is seen @ x
     inner = None if hessian is None else seen @ hessian @ seen.T
@@ -124,6 +126,29 @@ def rank_for_energy(singular_values: Tensor, energy: float) -> int:
     return min(reached, len(singular_values))
 
 
+def leading_svd(matrix: Tensor, energy: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the leading U, S and V^T that keep `energy` of the squared norm, as few as that takes.
+
+    The exact squared norm is known, so a randomised basis is certified by what it captures: its
+    rank is doubled until that is enough, or until the whole spectrum is cheaper.
+
+    Raises:
+        ValueError: energy is outside (0, 1].
+    """
+    total = matrix.norm().double().square()
+    rank = _FIRST_RANK
+    while _SMALL < min(matrix.shape) and rank <= min(matrix.shape) // _RANDOMIZED_SHARE:
+        u, s, vh = truncated_svd(matrix, rank)
+        rest = (total - s.double().square().sum()).clamp(min=0).sqrt().to(s.dtype)
+        needed = rank_for_energy(torch.cat([s, rest[None]]), energy)  # the rest counts as one direction more
+        if needed <= rank:
+            return u[:, :needed], s[:needed], vh[:needed]
+        rank *= 2
+    u, s, vh = truncated_svd(matrix, min(matrix.shape))
+    needed = rank_for_energy(s, energy)
+    return u[:, :needed], s[:needed], vh[:needed]
+
+
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the leading `rank` of U, S and V^T: shapes (d_out, rank), (rank,), (rank, d_in).
 
@@ -157,6 +182,7 @@ def singular_values(matrix: Tensor) -> Tensor:
 _SMALL = 1024  # below this the whole decomposition takes about a second
 _RANDOMIZED_SHARE = 8  # a range finder pays up to about this share of the full rank
 _OVERSAMPLING = 16
+_FIRST_RANK = 64
 
 
 def _range_basis(matrix: Tensor, rank: int) -> Tensor:

@@ -17,7 +17,14 @@ from graftllm.checkpoint import TensorSpec, digest, raw_bytes
 from graftllm.compression.calibration import Calibration
 from graftllm.compression.encoded import EncodedTensor, Operator, Unchanged
 from graftllm.compression.exact import encode_exact
-from graftllm.compression.lowrank import encode_lowrank, lowrank_nbytes, rank_for_energy, singular_values
+from graftllm.compression.lowrank import (
+    encode_lowrank,
+    leading_svd,
+    lowrank_nbytes,
+    rank_for_energy,
+    singular_values,
+    truncated_svd,
+)
 from graftllm.compression.pruning import encode_sparse
 from graftllm.compression.roles import Role, is_matrix, role_of
 from graftllm.delta import Delta, difference
@@ -63,15 +70,15 @@ def encode_delta(
         CheckpointError: the delta holds NaN or infinity.
     """
     where = resolve_device(device)
-    energy = options.energy
+    ranks: dict[str, int] = {}
     if payload_budget is not None:
-        energy = _energy_for_budget(delta, options, payload_budget, where)
+        ranks = _ranks_for_budget(delta, options, payload_budget, where)
     for name in track(list(delta), label="packing"):
         base, tuned = delta.pair(name)
         change = difference(base, tuned, where=f"{delta.tuned.path}: tensor {name!r}")
         hessian = calibration.moments.get(name) if calibration is not None else None
         role = role_of(name, tuple(base.shape))
-        encoded = EncodedTensor(*_encode(base, tuned, change.to(where), role, options, energy, hessian))
+        encoded = EncodedTensor(*_encode(base, tuned, change.to(where), role, options, ranks.get(name), hessian))
         yield Compressed(
             name, role, delta.base.specs[name], digest(base), encoded, _relative_error(encoded, base, change)
         )
@@ -83,7 +90,7 @@ def _encode(
     change: Tensor,
     role: Role,
     options: PackOptions,
-    energy: float,
+    rank: int | None,
     hessian: Tensor | None,
 ) -> tuple[Operator, np.ndarray]:
     if _same_bits(base, tuned):
@@ -94,9 +101,9 @@ def _encode(
     if role in PRUNED:
         lossy = encode_sparse(change.cpu(), options.density, options.group_size)
     else:
-        rank = rank_for_energy(singular_values(change), energy)
+        factors = leading_svd(change, options.energy) if rank is None else truncated_svd(change, rank)
         hessian = None if hessian is None else hessian.to(change.device)
-        lossy = encode_lowrank(change, rank, options.bit_bands, options.group_size, hessian)
+        lossy = encode_lowrank(factors, options.bit_bands, options.group_size, hessian)
     return exact if exact is not None and exact[1].nbytes <= lossy[1].nbytes else lossy
 
 
@@ -124,16 +131,16 @@ class _Sizes:
         return size if self.at_most is None else min(size, self.at_most)
 
 
-def _energy_for_budget(delta: Delta, options: PackOptions, budget: int, device: torch.device) -> float:
-    """Return the largest energy whose ranks fit the budget, by bisection over known spectra."""
+def _ranks_for_budget(delta: Delta, options: PackOptions, budget: int, device: torch.device) -> dict[str, int]:
+    """Return the ranks at the largest energy that fits the budget, by bisection over known spectra."""
     if options.strategy == "exact":
         raise CompressionError(
             "budget: the strategy 'exact' keeps every bit, so it takes no budget; leave it out or use auto."
         )
-    sizes = [_sizes(delta, name, options, device) for name in track(list(delta), label="reading spectra")]
+    sizes = {name: _sizes(delta, name, options, device) for name in track(list(delta), label="reading spectra")}
 
     def total(energy: float) -> int:
-        return sum(size.nbytes(energy, options) for size in sizes)
+        return sum(size.nbytes(energy, options) for size in sizes.values())
 
     low, high = 1e-6, 1.0
     if total(low) > budget:
@@ -142,11 +149,11 @@ def _energy_for_budget(delta: Delta, options: PackOptions, budget: int, device: 
             f"left of the budget after the header. Raise the budget or lower the density (now {options.density})."
         )
     if total(high) <= budget:
-        return high
+        low = high
     while high - low > 1e-6:
         middle = (low + high) / 2
         low, high = (middle, high) if total(middle) <= budget else (low, middle)
-    return low
+    return {name: rank_for_energy(size.spectrum, low) for name, size in sizes.items() if size.spectrum is not None}
 
 
 def _sizes(delta: Delta, name: str, options: PackOptions, device: torch.device) -> _Sizes:

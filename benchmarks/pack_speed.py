@@ -1,0 +1,118 @@
+"""Seconds and peak memory to pack one Llama-3.1-8B-shaped layer, against the plain way, in one run.
+
+    python benchmarks/pack_speed.py [--device auto] [--dir runs/pack_speed] [--skip-plain]
+
+The plain way is what research scripts do: all matrices of the delta in memory, a full SVD of each,
+the rank cut at the same energy, factors rounded to the same bits, nothing written. Each way runs in
+a process of its own, so that its peak memory is its own. The deltas are synthetic: singular values
+fall like a power of their index, as those of fine-tunes do, and some noise lies under them.
+"""
+
+import argparse
+import json
+import multiprocessing
+import time
+from pathlib import Path
+
+import torch
+
+from graftllm.checkpoint import Checkpoint, TensorSpec, raw_bytes, write_safetensors
+from graftllm.compression.lowrank import rank_for_energy, whole_bands
+from graftllm.compression.quantization import quantize_factor
+from graftllm.delta import Delta
+from graftllm.recipe import PackOptions
+from graftllm.skillpack import compress
+from graftllm.stages import peak_memory_bytes
+
+SHAPES = {
+    "self_attn.q_proj": (4096, 4096),
+    "self_attn.k_proj": (1024, 4096),
+    "self_attn.v_proj": (1024, 4096),
+    "self_attn.o_proj": (4096, 4096),
+    "mlp.gate_proj": (14336, 4096),
+    "mlp.up_proj": (14336, 4096),
+    "mlp.down_proj": (4096, 14336),
+}
+OPTIONS = PackOptions(strategy="paper", energy=0.9)
+
+
+def write_layer(directory: Path) -> None:
+    """Write base and tuned checkpoints of one layer in bfloat16."""
+    draw = torch.Generator().manual_seed(0)
+    for part in ("base", "tuned"):
+        (directory / part).mkdir(parents=True, exist_ok=True)
+        (directory / part / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    values: dict[str, dict[str, torch.Tensor]] = {"base": {}, "tuned": {}}
+    for name, (d_out, d_in) in SHAPES.items():
+        base = 0.02 * torch.randn(d_out, d_in, generator=draw)
+        rank = 512
+        u = torch.linalg.qr(torch.randn(d_out, rank, generator=draw)).Q
+        v = torch.linalg.qr(torch.randn(d_in, rank, generator=draw)).Q
+        change = u * torch.arange(1, rank + 1).pow(-0.8) @ v.T + 1e-5 * torch.randn(d_out, d_in, generator=draw)
+        parameter = f"model.layers.0.{name}.weight"
+        values["base"][parameter] = base.bfloat16()
+        values["tuned"][parameter] = (base.bfloat16().float() + change).bfloat16()
+    for part, tensors in values.items():
+        layout = {name: TensorSpec("BF16", tuple(value.shape)) for name, value in tensors.items()}
+        data = {name: raw_bytes(value) for name, value in tensors.items()}
+        write_safetensors(directory / part / "model.safetensors", layout, data.__getitem__, metadata={"format": "pt"})
+
+
+def pack(directory: Path, device: str) -> dict[str, float]:
+    """Pack the layer with the library, from files to a file."""
+    started = time.monotonic()
+    delta = Delta(Checkpoint.open(directory / "base"), Checkpoint.open(directory / "tuned"))
+    made = compress(delta, OPTIONS, device=device)
+    made.save(directory / "layer.safetensors")
+    return {
+        "seconds": time.monotonic() - started,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "bytes": (directory / "layer.safetensors").stat().st_size,
+        "error": max(entry.error for entry in made.header.tensors.values()),
+    }
+
+
+def plain(directory: Path, device: str) -> dict[str, float]:
+    """Take a full SVD of each matrix, all in memory, and round the factors to the same bits."""
+    started = time.monotonic()
+    delta = Delta(Checkpoint.open(directory / "base"), Checkpoint.open(directory / "tuned"))
+    changes = {name: delta[name].to("cuda" if device == "cuda" else "cpu") for name in delta}
+    worst = 0.0
+    kept = {}
+    for name, change in changes.items():
+        u, s, vh = torch.linalg.svd(change, full_matrices=False)
+        rank = rank_for_energy(s.cpu(), OPTIONS.energy)
+        bands = whole_bands(rank, OPTIONS.bit_bands)
+        right = quantize_factor(vh[:rank], bands, OPTIONS.group_size)
+        left = quantize_factor((u[:, :rank] * s[:rank]).T, bands, OPTIONS.group_size)
+        kept[name] = (left, right)
+        worst = max(worst, float((left.values().T @ right.values() - change).norm() / change.norm()))
+    return {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory_bytes(), "error": worst}
+
+
+def _apart(way: str, directory: Path, device: str) -> dict[str, float]:
+    """Run one way in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply({"pack": pack, "plain": plain}[way], (directory, device))
+
+
+def main() -> None:
+    """Print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dir", type=Path, default=Path("runs/pack_speed"))
+    parser.add_argument("--skip-plain", action="store_true", help="measure the library alone")
+    given = parser.parse_args()
+    if not (given.dir / "tuned" / "model.safetensors").exists():
+        write_layer(given.dir)
+    found = {"threads": torch.get_num_threads(), "pack": _apart("pack", given.dir, given.device)}
+    if not given.skip_plain:
+        found["plain"] = _apart("plain", given.dir, given.device)
+        for figure in ("seconds", "peak_memory_bytes"):
+            found[f"plain / pack, {figure}"] = found["plain"][figure] / found["pack"][figure]
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

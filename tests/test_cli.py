@@ -1,0 +1,266 @@
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tests.conftest import TinyRun
+from tests.models import perturb, save_llama
+from transformers import AutoModelForCausalLM
+
+from graftllm import cli
+from graftllm.checkpoint import Checkpoint
+from graftllm.records import Prompt, write_rows
+
+
+class Shown:
+    """What a command printed, and its exit code."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def line(self) -> str:
+        return self.err.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def graftllm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def run(*arguments: str | Path) -> Shown:
+        monkeypatch.setattr(sys, "argv", ["graftllm", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        return Shown(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def files(base_dir: Path, tuned_dir: Path, prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with links to base and tuned, calibration rows and a pack."""
+    home = tmp_path_factory.mktemp("cli")
+    (home / "base").symlink_to(base_dir)
+    (home / "tuned").symlink_to(tuned_dir)
+    write_rows(home / "rows.jsonl", prompts)
+    sys_argv = ["pack", "--base", home / "base", "--tuned", home / "tuned", "--out", home / "pack.safetensors"]
+    sys_argv += ["--strategy", "paper", "--calibration", home / "rows.jsonl", "--description", "Write it backward"]
+    done = subprocess.run([sys.executable, "-m", "graftllm.cli", *map(str, sys_argv)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return home
+
+
+def test_help_answers_without_pytorch() -> None:
+    code = "import sys; sys.argv = ['graftllm', '--help']\n"
+    code += "from graftllm import cli\ntry:\n    cli.main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
+    code += "assert not {'torch', 'transformers', 'trl', 'pydantic', 'numpy'} & set(sys.modules)"
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 10  # about 0.2 s idle
+    for command in (
+        "run",
+        "sample",
+        "score",
+        "train",
+        "pack",
+        "inspect",
+        "verify",
+        "apply",
+        "fuse",
+        "chat",
+        "eval",
+        "demo",
+    ):
+        assert f"\n  {command} " in done.stdout
+
+
+def test_pack_prints_one_json_object(graftllm, files: Path, tmp_path: Path) -> None:
+    shown = graftllm(
+        "pack", "--base", files / "base", "--tuned", files / "tuned", "--out", tmp_path / "p.safetensors",
+        "--budget", "20KB", "--json",
+    )  # fmt: skip
+    assert shown.code == 0, shown.err
+    figures = json.loads(shown.out)
+    assert figures["file_bytes"] == (tmp_path / "p.safetensors").stat().st_size <= 20_000
+    assert figures["bits_per_parameter"] == pytest.approx(
+        8 * figures["file_bytes"] / Checkpoint.open(files / "base").parameters
+    )
+    assert figures["seconds"] > 0
+    assert figures["peak_memory_bytes"] > 10**7
+
+
+def test_pack_says_what_it_wrote(graftllm, files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "exact.safetensors"
+    shown = graftllm("pack", "--base", files / "base", "--tuned", files / "tuned", "--out", out, "--strategy", "exact")
+    assert shown.out.startswith(f"{out}: {out.stat().st_size:,} bytes, ")
+
+
+def test_inspect_shows_card_and_bytes(graftllm, files: Path) -> None:
+    shown = graftllm("inspect", files / "pack.safetensors")
+    assert "pack: Write it backward" in shown.out
+    for word in ("LlamaForCausalLM", "embedding", "sparse", "attention", "lowrank", "norm", "exact"):
+        assert word in shown.out
+    header = json.loads(graftllm("inspect", files / "pack.safetensors", "--json").out)
+    assert header["format"] == "graftllm/skillpack"
+    assert header["calibration_tokens"] > 0
+
+
+def test_verify_prints_fidelity(graftllm, files: Path) -> None:
+    arguments = ["--base", files / "base", "--pack", files / "pack.safetensors"]
+    assert "The pack is intact and fits its base: 20 tensors" in graftllm("verify", *arguments).out
+    shown = graftllm("verify", *arguments, "--tuned", files / "tuned", "--prompts", files / "rows.jsonl", "--json")
+    figures = json.loads(shown.out)
+    assert 0 < figures["kl"] < 5
+    assert 0 < figures["top1_agreement"] <= 1
+    assert figures["error_by_role"]["norm"] == 0
+
+
+def test_apply_writes_an_ordinary_checkpoint(graftllm, files: Path, tmp_path: Path) -> None:
+    shown = graftllm("apply", "--base", files / "base", "--pack", files / "pack.safetensors", "--out", tmp_path / "out")
+    assert shown.code == 0, shown.err
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    half = graftllm(
+        "apply",
+        "--base",
+        files / "base",
+        "--pack",
+        files / "pack.safetensors",
+        "--weight",
+        "0",
+        "--out",
+        tmp_path / "half",
+    )
+    assert half.code == 0
+    assert Checkpoint.open(tmp_path / "half").fingerprint == Checkpoint.open(files / "base").fingerprint
+
+
+def test_fuse_eval_and_chat_share_a_directory(graftllm, files: Path, tmp_path: Path, monkeypatch) -> None:
+    shown = graftllm(
+        "fuse", "--base", files / "base", "--pack", f"back={files}/pack.safetensors", "--out", tmp_path / "g"
+    )
+    assert shown.out.strip().endswith(f"Next: graftllm chat {tmp_path / 'g'}")
+    task = ["--task", files / "rows.jsonl", "--max-new-tokens", "8", "--json"]
+    figures = json.loads(graftllm("eval", tmp_path / "g", *task, "--pack", "back").out)
+    assert (figures["n"], figures["routes"]) == (40, {"back": 40})
+    assert set(figures["by_task"]) == {"reverse"}
+    assert {"score", "stderr"} <= set(figures)
+    by_task = json.loads(graftllm("eval", tmp_path / "g", *task, "--pack", "by-task").out)
+    assert by_task["routes"] == {"base": 40}
+    plain = json.loads(graftllm("eval", files / "base", *task).out)
+    assert plain["score"] == by_task["score"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/pack base\nhello\n"))
+    shown = graftllm("chat", tmp_path / "g", "--pack", "back", "--max-new-tokens", "4")
+    assert shown.code == 0
+    back, switched, base = shown.out.strip("\n").split("\n")
+    assert switched == "(new conversation with base)"
+    assert back != base
+
+
+def test_eval_of_a_trained_grafted_model_routes(graftllm, tiny_run: TinyRun) -> None:
+    task = tiny_run.directory / "zoo" / "prompts" / "double.test.jsonl"
+    figures = json.loads(graftllm("eval", tiny_run.directory / "grafted", "--task", task, "--json").out)
+    assert figures["routes"].get("double", 0) > 70
+    assert figures["score"] == pytest.approx(tiny_run.report.skills["double"].routed, abs=0.02)
+
+
+# What can go wrong, each by its text. A mistake is one line on stderr, exit code 1 and nothing on stdout.
+
+
+def _broken(files: Path, tmp_path: Path, value: float) -> Path:
+    broken = perturb(files / "base", tmp_path / "broken", seed=2)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = value
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    return broken
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "none.yaml"], "graftllm: none.yaml: no such recipe; recipes/ has examples to start from."),
+        (
+            ["pack", "--base", "{f}/none", "--tuned", "{f}/tuned", "--out", "{t}/p"],
+            "expected a checkpoint directory, found no",
+        ),
+        (["pack", "--base", "{f}/base", "--tuned", "{t}/wide", "--out", "{t}/p"], "They are not the same architecture"),
+        (
+            ["pack", "--base", "{f}/base", "--tuned", "{t}/nan", "--out", "{t}/p"],
+            "1 of 2048 differences to the base are NaN",
+        ),
+        (
+            ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{t}/p", "--budget", "1KB"],
+            "budget: expected at l",
+        ),
+        (
+            ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{t}/p", "--budget", "big"],
+            "such as 5%, 400MB or",
+        ),
+        (["inspect", "{f}/rows.jsonl"], "The file is truncated or not a SkillPack."),
+        (["inspect", "{f}/base/model.safetensors"], "a safetensors file, but not a SkillPack"),
+        (["verify", "--base", "{t}/other", "--pack", "{f}/pack.safetensors"], "but the pack was made for"),
+        (
+            ["apply", "--base", "{t}/other", "--pack", "{f}/pack.safetensors", "--out", "{t}/p"],
+            "but the pack was made for",
+        ),
+        (
+            ["apply", "--base", "{t}/other", "--pack", "a", "--weight", "1", "--weight", "2", "--out", "p"],
+            "one for each of 1",
+        ),
+        (
+            ["fuse", "--base", "{f}/base", "--pack", "{f}/pack.safetensors", "--out", "{t}/p"],
+            "--pack: expected NAME=FILE, s",
+        ),
+        (
+            ["fuse", "--base", "{f}/base", "--pack", "a=x", "--pack", "a=y", "--out", "{t}/p"],
+            "two packs have the same name",
+        ),
+        (
+            ["chat", "{f}/base"],
+            "expected a grafted model, found no manifest.json in it; make one with `graftllm fuse`.",
+        ),
+        (["eval", "{f}/base", "--task", "{f}/none.jsonl"], "none.jsonl: no such file; expected JSONL rows there."),
+        (
+            ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{f}/rows.jsonl/p"],
+            "p: cannot be written (",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_1(
+    graftllm, files: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    written: list[Path] = []
+    if "{t}/wide" in arguments:
+        written.append(save_llama(tmp_path / "wide", hidden_size=64))
+    if "{t}/nan" in arguments:
+        written.append(_broken(files, tmp_path, float("nan")).rename(tmp_path / "nan"))
+    if "{t}/other" in arguments:
+        written.append(save_llama(tmp_path / "other", seed=4))
+    shown = graftllm(*(part.format(f=files, t=tmp_path) for part in arguments))
+    assert shown.code == 1
+    assert message in shown.line
+    assert shown.line.startswith("graftllm: ")
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
+    assert set(tmp_path.iterdir()) == set(written)
+
+
+def test_an_unknown_option_is_exit_code_2(graftllm) -> None:
+    shown = graftllm("pack", "--bse", "x")
+    assert shown.code == 2
+    assert "No such option: --bse" in shown.err
+
+
+def test_an_unexpected_error_keeps_its_traceback(graftllm, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(Checkpoint, "open", broken)
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        graftllm("pack", "--base", files / "base", "--tuned", files / "tuned", "--out", files / "x")

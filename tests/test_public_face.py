@@ -1,0 +1,34 @@
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tests.conftest import TinyRun
+
+import graftllm
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    assert 10 <= len(graftllm.__all__) <= 14
+    for name in graftllm.__all__:
+        assert getattr(graftllm, name).__doc__ or isinstance(getattr(graftllm, name), type)
+    with pytest.raises(AttributeError, match="module 'graftllm' has no attribute 'nonsense'"):
+        graftllm.nonsense  # noqa: B018
+
+
+def test_the_readmes_example_runs(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    lines = [line for line in example.splitlines() if line.strip() and not line.startswith("#")]
+    assert len(lines) <= 10
+    monkeypatch.chdir(tmp_path)
+    Path("base").symlink_to(tiny_run.directory / "zoo" / "target")
+    Path("tuned").symlink_to(tiny_run.directory / "skills" / "next" / "tuned")
+    Path("rows.jsonl").symlink_to(tiny_run.directory / "skills" / "next" / "sft.jsonl")
+    Path("grafted").symlink_to(tiny_run.directory / "grafted")
+    names: dict[str, object] = {}
+    exec(example, names)  # the README's own text
+    assert isinstance(names["pack"], graftllm.SkillPack)
+    assert Path("math.safetensors").stat().st_size < 0.06 * Path("tuned/model.safetensors").stat().st_size
+    assert torch.isfinite(names["model"].model.embed_tokens.weight).all()
+    assert len(names["answers"]) == 1

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from graftllm.errors import RecipeError
-from graftllm.recipe import Recipe, budget_bytes, dump_recipe, load_recipe, pack_options
+from graftllm.recipe import PackOptions, Recipe, budget_bytes, dump_recipe, load_recipe, pack_options
 
 SMALL = """
 name: small
@@ -105,6 +105,26 @@ def test_other_budgets_are_refused(budget: str) -> None:
         budget_bytes(budget, 1000)
 
 
-def test_flags_of_pack_are_checked_like_a_recipe() -> None:
-    with pytest.raises(RecipeError, match="energy: Input should be less than or equal to 1; found 2.0"):
-        pack_options(strategy="paper", budget=None, energy=2.0, density=None, group_size=None)
+NOTHING = {"budget": None, "energy": None, "density": None, "bit_bands": None, "group_size": None}
+
+
+def test_flags_of_pack_are_read_like_a_recipe() -> None:
+    assert pack_options(strategy="auto", **NOTHING) == PackOptions()
+    flags = NOTHING | {"bit_bands": "8:0.1,3:0.9", "energy": 0.5}
+    assert pack_options(strategy="paper", **flags) == PackOptions(
+        strategy="paper", energy=0.5, bit_bands=((8, 0.1), (3, 0.9))
+    )
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ({"energy": 2.0}, "energy: Input should be less than or equal to 1; found 2.0"),
+        ({"bit_bands": "8"}, "key 'bit_bands.0.1' is missing, and it has no default"),
+        ({"bit_bands": "8:1,2:1"}, "bit_bands: expected shares that sum to 1"),
+        ({"bit_bands": "nine:1"}, "bit_bands.0.0: Input should be a valid integer"),
+    ],
+)
+def test_flags_of_pack_are_checked_like_a_recipe(flag: dict, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        pack_options(strategy="paper", **(NOTHING | flag))

@@ -111,6 +111,12 @@ def pack(
         float | None, typer.Option(help="Share of squared singular values kept, when there is no budget.")
     ] = None,
     density: Annotated[float | None, typer.Option(help="Share kept of embedding and head deltas.")] = None,
+    bit_bands: Annotated[
+        str | None,
+        typer.Option(
+            help="Bits and share of the kept singular vectors, strongest first.  [default: 8:0.02,4:0.18,2:0.8]"
+        ),
+    ] = None,
     group_size: Annotated[int | None, typer.Option(help="Values that share a quantisation scale.")] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="JSONL prompt rows, or paragraphs of text; best the skill's own training rows.")
@@ -131,7 +137,9 @@ def pack(
     from graftllm.stages import peak_memory_bytes
 
     started = time.monotonic()
-    options = pack_options(strategy=strategy, budget=budget, energy=energy, density=density, group_size=group_size)
+    options = pack_options(
+        strategy=strategy, budget=budget, energy=energy, density=density, bit_bands=bit_bands, group_size=group_size
+    )
     rows = read_calibration(calibration) if calibration else []
     delta = Delta(Checkpoint.open(base), Checkpoint.open(tuned))
     card = Card(name=name or out.name.split(".")[0], description=description, license=license)

@@ -188,14 +188,30 @@ def load_recipe(path: Path, directory: Path | None = None) -> tuple[Recipe, Path
 
 
 def pack_options(
-    *, strategy: Strategy, budget: str | None, energy: float | None, density: float | None, group_size: int | None
+    *,
+    strategy: Strategy,
+    budget: str | None,
+    energy: float | None,
+    density: float | None,
+    bit_bands: str | None,
+    group_size: int | None,
 ) -> PackOptions:
     """Return pack options with the given values; None stands for the default.
+
+    Args:
+        strategy: as in a recipe, like all others but `bit_bands`.
+        budget: size of the file.
+        energy: share of squared singular values kept.
+        density: share kept of embedding and head deltas.
+        bit_bands: such as `8:0.02,4:0.18,2:0.8`.
+        group_size: values that share one scale.
 
     Raises:
         RecipeError: a value is out of range.
     """
     given = {"strategy": strategy, "budget": budget, "energy": energy, "density": density, "group_size": group_size}
+    if bit_bands is not None:
+        given["bit_bands"] = [band.split(":") for band in bit_bands.split(",")]
     try:
         return PackOptions.model_validate({key: value for key, value in given.items() if value is not None})
     except ValidationError as error:
@@ -247,7 +263,7 @@ def _first_problem(error: ValidationError) -> str:
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)[0]
         return f"unknown key {where!r}; the nearest known one is {near!r} (known here: {', '.join(known)})."
     if first["type"] == "missing":
-        return f"key {where!r} is missing; every recipe needs it."
+        return f"key {where!r} is missing, and it has no default."
     message = first["msg"].removeprefix("Value error, ")
     return f"{where + ': ' if where else ''}{message}; found {first['input']!r}." if where else f"{message}."
 

@@ -16,8 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from tests.models import perturb, rows, save_llama
-from tests.zoo import RECIPE, TINY
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
@@ -26,6 +24,8 @@ from graftllm.evaluation.report import Report
 from graftllm.pipeline import river
 from graftllm.pipeline.work import open_work
 from graftllm.records import Prompt
+from tests.models import perturb, rows, save_llama
+from tests.zoo import RECIPE, TINY
 
 settings.register_profile("graftllm", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("graftllm")

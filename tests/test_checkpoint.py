@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tests.models import save_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graftllm.checkpoint import (
@@ -24,6 +23,7 @@ from graftllm.checkpoint import (
     write_safetensors,
 )
 from graftllm.errors import CheckpointError
+from tests.models import save_llama
 
 
 def _sharded(tmp_path: Path) -> Path:

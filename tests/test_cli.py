@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tests.conftest import TinyRun
-from tests.models import perturb, save_llama
 from transformers import AutoModelForCausalLM
 
 from graftllm import cli
 from graftllm.checkpoint import Checkpoint
 from graftllm.records import Prompt, write_rows
+from tests.conftest import TinyRun
+from tests.models import perturb, save_llama
 
 
 class Shown:

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import TinyRun
 
 import graftllm
+from tests.conftest import TinyRun
 
 
 def test_every_public_name_is_there_and_documented() -> None:

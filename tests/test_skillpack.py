@@ -10,7 +10,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tests.models import save_llama
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
@@ -19,6 +18,7 @@ from graftllm.header import Card, Provenance
 from graftllm.recipe import PackOptions
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack, compress
+from tests.models import save_llama
 
 
 @pytest.fixture(scope="module")

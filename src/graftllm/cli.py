@@ -378,8 +378,9 @@ def _print_table(drawn: Any) -> None:
     from rich.console import Console
 
     console = Console()
-    # A pipe has no width; tables cut to 80 columns there would lose their numbers.
-    console.print(drawn, width=None if console.is_terminal else 160)
+    if not console.is_terminal:
+        console = Console(width=160)  # a pipe has no width, and tables cut to 80 columns would lose numbers
+    console.print(drawn)
 
 
 def _print_lines(*lines: str) -> None:

@@ -3,7 +3,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.models import perturb
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression.calibration import collect_moments
@@ -12,6 +11,7 @@ from graftllm.delta import Delta
 from graftllm.errors import CheckpointError, CompressionError
 from graftllm.recipe import PackOptions
 from graftllm.records import Prompt
+from tests.models import perturb
 
 
 def _encoded(delta: Delta, options: PackOptions, **more: object) -> dict[str, Compressed]:

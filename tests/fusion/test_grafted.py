@@ -2,7 +2,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.models import perturb, rows, save_llama
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
@@ -13,6 +12,7 @@ from graftllm.generation import GREEDY, generate, load_model, load_tokenizer
 from graftllm.recipe import PackOptions, SamplingOptions
 from graftllm.records import Message, Prompt, write_rows
 from graftllm.skillpack import compress
+from tests.models import perturb, rows, save_llama
 
 SHORT = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=8)
 

@@ -2,7 +2,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.models import perturb, save_llama
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from graftllm.checkpoint import Checkpoint, digest
@@ -12,6 +11,7 @@ from graftllm.fusion.grafting import plug
 from graftllm.generation import load_model
 from graftllm.recipe import PackOptions
 from graftllm.skillpack import SkillPack, compress
+from tests.models import perturb, save_llama
 
 
 @pytest.fixture(scope="module")

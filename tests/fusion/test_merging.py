@@ -2,7 +2,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.models import save_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graftllm.checkpoint import Checkpoint
@@ -11,6 +10,7 @@ from graftllm.errors import PackError
 from graftllm.fusion.merging import apply_packs
 from graftllm.recipe import PackOptions
 from graftllm.skillpack import SkillPack, compress
+from tests.models import save_llama
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.conftest import TinyRun
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.evaluation.plots import PLOTS
@@ -16,6 +15,7 @@ from graftllm.pipeline import river
 from graftllm.pipeline.work import open_work
 from graftllm.records import read_pairs, read_prompts, read_responses
 from graftllm.skillpack import SkillPack
+from tests.conftest import TinyRun
 
 
 def _command(*arguments: str | Path) -> list[str]:
@@ -106,7 +106,7 @@ def test_the_report_is_shown_with_its_plots(tiny_run: TinyRun) -> None:
     for file in PLOTS:
         assert f"(plots/{file})" in text
         assert (tiny_run.directory / "plots" / file).read_bytes().startswith(b"\x89PNG")
-    assert f"{tiny_run.report.skills['next'].tuned:.3f} ± " in text
+    assert f"{100 * tiny_run.report.skills['next'].tuned:.1f} ± " in text
 
 
 def test_a_finished_run_does_nothing_again(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,46 +24,52 @@ class Grid:
 
 
 def grids(report: Report) -> list[Grid]:
-    """Return the report's tables."""
-    baselines = {"sequential": report.sequential, "summed": report.summed, "LoRA": report.lora}
-    shown = {title: scores for title, scores in baselines.items() if scores}
+    """Return the report's tables; scores are percentages of right answers with their standard errors."""
+    stages = ("base", "source", "tuned", "pack", "routed")
     skills = Grid(
-        "Skills (share of right answers ± standard error)",
-        ["skill", "base", "source", "tuned", "pack", "routed", *shown],
+        "Skills, % right",
+        ["skill", *stages],
         [
-            [
-                name,
-                *(_with_error(getattr(found, key), found.n) for key in ("base", "source", "tuned", "pack", "routed")),
-                *(_with_error(scores[name], found.n) for scores in shown.values()),
-            ]
+            [name, *(_percent(getattr(found, stage), found.n) for stage in stages)]
             for name, found in report.skills.items()
         ],
     )
     general = Grid(
-        "General tasks",
+        "General tasks, % right",
         ["task", "base", "tuned (mean)", "routed"],
         [
-            [task, *(_with_error(value, found.n) for value in (found.base, found.tuned_mean, found.routed))]
+            [task, *(_percent(value, found.n) for value in (found.base, found.tuned_mean, found.routed))]
             for task, found in report.general.items()
         ],
     )
     packs = Grid(
         "SkillPacks",
-        ["pack", "file", "tuned checkpoint", "share", "bits/parameter", "KL to tuned", "top-1 agreement"],
+        ["pack", "bytes", "tuned bytes", "share", "bits/param", "KL", "top-1"],
         [
             [
                 name,
-                f"{found.file_bytes:,} B",
-                f"{found.tuned_bytes:,} B",
+                f"{found.file_bytes:,}",
+                f"{found.tuned_bytes:,}",
                 f"{found.file_bytes / found.tuned_bytes:.1%}",
                 f"{found.bits_per_parameter:.2f}",
                 f"{found.kl_to_tuned:.4f}",
-                f"{found.top1_agreement:.2%}",
+                f"{found.top1_agreement:.1%}",
             ]
             for name, found in report.packs.items()
         ],
     )
-    return [skills, general, packs]
+    return [skills, *_instead(report), general, packs]
+
+
+def _instead(report: Report) -> list[Grid]:
+    """Return the table of the baselines that were asked for, if any."""
+    baselines = {"sequential": report.sequential, "summed": report.summed, "LoRA": report.lora}
+    asked = {title: scores for title, scores in baselines.items() if scores}
+    rows = [
+        [name, _percent(found.routed, found.n), *(_percent(scores[name], found.n) for scores in asked.values())]
+        for name, found in report.skills.items()
+    ]
+    return [Grid("Instead of packs, % right", ["skill", "grafted, routed", *asked], rows)] if asked else []
 
 
 def pack_grid(pack: SkillPack) -> Grid:
@@ -87,9 +93,7 @@ def pack_grid(pack: SkillPack) -> Grid:
                 f"{worst:.1%}",
             ]
         )
-    return Grid(
-        "Payloads", ["role", "operator", "tensors", "parameters", "bytes", "bits/parameter", "largest error"], rows
-    )
+    return Grid("Payloads", ["role", "operator", "tensors", "parameters", "bytes", "bits/param", "max error"], rows)
 
 
 def closing_lines(report: Report) -> list[str]:
@@ -123,10 +127,6 @@ def table(grid: Grid) -> Table:
     return drawn
 
 
-def _with_error(value: float, n: int) -> str:
-    return f"{value:.3f} ± {Score(value, n).stderr:.3f}"
-
-
 def write_report(report: Report, directory: Path, curves: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
     """Write `report.json`, `report.md` and `plots/` to a run's directory.
 
@@ -138,3 +138,7 @@ def write_report(report: Report, directory: Path, curves: Mapping[str, Mapping[s
     draw_plots(report, curves, directory / "plots")
     write_text(directory / "report.md", markdown(report))
     write_text(directory / "report.json", report.model_dump_json(indent=1))
+
+
+def _percent(value: float, n: int) -> str:
+    return f"{100 * value:.1f} ± {100 * Score(value, n).stderr:.1f}"

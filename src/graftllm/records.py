@@ -67,7 +67,7 @@ class PreferencePair:
     source: str = ""
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_prompts(path: str | Path) -> list[Prompt]:
     """Read prompt rows: `id`, `messages` or `prompt`, and optionally `task` and `reference`.
 
     A `prompt` string stands for one user message. A row without `id` is named by its line number.
@@ -127,10 +127,10 @@ _PAIR = TypeAdapter(PreferencePair)
 Row = TypeVar("Row")
 
 
-def _read_rows(path: Path, *, unfinished: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_rows(path: str | Path, *, unfinished: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield line numbers and JSON objects; `unfinished` leaves out a last line without its newline."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise RecordError(f"{path}: no such file; expected JSONL rows there.") from error
     except (OSError, UnicodeDecodeError) as error:

@@ -197,7 +197,7 @@ def write_grafted(out: Path, base: str, packs: Mapping[str, Path], router: Route
         if router is not None:
             router.save(partial / "router.safetensors")
         manifest = Manifest(
-            base=base if not Path(base).is_dir() else os.path.relpath(base, out),
+            base=base if not Path(base).is_dir() else os.path.relpath(Path(base).resolve(), out.resolve()),
             fingerprint=fingerprint,
             packs=shelved,
             router="router.safetensors" if router is not None else None,
@@ -268,7 +268,7 @@ def _open_pack(directory: Path, name: str, shelved: ShelvedPack) -> SkillPack:
 
 
 def _base_location(directory: Path, base: str) -> str | Path:
-    beside = Path(os.path.normpath(directory / base))
+    beside = Path(os.path.normpath(directory.resolve() / base))
     return beside if beside.is_dir() or base.startswith(".") else base
 
 

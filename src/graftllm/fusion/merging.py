@@ -13,7 +13,7 @@ from graftllm.fusion.grafting import Weighted, combined
 from graftllm.progress import progress
 
 
-def apply_packs(base: Checkpoint, packs: Sequence[Weighted], out: Path) -> None:
+def apply_packs(base: Checkpoint, packs: Sequence[Weighted], out: str | Path) -> None:
     """Write base + weighted packs as a checkpoint, with the base's config, tokenizer, shards and dtypes.
 
     One exact pack of weight 1 gives the tuned checkpoint's weights bit for bit.
@@ -35,4 +35,4 @@ def apply_packs(base: Checkpoint, packs: Sequence[Weighted], out: Path) -> None:
             show(done := done + 1, len(base.specs))
             return combined(name, value, packs, dtype=DTYPES[base.specs[name].dtype])
 
-        write_checkpoint(base, out, tensor)
+        write_checkpoint(base, Path(out), tensor)

@@ -1,5 +1,6 @@
 """Tiny models built on the spot: real architectures, a real tokenizer, random weights."""
 
+import json
 import random
 import string
 from pathlib import Path
@@ -67,6 +68,19 @@ def perturb(base: Path, out: Path, *, seed: int, scale: float = 0.05) -> Path:
     out.mkdir(parents=True)
     copy_companions(Checkpoint.open(base), out)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def with_vocabulary(base: Path, out: Path, size: int, *, config: int | None = None) -> Path:
+    """Save a perturbed checkpoint with another number of tokens, which its config tells (or tells otherwise)."""
+    perturb(base, out, seed=3)
+    tensors = load_file(out / "model.safetensors")
+    old = tensors["model.embed_tokens.weight"]
+    words = torch.randn(size, old.shape[1], generator=torch.Generator().manual_seed(4)).to(old.dtype)
+    words[: len(old)] = old[:size]
+    save_file(tensors | {"model.embed_tokens.weight": words}, out / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((out / "config.json").read_text()) | {"vocab_size": size if config is None else config}
+    (out / "config.json").write_text(json.dumps(settings))
     return out
 
 

@@ -3,11 +3,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError
-from tests.models import perturb, save_llama
+from tests.models import perturb, save_llama, with_vocabulary
 
 
 def test_delta_is_tuned_minus_base_in_float32(base: Checkpoint, tuned: Checkpoint) -> None:
@@ -38,7 +39,6 @@ def test_a_diverged_tuned_model_is_refused(base_dir: Path, tmp_path: Path, value
         ({"hidden_size": 64}, r"not the same architecture; check that one was trained from the other"),
         ({"num_hidden_layers": 3}, r"has no tensor 'model.layers.2.input_layernorm.weight', which .*other has"),
         ({"tie_word_embeddings": False}, r"base: ties the output head to its embedding, but .*other has its own"),
-        ({"dtype": torch.float32}, r"is F32, but .*base has BF16. Save both in the same dtype"),
     ],
 )
 def test_models_of_different_shape_or_tying_are_refused(
@@ -49,13 +49,62 @@ def test_models_of_different_shape_or_tying_are_refused(
         Delta(base, other)
 
 
-def test_models_of_different_vocabularies_are_refused(base_dir: Path, base: Checkpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rows", "config"), [(75, 73), (72, 72), (73 * 9, 73 * 9)])
+def test_vocabularies_that_did_not_grow_by_adding_tokens_are_refused(
+    base_dir: Path, base: Checkpoint, tmp_path: Path, rows: int, config: int
+) -> None:
+    other = Checkpoint.open(with_vocabulary(base_dir, tmp_path / "other", rows, config=config))
+    with pytest.raises(
+        CheckpointError,
+        match=rf"has shape \[{rows}, 32\], but .* has \[73, 32\]. Their vocabularies differ \(73 and {config} tokens",
+    ):
+        Delta(base, other)
+
+
+def test_added_vocabulary_rows_are_a_delta_to_zero_rows(base_dir: Path, base: Checkpoint, tmp_path: Path) -> None:
+    tuned = Checkpoint.open(with_vocabulary(base_dir, tmp_path / "tuned", 80))
+    delta = Delta(base, tuned)
+    name = "model.embed_tokens.weight"
+    before, after = delta.pair(name)
+    assert before.shape == after.shape == (80, 32)
+    assert torch.equal(before[:73], base.tensor(name))
+    assert not before[73:].any()
+    assert torch.equal(delta[name][73:], tuned.tensor(name)[73:].float())
+    assert delta.config_changes() == {"vocab_size": 80}
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "bfloat16")])
+def test_a_base_in_another_dtype_is_brought_to_the_tuned_one(tmp_path: Path, dtypes: tuple[str, str]) -> None:
+    base, tuned = (
+        Checkpoint.open(save_llama(tmp_path / name, seed=seed, dtype=getattr(torch, dtype)))
+        for seed, (name, dtype) in enumerate(zip(("base", "tuned"), dtypes, strict=True))
+    )
+    delta = Delta(base, tuned)
+    for name in delta:
+        before, after = delta.pair(name)
+        assert before.dtype == after.dtype == getattr(torch, dtypes[1])
+        assert torch.equal(before, base.tensor(name).to(after.dtype))
+
+
+def test_numbers_of_another_kind_are_refused(base_dir: Path, base: Checkpoint, tmp_path: Path) -> None:
     other = perturb(base_dir, tmp_path / "other", seed=0)
     tensors = load_file(other / "model.safetensors")
-    words = tensors["model.embed_tokens.weight"]
-    tensors["model.embed_tokens.weight"] = torch.cat([words, words[:2]])
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        CheckpointError, match=r"has shape \[75, 32\], but .* has \[73, 32\]. Their vocabularies differ"
-    ):
+    with pytest.raises(CheckpointError, match=r"'model.norm.weight' is I8, but .*base has BF16. Save both in the same"):
         Delta(base, Checkpoint.open(other))
+
+
+def test_shards_may_be_cut_elsewhere(base_dir: Path, tuned_dir: Path, delta: Delta, tmp_path: Path) -> None:
+    for name, directory, size in (("base", base_dir, "20KB"), ("tuned", tuned_dir, "9KB")):
+        AutoModelForCausalLM.from_pretrained(directory).save_pretrained(tmp_path / name, max_shard_size=size)
+    sharded = Delta(Checkpoint.open(tmp_path / "base"), Checkpoint.open(tmp_path / "tuned"))
+    assert len(set(sharded.base.shards.values())) != len(set(sharded.tuned.shards.values()))
+    assert all(torch.equal(sharded[name], delta[name]) for name in delta)
+
+
+def test_a_changed_tokenizer_is_noticed(base_dir: Path, base: Checkpoint, tmp_path: Path) -> None:
+    other = perturb(base_dir, tmp_path / "other", seed=0)
+    assert not Delta(base, Checkpoint.open(other)).tokenizer_changed()
+    (other / "chat_template.jinja").write_text("{{ messages }}")
+    assert Delta(base, Checkpoint.open(other)).tokenizer_changed()

@@ -202,6 +202,15 @@ NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
         (_at("tensors", NORM, "how", value={"operator": "pickle"}), "the header is not one of format version 1"),
         (_at("tensors", NORM, "role", value="boss"), "the header is not one of format version 1"),
         (lambda header: header["tensors"].pop(NORM), "disagree on 'model.norm.weight'"),
+        (
+            _at("tensors", UP, "tuned_shape", value=[1 << 40, 32]),
+            r"to become BF16 of shape \[1099511627776, 32\] from BF",
+        ),
+        (_at("tensors", UP, "tuned_shape", value=[64, 33]), r"from BF16 of shape \[64, 32\], which cannot be"),
+        (_at("tensors", UP, "tuned_dtype", value="I64"), r"to become I64 of shape \[64, 32\] from BF16"),
+        (_at("config", value={"vocab_size": 10**12}), r"change the config's 'vocab_size' to 1000000000000, which its"),
+        (_at("config", value={"auto_map": 1}), r"change the config's 'auto_map' to 1, which its tensors do not"),
+        (_at("config", value={"eos_token_id": "x"}), "the header is not one of format version 1"),
         (_at("tensors", UP, "how", "bands", value=[[8, 10**12]]), f"the payload of '{UP}' cannot be decoded"),
         (_at("tensors", UP, "how", "bands", value=[[70, 1]]), f"the payload of '{UP}' cannot be decoded"),
         (

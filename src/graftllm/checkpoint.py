@@ -132,11 +132,7 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that most of the floating-point numbers have."""
-        counts: dict[torch.dtype, int] = {}
-        for spec in self.specs.values():
-            if DTYPES[spec.dtype].is_floating_point:
-                counts[DTYPES[spec.dtype]] = counts.get(DTYPES[spec.dtype], 0) + spec.parameters
-        return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+        return _main_dtype(self.specs)
 
     @property
     def nbytes(self) -> int:
@@ -206,21 +202,52 @@ def write_safetensors(
             file.write(chunk.data)
 
 
-def write_checkpoint(like: Checkpoint, out: Path, tensor: Callable[[str], Tensor]) -> None:
-    """Write a checkpoint with the config, tokenizer, shards, names and dtypes of `like` and other values.
+def write_checkpoint(
+    like: Checkpoint,
+    out: Path,
+    tensor: Callable[[str], Tensor],
+    *,
+    specs: Mapping[str, TensorSpec] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint with the config, tokenizer, shards and names of `like` and other values.
 
     Args:
         like: the checkpoint to imitate.
         out: the directory to write; it appears whole or not at all.
-        tensor: gives the values of one parameter, in the shape and dtype that `like` has for it.
+        tensor: gives the values of one parameter, in the shape and dtype that `specs` has for it.
+        specs: shapes and dtypes to write; those of `like` by default.
+        config: what `config.json` says otherwise, by dotted key.
     """
+    specs = like.specs if specs is None else specs
     with whole_directory(out) as partial:
         copy_companions(like, partial)
+        dtypes = [str(_main_dtype(found)).removeprefix("torch.") for found in (like.specs, specs)]
+        if config or dtypes[0] != dtypes[1]:
+            changed = _changed_config(like.config, config or {}, *dtypes)
+            (partial / "config.json").write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
         if (like.path / INDEX).exists():
-            shutil.copyfile(like.path / INDEX, partial / INDEX)
+            index = _read_json(like.path / INDEX)
+            total = sum(spec.nbytes for spec in specs.values())
+            index["metadata"] = dict(index.get("metadata") or {}) | {"total_size": total}
+            (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for shard in sorted(set(like.shards.values())):
-            layout = {name: like.specs[name] for name, file in like.shards.items() if file == shard}
+            layout = {name: specs[name] for name, file in like.shards.items() if file == shard}
             write_safetensors(partial / shard, layout, lambda name: raw_bytes(tensor(name)), metadata={"format": "pt"})
+
+
+def _changed_config(
+    config: Mapping[str, Any], changes: Mapping[str, Any], old_dtype: str, new_dtype: str, prefix: str = ""
+) -> dict[str, Any]:
+    """Return a config with other values by dotted key, and with the new dtype where it named the old one."""
+    changed = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            value = _changed_config(value, changes, old_dtype, new_dtype, f"{prefix}{key}.")
+        elif key in ("dtype", "torch_dtype") and value == old_dtype:
+            value = new_dtype
+        changed[key] = changes.get(f"{prefix}{key}", value)
+    return changed
 
 
 def copy_companions(checkpoint: Checkpoint, out: Path) -> None:
@@ -228,6 +255,14 @@ def copy_companions(checkpoint: Checkpoint, out: Path) -> None:
     for file in sorted(checkpoint.path.iterdir()):
         if file.is_file() and file.suffix in _COMPANIONS and file.name != INDEX:
             shutil.copyfile(file, out / file.name)
+
+
+def _main_dtype(specs: Mapping[str, TensorSpec]) -> torch.dtype:
+    counts: dict[torch.dtype, int] = {}
+    for spec in specs.values():
+        if DTYPES[spec.dtype].is_floating_point:
+            counts[DTYPES[spec.dtype]] = counts.get(DTYPES[spec.dtype], 0) + spec.parameters
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
 
 def _located(path: str | Path) -> Path:

@@ -1,13 +1,30 @@
-"""The delta (task vector): tuned minus base, one parameter at a time, never a whole model."""
+"""The delta (task vector): tuned minus base, one parameter at a time, never a whole model.
+
+The two may differ in floating-point dtype and the tuned model may have added vocabulary rows.
+`align` brings a base value to the tuned shape and dtype, here and wherever a delta is added back;
+it is the one place that knows how.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from graftllm.checkpoint import Checkpoint
+from graftllm.checkpoint import DTYPES, Checkpoint, TensorSpec, digest
 from graftllm.errors import CheckpointError
+
+MAX_GROWTH = 8  # a vocabulary may become this many times as long; bounds what a pack can allocate
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 
 
 @dataclass(frozen=True)
@@ -15,7 +32,8 @@ class Delta(Mapping[str, Tensor]):
     """A lazy mapping from parameter name to tuned - base in float32.
 
     Raises:
-        CheckpointError: at construction, when the two do not have the same parameters, shapes and dtypes.
+        CheckpointError: at construction, when the two do not have the same parameters, or shapes or dtypes
+            that `align` cannot bring together.
     """
 
     base: Checkpoint
@@ -43,8 +61,24 @@ class Delta(Mapping[str, Tensor]):
         return len(self.base.specs)
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return the base and the tuned value in their stored dtype."""
-        return self.base.tensor(name), self.tuned.tensor(name)
+        """Return the base value, brought to the tuned shape and dtype, and the tuned value as it is stored."""
+        return align(self.base.tensor(name), self.tuned.specs[name]), self.tuned.tensor(name)
+
+    def base_digest(self, name: str) -> str:
+        """Return the digest of the base value as it is stored."""
+        return digest(self.base.tensor(name))
+
+    def config_changes(self) -> dict[str, Any]:
+        """Return vocabulary size and token ids of the tuned `config.json` that are not the base's, by dotted key."""
+        base, tuned = dict(_settings(self.base.config)), dict(_settings(self.tuned.config))
+        return {key: value for key, value in tuned.items() if key in base and base[key] != value}
+
+    def tokenizer_changed(self) -> bool:
+        """Return whether a tokenizer file of the tuned model is not the base's; a missing one says nothing."""
+        pairs = [(self.base.path / file, self.tuned.path / file) for file in _TOKENIZER]
+        return any(
+            tuned.exists() and (not base.exists() or base.read_bytes() != tuned.read_bytes()) for base, tuned in pairs
+        )
 
     def _check(self, name: str) -> None:
         base, tuned = self.base.specs.get(name), self.tuned.specs.get(name)
@@ -59,10 +93,11 @@ class Delta(Mapping[str, Tensor]):
                 f"{lacking.path}: has no tensor {name!r}, which {having.path} has. "
                 "A delta needs the same parameters on both sides; check that one was trained from the other."
             )
-        if base.shape != tuned.shape:
-            vocabulary = len(base.shape) == 2 and base.shape[1:] == tuned.shape[1:] and _is_vocabulary(name)
+        if base.shape != tuned.shape and not self._grows(base, tuned):
+            vocabulary = len(base.shape) == 2 and base.shape[1:] == tuned.shape[1:]
             mend = (
-                "Their vocabularies differ; resize the base's embedding to match, or train without added tokens."
+                f"Their vocabularies differ ({_rows(self.base)} and {_rows(self.tuned)} tokens by config.json); "
+                f"a tuned model may only add tokens, at most {MAX_GROWTH} times as many rows in all."
                 if vocabulary
                 else "They are not the same architecture; check that one was trained from the other."
             )
@@ -70,11 +105,43 @@ class Delta(Mapping[str, Tensor]):
                 f"{self.tuned.path}: tensor {name!r} has shape {list(tuned.shape)}, "
                 f"but {self.base.path} has {list(base.shape)}. {mend}"
             )
-        if base.dtype != tuned.dtype:
+        if not convertible(base.dtype, tuned.dtype):
             raise CheckpointError(
                 f"{self.tuned.path}: tensor {name!r} is {tuned.dtype}, but {self.base.path} has {base.dtype}. "
-                "Save both in the same dtype."
+                "Save both in the same dtype, or both in dtypes of F64, F32, F16 and BF16."
             )
+
+    def _grows(self, base: TensorSpec, tuned: TensorSpec) -> bool:
+        """Return whether a tensor has one row per token on both sides, and more of them in the tuned model."""
+        both = base.shape[:1] == (_rows(self.base),) and tuned.shape[:1] == (_rows(self.tuned),)
+        return both and growable(base.shape, tuned.shape)
+
+
+def align(base: Tensor, tuned: TensorSpec) -> Tensor:
+    """Return a base value in the tuned shape and dtype: rounded to nearest, with rows of zeros appended.
+
+    Raises:
+        ValueError: the shape has not more rows alone, or the dtype is not of the same kind.
+    """
+    shape, dtype = tuple(base.shape), DTYPES[tuned.dtype]
+    if shape != tuned.shape and not growable(shape, tuned.shape):
+        raise ValueError(
+            f"expected a shape of {list(shape)} and at most {MAX_GROWTH} times its rows, found {tuned.shape}"
+        )
+    value = base.to(dtype)
+    if shape == tuned.shape:
+        return value
+    return torch.cat([value, value.new_zeros(tuned.shape[0] - shape[0], *shape[1:])])
+
+
+def growable(base: tuple[int, ...], tuned: tuple[int, ...]) -> bool:
+    """Return whether one shape is the other with rows added, within bounds."""
+    return bool(base) and base[1:] == tuned[1:] and base[0] < tuned[0] <= MAX_GROWTH * base[0]
+
+
+def convertible(base: str, tuned: str) -> bool:
+    """Return whether a base value can be brought to the tuned dtype: the same, or both floating-point."""
+    return base == tuned or {base, tuned} <= {"F64", "F32", "F16", "BF16"}
 
 
 def difference(base: Tensor, tuned: Tensor, *, where: str) -> Tensor:
@@ -93,5 +160,20 @@ def difference(base: Tensor, tuned: Tensor, *, where: str) -> Tensor:
     return delta
 
 
-def _is_vocabulary(name: str) -> bool:
-    return any(word in name for word in ("embed", "lm_head", "wte", "shared"))
+def is_setting(key: str) -> bool:
+    """Return whether a config key (dotted where it is nested) may differ between base and tuned model."""
+    last = key.rpartition(".")[2]
+    return last == "vocab_size" or last.endswith(("_token_id", "_token_ids"))
+
+
+def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _settings(value, f"{prefix}{key}.")
+        elif is_setting(key):
+            yield f"{prefix}{key}", value
+
+
+def _rows(checkpoint: Checkpoint) -> int | None:
+    """Return how many tokens a model knows, by its config."""
+    return next((value for key, value in _settings(checkpoint.config) if key.endswith("vocab_size")), None)

@@ -7,14 +7,15 @@ fit is a PackError, found before anything is decoded.
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 from safetensors import SafetensorError, safe_open
 
 from graftllm.checkpoint import DTYPES, TensorSpec
 from graftllm.compression.encoded import Operator
 from graftllm.compression.roles import Role
+from graftllm.delta import convertible, growable, is_setting
 from graftllm.errors import PackError
 from graftllm.recipe import DpoOptions, PackOptions, SftOptions
 
@@ -58,7 +59,10 @@ class Card(Part):
 
 
 class TensorEntry(Part):
-    """One parameter: what it is in the base, and how its delta is stored."""
+    """One parameter: what it is in the base, and how its delta is stored.
+
+    `tuned_shape` and `tuned_dtype` are there where the tuned model's are not the base's.
+    """
 
     role: Role
     dtype: str
@@ -68,11 +72,25 @@ class TensorEntry(Part):
     nbytes: int = Field(ge=0)
     payload_digest: str
     error: float
+    tuned_shape: tuple[int, ...] | None = None
+    tuned_dtype: str | None = None
 
     @property
     def spec(self) -> TensorSpec:
-        """Dtype and shape as a checkpoint states them."""
+        """Dtype and shape as the base checkpoint states them."""
         return TensorSpec(self.dtype, self.shape)
+
+    @property
+    def tuned_spec(self) -> TensorSpec:
+        """Dtype and shape that restoring gives: the tuned checkpoint's."""
+        return TensorSpec(self.tuned_dtype or self.dtype, self.shape if self.tuned_shape is None else self.tuned_shape)
+
+    @model_serializer(mode="wrap")
+    def _only_what_differs(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if value is not None or not key.startswith("tuned_")}
+
+
+Setting = int | tuple[int, ...] | None
 
 
 class Header(Part):
@@ -85,6 +103,8 @@ class Header(Part):
     tuned_bytes: int
     options: PackOptions
     calibration_tokens: int
+    config: dict[str, Setting] = {}  # what the tuned config.json says otherwise, by dotted key
+    tokenizer_changed: bool = False
     tensors: dict[str, TensorEntry]
 
 
@@ -149,6 +169,17 @@ def _parse_header(path: Path, text: str) -> Header:
             raise PackError(
                 f"{path}: tensor {name!r} claims dtype {entry.dtype} and shape {list(entry.shape)}, which cannot be."
             )
+        tuned = entry.tuned_spec
+        grown = tuned.shape != entry.shape
+        if not convertible(entry.dtype, tuned.dtype) or (grown and not growable(entry.shape, tuned.shape)):
+            raise PackError(
+                f"{path}: tensor {name!r} claims to become {tuned.dtype} of shape {list(tuned.shape)} from "
+                f"{entry.dtype} of shape {list(entry.shape)}, which cannot be."
+            )
+    rows = {entry.tuned_shape[0] for entry in header.tensors.values() if entry.tuned_shape}
+    for key, value in header.config.items():
+        if not is_setting(key) or (key.endswith("vocab_size") and value not in rows):
+            raise PackError(f"{path}: claims to change the config's {key!r} to {value!r}, which its tensors do not.")
     return header
 
 

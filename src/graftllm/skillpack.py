@@ -22,7 +22,7 @@ from graftllm.compression.encoded import EncodedTensor
 from graftllm.compression.lowrank import LowRank
 from graftllm.compression.roles import role_of
 from graftllm.compression.strategy import encode_delta
-from graftllm.delta import Delta
+from graftllm.delta import Delta, align
 from graftllm.errors import PackError
 from graftllm.header import BaseInfo, Card, Header, TensorEntry, layout, metadata, read_header
 from graftllm.recipe import PackOptions, budget_bytes
@@ -86,7 +86,7 @@ class SkillPack:
         return EncodedTensor(entry.how, payload)
 
     def restore(self, name: str, base: Tensor) -> Tensor:
-        """Return the tuned value of one parameter from the base's (on CPU), in the base's dtype.
+        """Return the tuned value of one parameter from the base's (on CPU), in the tuned shape and dtype.
 
         Raises:
             PackError: the payload is damaged, or does not fit the base.
@@ -95,6 +95,8 @@ class SkillPack:
 
     def delta(self, name: str, base: Tensor) -> Tensor:
         """Return the delta of one parameter in float32; `base` is its value in the base model, on CPU.
+
+        It is the difference to the base value that `delta.align` brought to the tuned shape and dtype.
 
         Raises:
             PackError: as for `restore`.
@@ -158,7 +160,7 @@ class SkillPack:
     def _decoded(self, name: str, base: Tensor, decode: Callable[[EncodedTensor, Tensor], Tensor]) -> Tensor:
         self._check_spec(name, TensorSpec(DTYPE_NAMES[base.dtype], tuple(base.shape)))
         try:
-            return decode(self.encoded(name), base)
+            return decode(self.encoded(name), align(base, self.header.tensors[name].tuned_spec))
         except ValueError as error:
             raise PackError(
                 f"{self.source}: the payload of {name!r} cannot be decoded ({error}). The file is damaged."
@@ -203,6 +205,8 @@ def compress(
         tuned_bytes=delta.tuned.nbytes,
         options=options,
         calibration_tokens=moments.tokens if moments else 0,
+        config=delta.config_changes(),
+        tokenizer_changed=delta.tokenizer_changed(),
         tensors={},
     )
     budget = None
@@ -212,15 +216,18 @@ def compress(
     payloads = _Spool(spool)
     for part in encode_delta(delta, options, calibration=moments, payload_budget=budget, device=device):
         payloads.add(part.name, part.encoded.payload)
+        tuned = delta.tuned.specs[part.name]
         entries[part.name] = TensorEntry(
             role=part.role,
             dtype=part.spec.dtype,
             shape=part.spec.shape,
-            base_digest=part.base_digest,
+            base_digest=delta.base_digest(part.name) if tuned != part.spec else part.base_digest,
             how=part.encoded.operator,
             nbytes=part.encoded.nbytes,
             payload_digest=_payload_digest(part.encoded.payload),
             error=round(part.error, 6),
+            tuned_shape=tuned.shape if tuned.shape != part.spec.shape else None,
+            tuned_dtype=tuned.dtype if tuned.dtype != part.spec.dtype else None,
         )
     found = fingerprint((name, entry.spec, entry.base_digest) for name, entry in entries.items())
     base = header.base.model_copy(update={"fingerprint": found})
@@ -264,6 +271,8 @@ def _overhead(header: Header, delta: Delta) -> int:
             nbytes=spec.nbytes,
             payload_digest="0" * 16,
             error=0.123456,
+            tuned_shape=tuned.shape if (tuned := delta.tuned.specs[name]).shape != spec.shape else None,
+            tuned_dtype=tuned.dtype if tuned.dtype != spec.dtype else None,
         )
         for name, spec in delta.base.specs.items()
     }

@@ -11,7 +11,7 @@ from graftllm.fusion.grafting import plug
 from graftllm.generation import load_model
 from graftllm.recipe import PackOptions
 from graftllm.skillpack import SkillPack, compress
-from tests.models import perturb, save_llama
+from tests.models import perturb, save_llama, with_vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +130,23 @@ def test_a_model_in_a_narrower_dtype_is_refused(tmp_path: Path) -> None:
         FusionError, match=r"in torch.bfloat16, narrower than its base's torch.float32. Load the base with"
     ):
         plug(model, compress(delta, PackOptions(strategy="exact")))
+
+
+def test_added_vocabulary_rows_do_not_fit_a_live_model(base_dir: Path, base: Checkpoint, tmp_path: Path) -> None:
+    grown = Delta(base, Checkpoint.open(with_vocabulary(base_dir, tmp_path / "tuned", 80)))
+    model = load_model(base.path)
+    before = _digests(model)
+    with pytest.raises(
+        FusionError, match=r"adds vocabulary rows to 'model.embed_tokens.weight', which a live model of 73"
+    ):
+        plug(model, compress(grown, PackOptions(strategy="exact")))
+    assert _digests(model) == before
+
+
+def test_a_pack_of_a_tuned_model_in_another_dtype_plugs_in(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base", dtype=torch.float32)
+    tuned = save_llama(tmp_path / "tuned", seed=1, dtype=torch.bfloat16)
+    pack = compress(Delta(Checkpoint.open(base), Checkpoint.open(tuned)), PackOptions(strategy="exact"))
+    model, expected = load_model(base), load_model(tuned)
+    with plug(model, pack):
+        assert _digests(model) == _digests(expected)

@@ -1,16 +1,17 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from graftllm.checkpoint import Checkpoint
+from graftllm.checkpoint import INDEX, Checkpoint
 from graftllm.delta import Delta
-from graftllm.errors import PackError
+from graftllm.errors import FusionError, PackError
 from graftllm.fusion.merging import apply_packs
-from graftllm.recipe import PackOptions
+from graftllm.recipe import PackOptions, Strategy
 from graftllm.skillpack import SkillPack, compress
-from tests.models import save_llama
+from tests.models import save_llama, with_vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +46,45 @@ def test_another_base_is_refused_and_nothing_is_written(exact: SkillPack, tmp_pa
     with pytest.raises(PackError, match="but the pack was made for"):
         apply_packs(other, [(exact, 1.0)], tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other"]
+
+
+@pytest.mark.parametrize("strategy", ["exact", "paper"])
+def test_added_vocabulary_rows_are_written(
+    base_dir: Path, base: Checkpoint, tmp_path: Path, strategy: Strategy
+) -> None:
+    tuned = Checkpoint.open(with_vocabulary(base_dir, tmp_path / "tuned", 80))
+    compress(Delta(base, tuned), PackOptions(strategy=strategy)).save(tmp_path / "pack.safetensors")
+    apply_packs(base, [(SkillPack.load(tmp_path / "pack.safetensors"), 1.0)], tmp_path / "out")
+    out = Checkpoint.open(tmp_path / "out")
+    assert out.specs == tuned.specs
+    assert out.config["vocab_size"] == 80
+    assert AutoModelForCausalLM.from_pretrained(out.path).get_input_embeddings().weight.shape == (80, 32)
+    assert (out.fingerprint == tuned.fingerprint) == (strategy == "exact")
+
+
+@pytest.mark.parametrize(("before", "after"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_the_tuned_dtype_is_written(tmp_path: Path, before: str, after: str) -> None:
+    base = Checkpoint.open(save_llama(tmp_path / "base", dtype=getattr(torch, before)))
+    tuned = Checkpoint.open(save_llama(tmp_path / "tuned", seed=1, dtype=getattr(torch, after)))
+    compress(Delta(base, tuned), PackOptions(strategy="exact")).save(tmp_path / "pack.safetensors")
+    apply_packs(base, [(SkillPack.load(tmp_path / "pack.safetensors"), 1.0)], tmp_path / "out")
+    assert Checkpoint.open(tmp_path / "out").fingerprint == tuned.fingerprint
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == getattr(torch, after)
+
+
+def test_shards_of_another_dtype_have_their_size_in_the_index(tmp_path: Path) -> None:
+    for name, dtype in (("base", torch.float32), ("tuned", torch.bfloat16)):
+        save_llama(tmp_path / "whole" / name, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / name, dtype="auto")
+        model.save_pretrained(tmp_path / name, max_shard_size="20KB")
+    base, tuned = Checkpoint.open(tmp_path / "base"), Checkpoint.open(tmp_path / "tuned")
+    apply_packs(base, [(compress(Delta(base, tuned), PackOptions(strategy="exact")), 1.0)], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / INDEX).read_text())["metadata"]["total_size"] == 2 * tuned.parameters
+    assert Checkpoint.open(tmp_path / "out").fingerprint == tuned.fingerprint
+
+
+def test_packs_of_different_dtypes_do_not_add_up(base: Checkpoint, exact: SkillPack, tmp_path: Path) -> None:
+    wide = Checkpoint.open(save_llama(tmp_path / "wide", dtype=torch.float32))
+    other = compress(Delta(base, wide), PackOptions(strategy="exact"))
+    with pytest.raises(FusionError, match=r"makes 'model.embed_tokens.weight' F32 of shape .* makes it BF16 of shape"):
+        apply_packs(base, [(exact, 1.0), (other, 1.0)], tmp_path / "out")

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from graftllm.checkpoint import DTYPES
+from graftllm.checkpoint import DTYPES, TensorSpec
+from graftllm.delta import align
 from graftllm.errors import FusionError
 from graftllm.skillpack import SkillPack
 
@@ -65,6 +66,12 @@ def plug(model: nn.Module, *packs: SkillPack | Weighted, check: bool = True) -> 
                     "Write a checkpoint with `graftllm apply` and load that instead."
                 )
             parameter = parameters[name]
+            if agreed_spec(name, weighted).shape != tuple(parameter.shape):
+                raise FusionError(
+                    f"{weighted[0][0].source}: adds vocabulary rows to {name!r}, which a live model of "
+                    f"{parameter.shape[0]:,} rows has no room for. "
+                    "Write a checkpoint with `graftllm apply` and load that instead."
+                )
             base = _in_base_dtype(parameter.data, name, weighted[0][0])
             if check:
                 for pack, _ in weighted:
@@ -82,15 +89,35 @@ def combined(name: str, base: Tensor, packs: Sequence[Weighted], *, dtype: torch
     """Return base + sum of weighted deltas of one parameter in `dtype`; `base` is on CPU in the base's dtype.
 
     One pack of weight 1 gives its own restored value, so an exact pack gives the tuned bits.
+
+    Raises:
+        FusionError: the packs do not agree on the tuned shape and dtype.
     """
     pack, weight = packs[0]
     alone = len(packs) == 1 and weight == 1
-    if alone and (dtype == base.dtype or pack.header.tensors[name].how.operator == "exact"):
+    spec = agreed_spec(name, packs)
+    if alone and (dtype == DTYPES[spec.dtype] or pack.header.tensors[name].how.operator == "exact"):
         return pack.restore(name, base).to(dtype)
-    total = torch.zeros(base.shape)
+    total = torch.zeros(spec.shape)
     for pack, weight in sorted(packs, key=lambda pair: (pair[0].source, pair[1])):  # one order of summing
         total += weight * pack.delta(name, base)
-    return (base.float() + total).to(dtype)
+    return (align(base, spec).float() + total).to(dtype)
+
+
+def agreed_spec(name: str, packs: Sequence[Weighted]) -> TensorSpec:
+    """Return the shape and dtype that the packs' tuned models have for one parameter.
+
+    Raises:
+        FusionError: they differ.
+    """
+    specs = [pack.header.tensors[name].tuned_spec for pack, _ in packs]
+    if odd := next((i for i, spec in enumerate(specs) if spec != specs[0]), None):
+        raise FusionError(
+            f"{packs[odd][0].source}: makes {name!r} {specs[odd].dtype} of shape {list(specs[odd].shape)}, but "
+            f"{packs[0][0].source} makes it {specs[0].dtype} of shape {list(specs[0].shape)}. "
+            "Only packs of tuned models with the same vocabulary and dtype add up; use them one by one."
+        )
+    return specs[0]
 
 
 def _touched(packs: Sequence[Weighted]) -> list[str]:

@@ -9,21 +9,26 @@ from pathlib import Path
 from torch import Tensor
 
 from graftllm.checkpoint import DTYPES, Checkpoint, write_checkpoint
-from graftllm.fusion.grafting import Weighted, combined
+from graftllm.fusion.grafting import Weighted, agreed_spec, combined
 from graftllm.progress import progress
 
 
 def apply_packs(base: Checkpoint, packs: Sequence[Weighted], out: str | Path) -> None:
-    """Write base + weighted packs as a checkpoint, with the base's config, tokenizer, shards and dtypes.
+    """Write base + weighted packs as a checkpoint, with the base's config, tokenizer and shards.
 
+    Where the tuned models had more vocabulary rows or another dtype, the checkpoint has them too. The
+    tokenizer stays the base's; a pack's header says whether the tuned one was another.
     One exact pack of weight 1 gives the tuned checkpoint's weights bit for bit.
 
     Raises:
+        FusionError: the packs' tuned models differ in vocabulary or dtype.
         PackError: a pack is damaged or was made for another base; nothing is then written.
         StorageError: there is no room, or the place cannot be written.
     """
     for pack, _ in packs:
         pack.check_base(base)
+    specs = {name: agreed_spec(name, packs) for name in base.specs}
+    config = {key: value for pack, _ in packs for key, value in pack.header.config.items()}
     with progress("applying") as show:
         done = 0
 
@@ -33,6 +38,6 @@ def apply_packs(base: Checkpoint, packs: Sequence[Weighted], out: str | Path) ->
             for pack, _ in packs:
                 pack.check_tensor(name, value)
             show(done := done + 1, len(base.specs))
-            return combined(name, value, packs, dtype=DTYPES[base.specs[name].dtype])
+            return combined(name, value, packs, dtype=DTYPES[specs[name].dtype])
 
-        write_checkpoint(base, Path(out), tensor)
+        write_checkpoint(base, Path(out), tensor, specs=specs, config=config)

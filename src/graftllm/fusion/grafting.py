@@ -4,7 +4,7 @@ theta = theta_base + sum_i w_i * delta_i (arXiv 2505.18502). Plugging replaces t
 and keeps the base's, so unplugging gives the old model back bit for bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from graftllm.checkpoint import DTYPES, TensorSpec
 from graftllm.delta import align
 from graftllm.errors import FusionError
+from graftllm.live import Binding, bindings, named_values
 from graftllm.skillpack import SkillPack
 
 Weighted = tuple[SkillPack, float]
@@ -27,7 +28,7 @@ class Graft:
 
     def unplug(self) -> None:
         """Give the model its own weights back, bit for bit; a second time does nothing."""
-        parameters = _parameters(self.model)
+        parameters = named_values(self.model)
         for name, value in self.base_values.items():
             parameters[name].data = value
         self.base_values.clear()
@@ -57,32 +58,46 @@ def plug(model: nn.Module, *packs: SkillPack | Weighted, check: bool = True) -> 
     """
     weighted = [pack if isinstance(pack, tuple) else (pack, 1.0) for pack in packs]
     graft = Graft(model, {})
-    parameters = _parameters(model)
+    if not weighted:
+        return graft
+    parameters = named_values(model)
     try:
-        for name in _touched(weighted):
-            if name not in parameters:
-                raise FusionError(
-                    f"{weighted[0][0].source}: touches {name!r}, which the live model does not have under that name. "
-                    "Write a checkpoint with `graftllm apply` and load that instead."
-                )
-            parameter = parameters[name]
-            if agreed_spec(name, weighted).shape != tuple(parameter.shape):
-                raise FusionError(
-                    f"{weighted[0][0].source}: adds vocabulary rows to {name!r}, which a live model of "
-                    f"{parameter.shape[0]:,} rows has no room for. "
-                    "Write a checkpoint with `graftllm apply` and load that instead."
-                )
-            base = _in_base_dtype(parameter.data, name, weighted[0][0])
-            if check:
-                for pack, _ in weighted:
-                    pack.check_tensor(name, base)
-            value = combined(name, base, weighted, dtype=parameter.dtype).to(parameter.device)
-            graft.base_values[name] = parameter.data
-            parameter.data = value
+        for binding in _touched_bindings(model, weighted):
+            values = _plugged({name: parameters[name].data for name in binding.live}, binding, weighted, check=check)
+            for name, value in values.items():
+                graft.base_values[name] = parameters[name].data
+                parameters[name].data = value
     except BaseException:
         graft.unplug()
         raise
     return graft
+
+
+def _plugged(
+    values: Mapping[str, Tensor], binding: Binding, packs: Sequence[Weighted], *, check: bool
+) -> dict[str, Tensor]:
+    """Return live parameters with the packs' deltas, in the dtype and on the device that they have."""
+    source = packs[0][0].source
+    like = values[binding.live[0]]
+    stored = binding.to_stored({name: value.detach().cpu() for name, value in values.items()})
+    for name, live in stored.items():
+        if agreed_spec(name, packs).shape != tuple(live.shape):
+            raise FusionError(
+                f"{source}: adds vocabulary rows to {name!r}, which a live model of {live.shape[0]:,} rows "
+                "has no room for. Write a checkpoint with `graftllm apply` and load that instead."
+            )
+        base = _in_base_dtype(live, name, packs[0][0])
+        if check:
+            for pack, _ in packs:
+                pack.check_tensor(name, base)
+        stored[name] = combined(name, base, packs, dtype=live.dtype)
+    made = binding.to_live(stored)
+    if {name: value.shape for name, value in made.items()} != {name: value.shape for name, value in values.items()}:
+        raise FusionError(
+            f"{source}: the live model holds {binding.live[0]!r} in another shape than its base. "
+            "Write a checkpoint with `graftllm apply` and load that instead."
+        )
+    return {name: value.to(like.device) for name, value in made.items()}
 
 
 def combined(name: str, base: Tensor, packs: Sequence[Weighted], *, dtype: torch.dtype) -> Tensor:
@@ -120,33 +135,35 @@ def agreed_spec(name: str, packs: Sequence[Weighted]) -> TensorSpec:
     return specs[0]
 
 
-def _touched(packs: Sequence[Weighted]) -> list[str]:
-    return list(
-        dict.fromkeys(
-            name
-            for pack, _ in packs
-            for name, entry in pack.header.tensors.items()
-            if entry.how.operator != "unchanged"
-        )
-    )
+def _touched_bindings(model: nn.Module, packs: Sequence[Weighted]) -> list[Binding]:
+    """Return the places of the live model that the packs change, in the order of the pack's names."""
+    found = {name: binding for binding in bindings(model, _base_specs(packs[0][0])) for name in binding.stored}
+    touched: dict[int, Binding] = {}
+    for pack, _ in packs:
+        for name, entry in pack.header.tensors.items():
+            if entry.how.operator == "unchanged" and entry.tuned_spec == entry.spec:
+                continue
+            if name not in found:
+                raise FusionError(
+                    f"{pack.source}: touches {name!r}, which the live model does not have under that name. "
+                    "Write a checkpoint with `graftllm apply` and load that instead."
+                )
+            touched[id(found[name])] = found[name]
+    return list(touched.values())
 
 
-def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by every name they have, so that a tied head is found under its own."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+def _base_specs(pack: SkillPack) -> dict[str, TensorSpec]:
+    return {name: entry.spec for name, entry in pack.header.tensors.items()}
 
 
 def _in_base_dtype(value: Tensor, name: str, pack: SkillPack) -> Tensor:
     """Return a live value as the base checkpoint stores it, on CPU: exactly, or not at all."""
     dtype = DTYPES[pack.header.tensors[name].dtype]
-    live = value.detach().cpu()
-    stored = live.to(dtype)
-    if torch.finfo(live.dtype).bits < torch.finfo(dtype).bits if dtype.is_floating_point else live.dtype != dtype:
+    stored = value.to(dtype)
+    floats = dtype.is_floating_point and value.dtype.is_floating_point
+    if value.dtype.itemsize < dtype.itemsize if floats else value.dtype != dtype:
         raise FusionError(
-            f"{pack.source}: the live model holds {name!r} in {live.dtype}, narrower than its base's {dtype}. "
+            f"{pack.source}: the live model holds {name!r} in {value.dtype}, narrower than its base's {dtype}. "
             f"Load the base with dtype={dtype}."
         )
     return stored

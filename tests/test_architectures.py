@@ -1,0 +1,119 @@
+"""Every architecture goes the whole way: two checkpoints, a pack, a checkpoint again, a live model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from graftllm.checkpoint import Checkpoint, digest
+from graftllm.delta import Delta
+from graftllm.errors import CheckpointError
+from graftllm.fusion.grafting import plug
+from graftllm.fusion.merging import apply_packs
+from graftllm.live import bindings
+from graftllm.recipe import PackOptions
+from graftllm.skillpack import SkillPack, compress
+from tests.architectures import CONFIGS, load, outputs, save_base, save_tuned
+
+Pair = tuple[str, Path, Path]
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    base = save_base(request.param, tmp_path_factory.mktemp(request.param) / "base")
+    return request.param, base, save_tuned(base, base.with_name("tuned"))
+
+
+@pytest.fixture(scope="module")
+def delta(pair: Pair) -> Delta:
+    return Delta(Checkpoint.open(pair[1]), Checkpoint.open(pair[2]))
+
+
+@pytest.fixture(scope="module")
+def exact(delta: Delta) -> SkillPack:
+    return compress(delta, PackOptions(strategy="exact"))
+
+
+@pytest.fixture(scope="module")
+def lossy(delta: Delta) -> SkillPack:
+    return compress(delta, PackOptions(strategy="paper"))
+
+
+def _digests(model: torch.nn.Module) -> dict[str, str]:
+    return {name: digest(value) for name, value in model.state_dict().items()}
+
+
+def test_every_tensor_of_the_checkpoint_is_in_the_pack(delta: Delta, exact: SkillPack, lossy: SkillPack) -> None:
+    for pack in (exact, lossy):
+        assert list(pack) == delta.base.names()
+        for name in pack:
+            assert pack.header.tensors[name].spec == delta.base.specs[name]
+            assert pack.header.tensors[name].nbytes
+
+
+def test_an_exact_pack_gives_the_tuned_bits(delta: Delta, exact: SkillPack, tmp_path: Path) -> None:
+    apply_packs(delta.base, [(exact, 1.0)], tmp_path / "out")
+    assert Checkpoint.open(tmp_path / "out").fingerprint == delta.tuned.fingerprint
+
+
+def test_a_lossy_pack_gives_a_checkpoint_that_loads(pair: Pair, delta: Delta, lossy: SkillPack, tmp_path: Path) -> None:
+    name, base, tuned = pair
+    apply_packs(delta.base, [(lossy, 1.0)], tmp_path / "out")
+    wanted = outputs(load(name, tuned))
+    left = (outputs(load(name, tmp_path / "out")) - wanted).norm()
+    assert left < (outputs(load(name, base)) - wanted).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_exact_pack_makes_the_live_model_the_tuned_one(pair: Pair, exact: SkillPack, dtype: torch.dtype) -> None:
+    name, base, tuned = pair
+    model, expected = load(name, base, dtype=dtype), load(name, tuned, dtype=dtype)
+    before = _digests(model)
+    with plug(model, exact):
+        assert _digests(model) == _digests(expected)
+        assert torch.equal(outputs(model), outputs(expected))
+    assert _digests(model) == before
+
+
+def test_a_lossy_pack_gives_the_live_model_what_apply_writes(
+    pair: Pair, delta: Delta, lossy: SkillPack, tmp_path: Path
+) -> None:
+    name, base, _ = pair
+    apply_packs(delta.base, [(lossy, 1.0)], tmp_path / "out")
+    model, expected = load(name, base), load(name, tmp_path / "out")
+    before = _digests(model)
+    with plug(model, lossy):
+        assert _digests(model) == _digests(expected)
+    assert _digests(model) == before
+
+
+def test_a_model_without_head_takes_the_pack_of_the_one_with_it(tmp_path: Path) -> None:
+    base = save_base("mixtral", tmp_path / "base")
+    tuned = save_tuned(base, tmp_path / "tuned")
+    model, expected = load("mixtral", base), load("mixtral", tuned)
+    model.model.save_pretrained(tmp_path / "bare")  # no `model.` before any name
+    expected.model.save_pretrained(tmp_path / "bare-tuned")
+    bare = Delta(Checkpoint.open(tmp_path / "bare"), Checkpoint.open(tmp_path / "bare-tuned"))
+    assert "norm.weight" in bare.base.specs
+    with plug(model.model, compress(bare, PackOptions(strategy="exact"))):
+        assert _digests(model.model) == _digests(expected.model)
+
+
+def test_stacked_experts_and_their_files_are_found_in_each_other(tmp_path: Path) -> None:
+    base = Checkpoint.open(save_base("qwen3_moe", tmp_path / "base"))
+    model = load("qwen3_moe", base.path)
+    found = {binding.live: binding for binding in bindings(model, base.specs)}
+    binding = found["model.layers.1.mlp.experts.gate_up_proj",]
+    assert len(binding.stored) == 8
+    stored = {name: base.tensor(name) for name in binding.stored}
+    live = binding.to_live(stored)
+    assert torch.equal(live[binding.live[0]], model.state_dict()[binding.live[0]])
+    assert all(torch.equal(value, stored[name]) for name, value in binding.to_stored(live).items())
+
+
+def test_experts_of_which_one_is_missing_are_refused(tmp_path: Path) -> None:
+    base = Checkpoint.open(save_base("qwen3_moe", tmp_path / "base"))
+    model = load("qwen3_moe", base.path)
+    specs = {name: spec for name, spec in base.specs.items() if name != "model.layers.0.mlp.experts.2.up_proj.weight"}
+    with pytest.raises(CheckpointError, match=r"transformers cannot make 'model.layers.0.mlp.experts.gate_up_proj' of"):
+        bindings(model, specs)

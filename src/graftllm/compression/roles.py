@@ -10,17 +10,25 @@ from typing import Literal
 Role = Literal["embedding", "head", "attention", "mlp", "expert", "norm", "bias", "other"]
 
 # First match wins, so the order matters: an expert's bias is a bias, an attention norm is a norm.
+# State-space and other token mixers count as attention: they are what stands in its place.
 _WORDS: tuple[tuple[Role, str], ...] = (
     ("bias", r"(^|\.)bias$|_bias$"),
-    ("norm", r"norm|(^|[._])ln(_?\d|_f)?($|[._])"),
+    ("norm", r"[Nn]orm|(^|[._])ln(_?\d|_f)?($|[._])"),
     ("expert", r"(^|[._])experts?([._]|$)"),
-    ("head", r"^(model\.)?(lm_head|output|embed_out|score|classifier|qa_outputs)\."),
-    ("embedding", r"embed|(^|\.)(wte|wpe|shared)\."),
+    ("head", r"^(model\.)?(lm_head|output|embed_out|score|classifier|qa_outputs|cls|vocab_\w+)\."),
+    ("embedding", r"embed|(^|\.)(wte|wpe|shared)\.|_tokens?$"),
+    ("attention", r"attn|[Aa]ttention"),
+    ("other", r"(^|\.)(A_log|A|D)$"),
     (
         "mlp",
-        r"mlp|feed_?forward|(^|[._])(ffn?|fc\d?|[cw][123]|dense_(h_to_4h|4h_to_h)|intermediate|gate|up|down)([._]|$)",
+        r"mlp|feed_?forward|router|(^|\.)output\.dense\.|"
+        r"(^|[._])(ffn?|fc\d?|[cw][123]|w[io](_\d)?|dense_(h_to_4h|4h_to_h)|intermediate|gate|up|down)([._]|$)",
     ),
-    ("attention", r"attn|attention|mixer|(^|[._])([qkvo](_proj)?|qkv|query|key|value)([._]|$)"),
+    (
+        "attention",
+        r"mixer|mamba|ssm|time_mix|conv1d|"
+        r"(^|[._])([qkvo](_proj)?|qkv|query|key|value|(in|out|x|dt)_proj)([._]|$)",
+    ),
 )
 
 
@@ -38,12 +46,11 @@ def role_of(name: str, shape: tuple[int, ...]) -> Role:
 
     Args:
         name: as in the checkpoint, such as `model.layers.0.mlp.up_proj.weight`.
-        shape: a vector that no word matches counts as a norm, a matrix as `other`.
+        shape: a vector that no word matches counts as a norm, anything else as `other`.
     """
     for role, words in _WORDS:
         if re.search(words, name):
-            # Word tables and such can be called norms or biases only when they are vectors.
-            if role in ("norm", "bias") and len(shape) > 1:
+            if role == "norm" and len(shape) > 1:  # a table or projection beside one
                 continue
             return role
     return "norm" if len(shape) < 2 else "other"

@@ -1,0 +1,149 @@
+"""Every way to compress a delta that `codec.py` compares: ours, by the library, and the rivals.
+
+A method is a row: settings, and a function that compresses a yardstick's delta at one of them,
+measures what it lost and returns JSON. Its sources say when it has to be measured again.
+"""
+
+import ast
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from codec_bound import bound_nbytes
+from codec_measures import Yardstick, squared_norm
+from rivals import RIVALS, Rival, Setting, compress
+from zstandard import ZstdCompressor
+
+import graftllm.skillpack
+from graftllm.checkpoint import raw_bytes
+from graftllm.errors import CompressionError
+from graftllm.recipe import PackOptions, Strategy
+from graftllm.skillpack import SkillPack
+
+RATES = (0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # bits per parameter that our budgets ask for
+OWN = ("auto", "auto, not calibrated", "paper")
+_LIBRARY = Path(graftllm.skillpack.__file__).parent
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the comparison.
+
+    Attributes:
+        name: as tables and plots show it.
+        settings: from the smallest file to the largest, more or less.
+        measure: (yardstick, setting) -> what was found, as JSON; `refused` alone when it cannot be met.
+        sources: files whose code the result depends on.
+        paper: where it is from.
+    """
+
+    name: str
+    settings: tuple[Any, ...]
+    measure: Callable[[Yardstick, Any], dict[str, Any]]
+    sources: tuple[Path, ...]
+    paper: str = ""
+
+
+def methods(rates: Sequence[float] = RATES) -> dict[str, Method]:
+    """Return all methods by name; `rates` are those of ours."""
+    codec = (*sorted((_LIBRARY / "compression").glob("*.py")), _LIBRARY / "skillpack.py", _LIBRARY / "header.py")
+    budgets = tuple(rates)
+    own = [
+        Method("auto", budgets, partial(_pack, "auto", True), codec),
+        Method("auto, not calibrated", budgets, partial(_pack, "auto", False), codec),
+        Method("paper", budgets, partial(_pack, "paper", True), codec, "https://arxiv.org/abs/2505.18502"),
+        Method("exact", ("exact",), _exact, codec),
+    ]
+    theirs = [
+        Method(rival.name, rival.settings, partial(_rival, rival), (_source(rival),), rival.paper)
+        for rival in RIVALS.values()
+    ]
+    return {method.name: method for method in (*own, *theirs)}
+
+
+def code_digest(sources: Sequence[Path]) -> str:
+    """Return a digest of what Python files do: comments, docstrings and layout do not count."""
+    return hashlib.sha256("\n".join(_code(path) for path in sources).encode()).hexdigest()[:16]
+
+
+def _pack(strategy: Strategy, calibrated: bool, yardstick: Yardstick, rate: float) -> dict[str, Any]:
+    """Compress with the library to a budget of `rate` bits per parameter; measure the file."""
+    budget = str(int(rate * yardstick.delta.base.parameters / 8))
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "pack.safetensors"
+        try:
+            options = PackOptions(strategy=strategy, budget=budget)
+            rows = yardstick.rows if calibrated else ()
+            graftllm.skillpack.compress(yardstick.delta, options, calibration=rows, device="cpu").save(path)
+        except CompressionError as error:
+            return {"refused": str(error)}
+        seconds, pack = time.monotonic() - started, SkillPack.load(path)
+        decoded = {name: pack.delta(name, yardstick.delta.base.tensor(name)) for name in pack}
+        loss = yardstick.measure(decoded, lambda name: pack.restore(name, yardstick.delta.base.tensor(name)))
+        sizes = {name: entry.nbytes for name, entry in pack.header.tensors.items()}
+        limit = _bound(yardstick, decoded, sizes, calibrated)
+        return {"nbytes": path.stat().st_size, "seconds": round(seconds, 2), **limit, **asdict(loss)}
+
+
+def _rival(rival: Rival, yardstick: Yardstick, setting: Setting) -> dict[str, Any]:
+    started = time.monotonic()
+    moments = yardstick.moments if rival.calibrated else None
+    decoded, nbytes = compress(rival, yardstick.matrices, moments, setting, exact=yardstick.vector_sizes)
+    seconds = time.monotonic() - started
+    loss = yardstick.measure(decoded | dict(yardstick.vectors))
+    return {"nbytes": nbytes, "seconds": round(seconds, 2), **asdict(loss)}
+
+
+def _exact(yardstick: Yardstick, setting: str) -> dict[str, Any]:
+    """Pack bit for bit; compare the file with zstd -19 on the XOR of the same checkpoints."""
+    delta = yardstick.delta
+    changed = [np.bitwise_xor(*(raw_bytes(part) for part in delta.pair(name))) for name in delta]
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "pack.safetensors"
+        graftllm.skillpack.compress(delta, PackOptions(strategy="exact"), device="cpu").save(path)
+        nbytes = path.stat().st_size
+    return {"nbytes": nbytes, "zstd_nbytes": len(ZstdCompressor(level=19).compress(np.concatenate(changed).tobytes()))}
+
+
+def _bound(
+    yardstick: Yardstick, decoded: Mapping[str, Any], sizes: Mapping[str, int], calibrated: bool
+) -> dict[str, float]:
+    """Return what the matrices took and the least that they could have, at the distortion that each has.
+
+    Matrices without a metric of their own and lossless ones are left out of both.
+    """
+    moments = yardstick.moments if calibrated else dict.fromkeys(yardstick.matrices)
+    taken = least = 0.0
+    for name, metric in moments.items():
+        change = yardstick.matrices[name]
+        distortion = squared_norm(decoded[name] - change, metric)
+        if 0 < distortion < squared_norm(change, metric):
+            taken += sizes[name]
+            least += bound_nbytes(change, metric, distortion)
+    return {"lossy_nbytes": taken, "bound_nbytes": least}
+
+
+def _source(rival: Rival) -> Path:
+    return _HERE / f"{rival.compress.__module__.split('.')[-1]}.py"
+
+
+def _code(path: Path) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
+            body.pop(0)
+    return ast.dump(tree)

@@ -1,0 +1,161 @@
+"""The fine-tunes that `codec.py` measures on, trained once and kept: real deltas of two sizes.
+
+    python benchmarks/codec_models.py [--dir runs/codec] [--reuse runs/demo] [--target demo wide] [--seeds 0 1 2]
+
+`demo` is the demo's zoo whole: for each seed a target and three sources from scratch, and three
+skills moved by sampling, SFT and DPO. `wide` is a Llama of 11.6 M parameters with an untied head
+that knows the general tasks, fine-tuned on one skill from the verified rows of the demo of the same
+seed. Its base is trained once, so its three seeds are three fine-tunes of one base. A killed build
+goes on where it was.
+"""
+
+import argparse
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import LlamaConfig, PreTrainedConfig
+
+from graftllm.demo import GENERAL, RECIPE, REVERSE, Member, Zoo, build_zoo, byte_bpe
+from graftllm.pipeline.transfer import train
+from graftllm.pipeline.work import Work
+from graftllm.recipe import SftOptions, load_recipe
+from graftllm.records import read_prompts
+from graftllm.stages import Stages
+from graftllm.storage import whole_directory
+from graftllm.training import Training, train_sft
+
+SKILLS = {"demo": ("reverse", "sort", "next"), "wide": ("reverse",)}
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One fine-tune to compress, and what it is measured with.
+
+    Attributes:
+        target: `demo` or `wide`.
+        skill: what it was tuned on.
+        seed: of the zoo, the sampling and the training.
+        base: checkpoint directory of the base.
+        tuned: checkpoint directory of the fine-tune.
+        rows: JSONL of the rows that it was tuned on, to calibrate with.
+        test: JSONL of prompts with references, none of them seen in training.
+    """
+
+    target: str
+    skill: str
+    seed: int
+    base: Path
+    tuned: Path
+    rows: Path
+    test: Path
+
+    @property
+    def name(self) -> str:
+        """A short name, such as `demo.sort.0`."""
+        return f"{self.target}.{self.skill}.{self.seed}"
+
+
+def build_subjects(
+    directory: Path, targets: Sequence[str], seeds: Sequence[int], reuse: Path | None = None
+) -> Iterator[Subject]:
+    """Yield the subjects, seed by seed; those that are not built yet are built first.
+
+    Args:
+        directory: where the models lie or will lie.
+        targets: rows of `SKILLS`.
+        seeds: which fine-tunes of each target.
+        reuse: directory of a finished demo with seed 0, to copy instead of training it again.
+    """
+    directory = directory.absolute()  # stages remember paths
+    stages = Stages(directory / "stages")
+    for seed in seeds:
+        demo = directory / "demo" / str(seed)
+        stages.run(f"demo.{seed}", [seed], [demo], lambda seed=seed, demo=demo: _build_demo(demo, seed, reuse))
+        if "demo" in targets:
+            yield from (_demo_subject(demo, skill, seed) for skill in SKILLS["demo"])
+        if "wide" in targets:
+            base = build_wide_base(directory)
+            yield from (_wide_subject(stages, directory, base, demo, skill, seed) for skill in SKILLS["wide"])
+
+
+def build_wide_base(directory: Path) -> Path:
+    """Train the wide base on the general tasks unless it is there; return its directory."""
+    home = directory / "wide" / "zoo"
+    build_zoo(home, Stages(directory / "stages"), WIDE, seed=0)
+    return home / "base"
+
+
+def _build_demo(directory: Path, seed: int, reuse: Path | None) -> None:
+    """Copy the base, the fine-tunes and the rows of a finished demo, or do what the demo does up to there."""
+    if seed == 0 and reuse is not None and (reuse / "report.json").exists():
+        with whole_directory(directory) as partial:
+            for part in ("zoo/target", "zoo/prompts", *(f"skills/{skill}/tuned" for skill in SKILLS["demo"])):
+                shutil.copytree(reuse / part, partial / part)
+            for skill in SKILLS["demo"]:
+                shutil.copyfile(reuse / "skills" / skill / "sft.jsonl", partial / "skills" / skill / "sft.jsonl")
+        return
+    recipe, directory = load_recipe(RECIPE, directory)
+    work = Work(recipe.model_copy(update={"seed": seed}), directory, Stages(directory / "stages"))
+    build_zoo(directory / "zoo", work.stages, seed=seed)
+    for skill in SKILLS["demo"]:
+        train(work, skill)
+
+
+def _demo_subject(demo: Path, skill: str, seed: int) -> Subject:
+    home = demo / "skills" / skill
+    test = demo / "zoo" / "prompts" / f"{skill}.test.jsonl"
+    return Subject("demo", skill, seed, demo / "zoo" / "target", home / "tuned", home / "sft.jsonl", test)
+
+
+def _wide_subject(stages: Stages, directory: Path, base: Path, demo: Path, skill: str, seed: int) -> Subject:
+    """Return a fine-tune of the wide base; it is trained unless it is there."""
+    source = _demo_subject(demo, skill, seed)
+    out = directory / "wide" / str(seed) / skill
+    run = Training(base, out, seed, f"SFT wide {skill} {seed}")
+    stages.run(
+        f"wide.{skill}.{seed}", [base, source.rows, _TUNING], [out],
+        lambda: train_sft(run, read_prompts(source.rows), _TUNING),
+    )  # fmt: skip
+    return Subject("wide", skill, seed, base, out, source.rows, source.test)
+
+
+def _wide_llama(vocabulary: int, pad: int, end: int) -> PreTrainedConfig:
+    return LlamaConfig(
+        vocab_size=vocabulary, pad_token_id=pad, bos_token_id=None, eos_token_id=end, max_position_embeddings=128,
+        hidden_size=384, intermediate_size=896, num_hidden_layers=8, num_attention_heads=6, num_key_value_heads=2,
+        tie_word_embeddings=False, initializer_range=0.04,
+    )  # fmt: skip
+
+
+_TUNING = SftOptions(epochs=4, batch_size=32, learning_rate=5e-4, max_length=64)
+WIDE = Zoo(
+    members=(
+        Member(
+            "base", _wide_llama, byte_bpe(336), ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"),
+            tuple(zip(GENERAL, (4800, 400, 800, 800, 3200), strict=True)),
+            SftOptions(epochs=2, batch_size=64, learning_rate=1.5e-3, max_length=64),
+        ),
+    ),
+    skills=((REVERSE, 1),),
+    general=tuple((task, 1) for task in GENERAL),
+    test_prompts=400,
+)  # fmt: skip
+
+
+def main() -> None:
+    """Build everything that is asked for and not there yet; print the names as they are ready."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, default=Path("runs/codec"))
+    parser.add_argument("--reuse", type=Path, help="directory of a finished demo with seed 0")
+    parser.add_argument("--target", nargs="+", choices=list(SKILLS), default=list(SKILLS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    given = parser.parse_args()
+    for subject in build_subjects(given.dir / "models", given.target, given.seeds, given.reuse):
+        print(subject.name, flush=True)
+
+
+if __name__ == "__main__":
+    main()

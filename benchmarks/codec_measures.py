@@ -25,7 +25,7 @@ from graftllm.generation import generate, load_model, load_tokenizer, pad, rende
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Prompt, read_prompts
 
-PROMPTS = 400  # held-out prompts that KL and score are measured on
+PROMPTS = 200  # held-out prompts that KL and score are measured on
 _BATCH = 100
 _GREEDY = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=16, batch_size=200)
 

@@ -113,8 +113,10 @@ def _settings(knobs: Iterable[Knob], *vocabulary: Vocabulary) -> tuple[Setting, 
 
 
 _RATES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+_HIGH = (0.75, 1.0, 1.5, 2.0)  # rates of the linears at which a pruned embedding can pay
 _PUBLISHED = ("8:.002,3:.032,2:.966", "8:.02,4:.18,2:.8")  # Delta-CoMe's 8:2,3:32,2; GraftLLM's 8:20,4:180,2:800
-_TUNED = ("8:.03,3:.3,2:.67", "8:.05,4:.35,2:.6", "8:.05,4:.45,3:.5")
+_TUNED = ("8:.05,4:.35,2:.6", "8:.05,4:.45,3:.5")
+_EITHER = ("rate", "energy")
 _LADDER = (
     "Codes are never packed; embedding and head are taken from the fine-tune and not counted. Here: packed, every "
     "scale and zero point counted, ranks by rate (Delta-CoMe) or by energy (GraftLLM), the better of the two."
@@ -124,7 +126,8 @@ _ROWS = (
     Rival(
         "ladder + GPTQ",
         ladder,
-        _settings(product(_RATES, _PUBLISHED, ("rate", "energy")), "plain", "pruned"),
+        _settings(product(_RATES, _PUBLISHED, _EITHER), "plain")
+        + _settings(product(_HIGH, _PUBLISHED, _EITHER), "pruned"),
         True,
         "https://arxiv.org/abs/2406.08903",
         _LADDER,
@@ -132,7 +135,7 @@ _ROWS = (
     Rival(
         "ladder + GPTQ, bands tuned",
         ladder,
-        _settings(product(_RATES, _TUNED, ("rate", "energy")), "plain", "pruned"),
+        _settings(product(_RATES[1:], _TUNED, _EITHER), "plain") + _settings(product(_HIGH, _TUNED, _EITHER), "pruned"),
         True,
         "https://arxiv.org/abs/2505.18502",
         "Not published: the same with bands that were searched on these models.",
@@ -140,7 +143,8 @@ _ROWS = (
     Rival(
         "ladder, rounded",
         ladder,
-        _settings(product(_RATES, _PUBLISHED, ("rate", "energy")), "same", "pruned"),
+        _settings(product(_RATES[1:], _PUBLISHED, _EITHER), "same")
+        + _settings(product(_HIGH, _PUBLISHED, _EITHER), "pruned"),
         False,
         "https://arxiv.org/abs/2406.08903",
         _LADDER,
@@ -148,7 +152,8 @@ _ROWS = (
     Rival(
         "DeltaMix",
         deltamix,
-        _settings(product(_RATES, ("matrix", "model"), (False, True)), "same", "plain", "pruned"),
+        _settings(product(_RATES, ("matrix", "model"), (True,)), "same", "plain")
+        + _settings(product(_HIGH, ("matrix", "model"), (True,)), "pruned"),
         True,
         "https://arxiv.org/abs/2506.11087",
         "Bits per singular direction by an integer programme, GPTQ, a corrected target for U. Here the programme is "
@@ -157,7 +162,7 @@ _ROWS = (
     Rival(
         "LoRA extraction",
         lora,
-        _settings(product((1, 2, 4, 8, 12, 16, 24, 32, 48), (16,), ("rank", "energy")), "same"),
+        _settings(product((1, 2, 4, 8, 16, 24, 32, 48), (16,), ("rank", "energy")), "same"),
         False,
         "https://arxiv.org/abs/2106.09685",
         "Rank-r SVD in bf16, one rank for all linears. Here also one threshold for all, and the better of the two.",
@@ -165,7 +170,7 @@ _ROWS = (
     Rival(
         "LoRA extraction, int8",
         lora,
-        _settings(product((2, 4, 8, 16, 24, 32, 48, 64), (8,), ("rank", "energy")), "same"),
+        _settings(product((2, 4, 8, 16, 32, 48, 64), (8,), ("rank", "energy")), "same"),
         False,
         "https://arxiv.org/abs/2106.09685",
         "Not published: the same at 8 bits and one scale a singular vector, to see what bf16 costs.",
@@ -173,7 +178,8 @@ _ROWS = (
     Rival(
         "ImPart",
         impart,
-        _settings(product((0.03, 0.06, 0.12, 0.25, 0.4), (0.5, 0.8), (8, 16)), "same", "q8"),
+        _settings(product((0.03, 0.06, 0.12, 0.25, 0.4), (0.5, 0.8), (8,)), "same", "q8")
+        + _settings(product((0.06, 0.12), (0.5, 0.8), (16,)), "same"),
         False,
         "https://arxiv.org/abs/2504.13237",
         "Random sparsity in the singular vectors, by importance, in fp16; the mask is a seed and costs nothing here. "
@@ -199,7 +205,7 @@ _ROWS = (
     Rival(
         "DeltaZip",
         deltazip,
-        _settings(product((1, 2, 3, 4), (128, 0)), "same", "q8"),
+        _settings(product((1, 2, 3, 4), (128,)), "same", "q8") + _settings(product((2, 3, 4), (0,)), "same"),
         True,
         "https://arxiv.org/abs/2312.05215",
         "2:4 sparse with SparseGPT, then few bits, then deflate. Here three masks share a byte (8/3 bits for four "
@@ -224,18 +230,18 @@ _ROWS = (
     Rival(
         "magnitude pruning",
         magnitude,
-        _settings(product((0.02, 0.05, 0.1, 0.2, 0.35, 0.5), (8, 16), ("matrix", "model")), "same", "q8"),
+        _settings(product((0.02, 0.05, 0.1, 0.2, 0.35, 0.5), (8,), ("matrix", "model")), "same", "q8"),
         False,
         "https://arxiv.org/abs/1506.02626",
-        "Largest entries at 8 or 16 bits; gaps between them entropy-coded, better than index formats in use.",
+        "Largest entries at 8 bits; gaps between them entropy-coded, better than index formats in use.",
     ),
     Rival(
         "DARE",
         dare,
-        _settings(product((0.1, 0.25, 0.5, 0.75), (4, 8, 16)), "same", "q8"),
+        _settings(product((0.1, 0.25, 0.5, 0.75), (4, 8)), "same", "q8"),
         False,
         "https://arxiv.org/abs/2311.03099",
-        "Random entries, rescaled. Made for merging; the mask is a seed and costs nothing here.",
+        "Random entries, rescaled. Made for merging; the mask is a seed and costs nothing here; values of 4 or 8 bits.",
     ),
 )
 RIVALS = {rival.name: rival for rival in _ROWS}

@@ -1,13 +1,22 @@
+import gc
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
 
 from graftllm.checkpoint import Checkpoint
+from graftllm.compression import calibration
 from graftllm.compression.calibration import collect_moments, read_calibration
-from graftllm.errors import CompressionError, RecordError
+from graftllm.errors import CheckpointError, CompressionError, RecordError
 from graftllm.generation import load_model, load_tokenizer, render_answered
+from graftllm.live import bindings
 from graftllm.records import Prompt
+from graftllm.streaming import stream_model
+from tests.architectures import CONFIGS, load, save_base
 
 
 def test_moments_are_those_of_single_unpadded_rows(tuned: Checkpoint, prompts: list[Prompt]) -> None:
@@ -55,3 +64,159 @@ def test_text_without_paragraphs_and_missing_files_are_refused(tmp_path: Path) -
         read_calibration(tmp_path / "empty.txt")
     with pytest.raises(RecordError, match="no such file"):
         read_calibration(tmp_path / "none.txt")
+
+
+TEXT = [name for name in CONFIGS if name not in ("t5", "vit")]
+
+
+def _seen_by_modules(name: str, path: Path, rows: list[Prompt]) -> tuple[dict[str, torch.Tensor], int]:
+    """What every linear module of the whole model sees when it reads the rows one by one; and how many tokens."""
+    model, words = load(name, path, dtype=torch.float32), load_tokenizer(path)
+    sums: dict[str, torch.Tensor] = {}
+
+    def add(key: str, module: torch.nn.Module, inputs: tuple) -> None:
+        x = inputs[0].flatten(0, -2)
+        sums[key] = sums.get(key, 0) + x.T @ x
+
+    for key, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            module.register_forward_pre_hook(partial(add, f"{key}.weight"))
+    tokens = 0
+    with torch.inference_mode():
+        for row in rows:
+            ids = render_answered(words, row)[0]
+            model(input_ids=torch.tensor([ids]))
+            tokens += len(ids)
+    return {key: total / tokens for key, total in sums.items()}, tokens
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_every_linear_layer_of_every_architecture_is_watched(name: str, tmp_path: Path) -> None:
+    tuned = save_base(name, tmp_path / "tuned")
+    rows = [*prompts_of_many_lengths()]
+    found = collect_moments(tuned, rows)
+    expected, tokens = _seen_by_modules(name, tuned, rows)
+    assert found.tokens == tokens
+    specs = Checkpoint.open(tuned).specs
+    model = load(name, tuned)
+    stored = {live: binding.stored[0] for binding in bindings(model, specs) for live in binding.live}
+    tied = model.all_tied_weights_keys
+    for live, mean in expected.items():
+        key = stored[tied.get(live, live)]
+        assert torch.allclose(found.moments[key], mean, rtol=1e-3, atol=1e-4 * float(mean.abs().max())), key
+        side = 0 if key in found.transposed else 1
+        assert found.moments[key].shape == (specs[key].shape[side],) * 2
+    assert bool(found.transposed) == (name == "gpt2")
+    experts = {key for key in found.moments if ".experts." in key}
+    assert {key for key in found.moments if key not in experts} == {stored[tied.get(live, live)] for live in expected}
+    assert experts | set(found.unseen) == {key for key in specs if re.search(r"experts\.\d", key)}
+
+
+def prompts_of_many_lengths() -> list[Prompt]:
+    return [Prompt(str(i), ({"role": "user", "content": "Some words: " + "abc" * i},)) for i in range(1, 9)]
+
+
+def test_an_experts_moments_are_of_the_tokens_that_reach_it(tmp_path: Path) -> None:
+    tuned = save_base("qwen3_moe", tmp_path / "tuned")
+    rows = prompts_of_many_lengths()
+    found = collect_moments(tuned, rows)
+    model, words = load("qwen3_moe", tuned, dtype=torch.float32), load_tokenizer(tuned)
+    experts = model.model.layers[1].mlp.experts
+    outer, inner = torch.zeros(4, 16, 16), torch.zeros(4, 16, 16)
+
+    def add(module: torch.nn.Module, inputs: tuple) -> None:
+        x, chosen, _ = inputs
+        for expert in range(4):
+            mine = x[(chosen == expert).any(1)]
+            outer[expert] += mine.T @ mine
+            gate, up = (mine @ experts.gate_up_proj[expert].T).chunk(2, dim=1)
+            product = torch.nn.functional.silu(gate) * up
+            inner[expert] += product.T @ product
+
+    experts.register_forward_pre_hook(add)
+    with torch.inference_mode():
+        for row in rows:
+            model(input_ids=torch.tensor([render_answered(words, row)[0]]))
+    for expert in range(4):
+        name = f"model.layers.1.mlp.experts.{expert}"
+        for part, sums in (("gate_proj", outer), ("up_proj", outer), ("down_proj", inner)):
+            if outer[expert].any():
+                expected = sums[expert] / found.tokens
+                assert torch.allclose(found.moments[f"{name}.{part}.weight"], expected, rtol=1e-3, atol=1e-5)
+            else:
+                assert f"{name}.{part}.weight" in found.unseen
+
+
+def test_an_expert_that_no_token_reaches_has_no_moments(tmp_path: Path) -> None:
+    tuned = save_base("mixtral", tmp_path / "tuned")
+    tensors = load_file(tuned / "model.safetensors")
+    for layer in range(2):  # the inputs of the router are made positive, so that expert 3 is never chosen
+        tensors[f"model.layers.{layer}.post_attention_layernorm.weight"][:] = 0
+    tensors["model.layers.0.block_sparse_moe.gate.weight"][3] = -9
+    save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
+    found = collect_moments(tuned, prompts_of_many_lengths())
+    # All inputs of the experts are zero now: none of them has seen anything.
+    assert len(found.unseen) == 2 * 4 * 3
+    assert not any(".experts." in name for name in found.moments)
+
+
+def test_moments_beyond_the_bound_are_the_same_and_wait_in_files(
+    tuned: Checkpoint, prompts: list[Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = collect_moments(tuned.path, prompts[:5])
+    monkeypatch.setattr(calibration, "MEMORY_BYTES", 3 * 32 * 32 * 4)
+    spooled = collect_moments(tuned.path, prompts[:5], spool=tmp_path)
+    files = list(tmp_path.glob("moments-*/*.f32"))
+    assert len(files) == len(set(whole.shared.values())) - 3
+    assert spooled.shared == whole.shared
+    for name, mean in whole.moments.items():
+        assert torch.equal(spooled.moments[name], mean)
+    del spooled
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_weight_stays_in_memory(tuned: Checkpoint) -> None:
+    streamed = stream_model(tuned, device=torch.device("cpu"))
+    seen: list[str] = []
+    layers = streamed.model.model.layers
+    layers[1].register_forward_pre_hook(lambda *_: seen.extend(value.device.type for value in layers[0].parameters()))
+    layers[1].register_forward_pre_hook(lambda *_: seen.extend(value.device.type for value in layers[1].parameters()))
+    with torch.inference_mode():
+        logits = streamed.model(input_ids=torch.arange(4, 30)[None]).logits
+        expected = load_model(tuned.path, device="cpu")(input_ids=torch.arange(4, 30)[None]).logits
+    assert torch.equal(logits, expected)
+    count = len(list(layers[0].parameters()))
+    assert seen == ["meta"] * count + ["cpu"] * count
+    assert {value.device.type for value in streamed.model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vit", r"reads input_ids alone, but ViTForImageClassification reads pixel_values. Pack it without"),
+        ("t5", r"but T5ForConditionalGeneration reads one text and writes another. Pack it without calibration"),
+    ],
+)
+def test_models_that_do_not_read_one_text_are_refused(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(CompressionError, match=message):
+        collect_moments(save_base(name, tmp_path / name), prompts_of_many_lengths())
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
+    tuned = save_base("llama", tmp_path / "tuned")
+    tensors = load_file(tuned / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"has no tensor for 'model.layers.1.mlp.up_proj.weight' of LlamaForCausa"
+    ):
+        collect_moments(tuned, prompts_of_many_lengths())
+
+
+def test_a_class_that_transformers_does_not_know_is_named(tmp_path: Path) -> None:
+    tuned = save_base("llama", tmp_path / "tuned")
+    config = (tuned / "config.json").read_text().replace("LlamaForCausalLM", "TomorrowForCausalLM")
+    (tuned / "config.json").write_text(config)
+    with pytest.raises(CheckpointError, match=r"has no model class 'TomorrowForCausalLM', which config.json names"):
+        collect_moments(tuned, prompts_of_many_lengths())

@@ -1,32 +1,53 @@
 """Calibration rows -> the second moments of every linear layer's input.
 
-H = mean of x x^T over the tokens of the rows, as the tuned model sees them. Layers are found by
-their class (nn.Linear), not by architecture; layers that get the same tensor share one H.
+H = sum of x x^T over the tokens of the rows, as the tuned model sees them, over their number.
+Layers are found by what they are (nn.Linear, Conv1D, products with a slice of stacked experts), not by
+architecture. Neither the model nor its moments have to fit in memory.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
 
+from graftllm.checkpoint import Checkpoint, TensorSpec
+from graftllm.compression.moments import Moments, Sums
 from graftllm.errors import CompressionError
-from graftllm.generation import load_model, load_tokenizer, pad, render_answered
-from graftllm.progress import track
+from graftllm.generation import load_tokenizer, render_answered, resolve_device
+from graftllm.live import Binding
+from graftllm.progress import progress
 from graftllm.records import Message, Prompt, read_prompts
+from graftllm.streaming import StreamedModel, stream_model
 
 SEQUENCES = 128  # as published; more changes little
-_BATCH = 8
+MEMORY_BYTES = 1 << 30  # of moments; further ones are summed in files
+_BATCH_TOKENS = 4096  # padding included; the weights are read once a batch
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Second moments by parameter name, each of shape (d_in, d_in), and how many tokens made them."""
+    """What the layers of a tuned model saw.
+
+    Attributes:
+        moments: by parameter name in the checkpoint, each of shape (d_in, d_in); tensors that are no
+            linear layer, and experts that no token reached, are not in it. A tied embedding has those of the head.
+        tokens: how many tokens made them; padding is not counted.
+        transposed: names whose input side is dimension 0 of the stored tensor, not 1 (Conv1D).
+        unseen: names of experts' matrices that no token reached.
+        shared: by parameter name, the key of its moments; equal for layers that get the same input.
+    """
 
     moments: Mapping[str, Tensor]
     tokens: int
+    transposed: frozenset[str] = frozenset()
+    unseen: tuple[str, ...] = ()
+    shared: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_calibration(path: Path) -> list[Prompt]:
@@ -46,49 +67,204 @@ def read_calibration(path: Path) -> list[Prompt]:
 
 @torch.inference_mode()
 def collect_moments(
-    tuned: Path, rows: Sequence[Prompt], *, device: str = "auto", max_length: int = 2048
+    tuned: Path,
+    rows: Sequence[Prompt],
+    *,
+    device: str = "auto",
+    max_length: int = 2048,
+    spool: Path | None = None,
 ) -> Calibration:
     """Run the tuned model over the first 128 rows and return what its linear layers saw.
+
+    The weights stream from disk, layer by layer, in float32.
 
     Args:
         tuned: checkpoint directory of the tuned model.
         rows: conversations; an answer, where there is one, is part of the text.
         device: `auto` takes a GPU when there is one.
         max_length: longer rows are cut to this many tokens.
+        spool: directory for moments beyond 1 GB, until the calibration is let go; the system's temporary one
+            by default.
 
     Raises:
         CheckpointError: transformers cannot load the model or its tokenizer.
+        CompressionError: the model does not read text, or reads it on one side and writes on another.
     """
-    model, tokenizer = load_model(tuned, device=device), load_tokenizer(tuned)
-    sequences = [render_answered(tokenizer, row)[0][:max_length] for row in rows[:SEQUENCES]]
-    watcher = _Watcher(model)
+    checkpoint = Checkpoint.open(tuned)
+    streamed = stream_model(checkpoint, device=resolve_device(device))
+    _check_reads_text(streamed.model, checkpoint)
+    tokenizer = load_tokenizer(checkpoint.path)
+    sequences = [found for row in rows[:SEQUENCES] if (found := render_answered(tokenizer, row)[0][:max_length])]
+    watcher = _Watcher(streamed, checkpoint, Sums(spool, MEMORY_BYTES))
     tokens = 0
-    for start in track(range(0, len(sequences), _BATCH), label="calibrating"):
-        ids, watcher.mask = pad(sequences[start : start + _BATCH], tokenizer, model.device)
-        model(input_ids=ids, attention_mask=watcher.mask, use_cache=False)
-        tokens += int(watcher.mask.sum())
-    means = {name: total.div_(tokens).cpu() for name, total in watcher.sums.items()}
-    return Calibration({name: means[leader] for name, leader in watcher.leaders.items()}, tokens)
+    with progress("calibrating") as show, watcher:
+        for batch in _batches(sequences):
+            ids, watcher.mask = _pad_right(batch, streamed.device)
+            try:
+                streamed.model(input_ids=ids, attention_mask=watcher.mask.long())
+            except _HeadReached:
+                pass
+            tokens += int(watcher.mask.sum())
+            show(tokens, sum(map(len, sequences)))
+    return watcher.calibration(tokens)
 
 
-class _Watcher:
-    """Sums x x^T of every linear layer's input, once for layers that get the same tensor in a row."""
+def _check_reads_text(model: Any, checkpoint: Checkpoint) -> None:
+    reads = "one text and writes another" if model.config.is_encoder_decoder else model.main_input_name
+    if reads != "input_ids":
+        raise CompressionError(
+            f"{checkpoint.path}: calibration text needs a model that reads input_ids alone, but "
+            f"{type(model).__name__} reads {reads}. Pack it without calibration."
+        )
 
-    def __init__(self, model: nn.Module) -> None:
+
+def _batches(sequences: Sequence[list[int]]) -> Iterator[list[list[int]]]:
+    """Yield rows of like lengths together, so that there is little padding."""
+    batch: list[list[int]] = []
+    for sequence in sorted(sequences, key=len):
+        if batch and (len(batch) + 1) * len(sequence) > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(sequence)
+    if batch:
+        yield batch
+
+
+def _pad_right(batch: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return token ids and which of them are no padding, both (rows, longest).
+
+    On the right, so that learned positions count from each row's first token.
+    """
+    longest = max(map(len, batch))
+    ids = torch.zeros(len(batch), longest, dtype=torch.long)
+    mask = torch.zeros(len(batch), longest, dtype=torch.bool)
+    for row, sequence in enumerate(batch):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, : len(sequence)] = True
+    return ids.to(device), mask.to(device)
+
+
+class _HeadReached(Exception):
+    """Ends a forward pass: the logits would be its largest tensor, and nobody reads them."""
+
+
+class _Watcher(TorchFunctionMode):
+    """Sums x x^T of the input of every matrix that multiplies tokens, once for those that get the same tensor.
+
+    Modules tell their inputs by hooks. The matrices of stacked experts have no modules, so while the
+    watcher is entered it looks for their addresses in every `linear`.
+    """
+
+    def __init__(self, streamed: StreamedModel, checkpoint: Checkpoint, sums: Sums) -> None:
+        super().__init__()
         self.mask = torch.empty(0)  # (rows, length) of the running forward pass
-        self.sums: dict[str, Tensor] = {}
-        self.leaders: dict[str, str] = {}  # parameter name -> the name that its H is summed under
+        self.sums = sums
+        self.shared: dict[str, str] = {}  # stored name -> the key that its H is summed under
+        self.transposed: set[str] = set()
+        self.experts: dict[str, list[tuple[str, ...]]] = {}  # live name -> the stored names of each slice
+        self._slices: dict[int, tuple[str, int]] = {}  # address -> live name and index, of the experts that run
         self._last: tuple[Tensor | None, str] = (None, "")
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear):
-                module.register_forward_pre_hook(partial(self._watch, f"{name}.weight"))
+        specs, head = checkpoint.specs, streamed.model.get_output_embeddings()
+        for name, module in streamed.model.named_modules():
+            for key, parameter in module._parameters.items():
+                live = f"{name}.{key}"
+                if parameter is not None and parameter.ndim == 3 and not streamed.bindings[live].plain:
+                    self.experts[live] = _columns(streamed.bindings[live], live, specs)
+                    module.register_forward_pre_hook(partial(self._enter_experts, live, key), with_kwargs=True)
+                    module.register_forward_hook(self._leave_experts, always_call=True)
+            if isinstance(module, nn.Linear | Conv1D) and module is not head:
+                binding = streamed.bindings[f"{name}.weight"]
+                stored = binding.stored if binding.plain else _columns(binding, f"{name}.weight", specs)[0]
+                if isinstance(module, Conv1D):
+                    self.transposed |= set(stored)
+                module.register_forward_pre_hook(partial(self._watch, stored))
+        if head is not None:
+            # Before the hook that would load the head's weights: nobody needs them any more.
+            head.register_forward_pre_hook(_stop, prepend=True)
+            if isinstance(head, nn.Linear):
+                stored = streamed.bindings[_name_of(streamed.model, head)].stored
+                head.register_forward_pre_hook(partial(self._watch, stored), prepend=True)
 
-    def _watch(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        shared = inputs[0] is self._last[0]
-        leader = self.leaders.setdefault(name, self._last[1] if shared else name)
-        self._last = (inputs[0], leader)
-        if leader != name:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear and self._slices and len(args) > 1:
+            live, index = self._slices.get(args[1].data_ptr(), ("", 0))
+            if live and args[1].ndim == 2:
+                self._add(self.experts[live][index], args[0].flatten(0, -2))
+        return func(*args, **(kwargs or {}))
+
+    def calibration(self, tokens: int) -> Calibration:
+        expected = [name for slices in self.experts.values() for names in slices for name in names]
+        unseen = tuple(name for name in expected if name not in self.shared)
+        shared = {name: key for name, key in self.shared.items() if key in self.sums}
+        return Calibration(Moments(self.sums, shared, tokens), tokens, frozenset(self.transposed), unseen, shared)
+
+    def _watch(self, stored: tuple[str, ...], module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
+        if not stored:
             return
-        padded = inputs[0].shape[:2] == self.mask.shape
-        x = (inputs[0][self.mask.bool()] if padded else inputs[0].flatten(0, -2)).float()  # (tokens, d_in)
-        self.sums[name] = self.sums[name].addmm_(x.T, x) if name in self.sums else x.T @ x
+        key = self._last[1] if x is self._last[0] else stored[0]
+        self._last = (x, key)
+        if self.shared.get(stored[0], key) == stored[0]:
+            self._add(stored, self._tokens(x))
+        for name in stored:
+            self.shared.setdefault(name, key)
+
+    def _enter_experts(
+        self, live: str, key: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Note where the experts' matrices are now, and give them zeros for padding: zeros add nothing to a sum."""
+        stack = module._parameters[key]
+        assert stack is not None
+        self._slices |= {stack[i].data_ptr(): (live, i) for i in range(len(self.experts[live]))}
+        return tuple(map(self._without_padding, inputs)), {k: self._without_padding(x) for k, x in named.items()}
+
+    def _leave_experts(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._slices.clear()  # other weights will stand at these addresses
+
+    def _without_padding(self, x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
+            return x
+        if x.shape[:2] == self.mask.shape:
+            return x * self.mask.reshape(*self.mask.shape, *[1] * (x.ndim - 2))
+        return x * self.mask.reshape(-1, *[1] * (x.ndim - 1)) if len(x) == self.mask.numel() else x
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """Return what a layer sees of the rows' tokens, of shape (tokens, d_in)."""
+        if x.shape[:2] == self.mask.shape:
+            return x[self.mask].flatten(0, -2)
+        return x[self.mask.flatten()].flatten(0, -2) if len(x) == self.mask.numel() else x.flatten(0, -2)
+
+    def _add(self, stored: tuple[str, ...], x: Tensor) -> None:
+        if stored and len(x) and bool(x.any()):
+            self.sums.add(stored[0], x.float())
+            for name in stored:
+                self.shared.setdefault(name, stored[0])
+
+
+def _stop(module: nn.Module, inputs: Any) -> None:
+    raise _HeadReached
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(f"{name}.weight" for name, found in model.named_modules() if found is module)
+
+
+def _columns(binding: Binding, live: str, specs: Mapping[str, TensorSpec]) -> list[tuple[str, ...]]:
+    """Return the stored matrices that a live parameter is made of and whose columns are its own, per slice.
+
+    A matrix is one slice; a stack of experts has one for each. Found by converting numbers that tell
+    where they came from: rows do not matter, so two of each stored matrix are enough.
+    """
+    few = {name: (2, specs[name].shape[1]) for name in binding.stored if len(specs[name].shape) == 2}
+    marked = {name: (i << 32) + torch.arange(shape[1]).expand(shape) for i, (name, shape) in enumerate(few.items())}
+    try:
+        made = binding.to_live(marked)[live]
+    except (ValueError, RuntimeError, KeyError):  # a rule that needs all rows: these layers have no moments
+        return [()]
+    slices = made if made.ndim == 3 else made[None]
+    names = list(few)
+    found = []
+    for part in slices:
+        aligned = bool((part % (1 << 32) == torch.arange(part.shape[1])).all())
+        found.append(tuple(names[i] for i in (part[:, 0] >> 32).unique().tolist()) if aligned else ())
+    return found

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, cast
 
 import torch
+from codec_distill import distill_gains
 from codec_models import Subject
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -95,6 +96,11 @@ class Yardstick:
             found["model.embed_tokens.weight"] = found["lm_head.weight"]
         return {name: found[name] for name in found if name in self.matrices}
 
+    def distilled(self, decoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return decoded deltas of matrices with one trained gain each, as BitDelta does."""
+        self._put(self.changes)  # norms and the like are exact
+        return distill_gains(self._model, self._tuned, self._tokenizer, self.rows, self._base, decoded)
+
     def measure(self, decoded: Mapping[str, Tensor], restored: Callable[[str], Tensor] | None = None) -> Loss:
         """Put restored weights into the live base and compare it with the tuned model.
 
@@ -102,10 +108,7 @@ class Yardstick:
             decoded: every parameter's delta, float32.
             restored: gives a parameter in the checkpoint's dtype; base + delta by default.
         """
-        with torch.no_grad():
-            for name, base in self._base.items():
-                value = (base.float() + decoded[name]).to(base.dtype) if restored is None else restored(name)
-                self._model.get_parameter(name).copy_(value)
+        self._put(decoded, restored)
         kl, agreement = self._divergence(self._log_probabilities(self._model))
         return Loss(
             relative_error=math.sqrt(_ratio(decoded, self.changes, {})),
@@ -139,7 +142,11 @@ class Yardstick:
 
     @cached_property
     def _expected(self) -> Tensor:
-        return self._log_probabilities(load_model(self.subject.tuned, device="cpu"))
+        return self._log_probabilities(self._tuned)
+
+    @cached_property
+    def _tuned(self) -> PreTrainedModel:
+        return load_model(self.subject.tuned, device="cpu")
 
     @torch.inference_mode()
     def _log_probabilities(self, model: PreTrainedModel) -> Tensor:
@@ -153,6 +160,12 @@ class Yardstick:
             width = ids.shape[1]
             found += [logits[i, width - len(row) + first - 1 : width - 1] for i, (row, first) in enumerate(batch)]
         return torch.cat(found).double().log_softmax(1)
+
+    @torch.no_grad()
+    def _put(self, decoded: Mapping[str, Tensor], restored: Callable[[str], Tensor] | None = None) -> None:
+        for name, base in self._base.items():
+            value = (base.float() + decoded[name]).to(base.dtype) if restored is None else restored(name)
+            self._model.get_parameter(name).copy_(value)
 
     def _divergence(self, found: Tensor) -> tuple[float, float]:
         expected = self._expected

@@ -62,7 +62,7 @@ def methods(rates: Sequence[float] = RATES) -> dict[str, Method]:
         Method("exact", ("exact",), _exact, codec),
     ]
     theirs = [
-        Method(rival.name, rival.settings, partial(_rival, rival), (_source(rival),), rival.paper)
+        Method(rival.name, rival.settings, partial(_rival, rival), _sources(rival), rival.paper)
         for rival in RIVALS.values()
     ]
     return {method.name: method for method in (*own, *theirs)}
@@ -97,6 +97,8 @@ def _rival(rival: Rival, yardstick: Yardstick, setting: Setting) -> dict[str, An
     started = time.monotonic()
     moments = yardstick.moments if rival.calibrated else None
     decoded, nbytes = compress(rival, yardstick.matrices, moments, setting, exact=yardstick.vector_sizes)
+    if rival.distilled:
+        decoded = yardstick.distilled(decoded)
     seconds = time.monotonic() - started
     loss = yardstick.measure(decoded | dict(yardstick.vectors))
     return {"nbytes": nbytes, "seconds": round(seconds, 2), **asdict(loss)}
@@ -131,8 +133,9 @@ def _bound(
     return {"lossy_nbytes": taken, "bound_nbytes": least}
 
 
-def _source(rival: Rival) -> Path:
-    return _HERE / f"{rival.compress.__module__.split('.')[-1]}.py"
+def _sources(rival: Rival) -> tuple[Path, ...]:
+    own = _HERE / f"{rival.compress.__module__.split('.')[-1]}.py"
+    return (own, _HERE / "codec_distill.py") if rival.distilled else (own,)
 
 
 def _code(path: Path) -> str:

@@ -48,6 +48,7 @@ class Rival:
         calibrated: whether it sees second moments; those of a tied embedding are its head's.
         paper: where it is from.
         original: what the original does with sizes, and what is done better here.
+        distilled: whether a gain for each matrix is then trained on the tuned model's answers.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Rival:
     calibrated: bool
     paper: str
     original: str
+    distilled: bool = False
 
 
 def compress(
@@ -192,7 +194,16 @@ _ROWS = (
         True,
         "https://arxiv.org/abs/2402.10193",
         "1 bit and a scale a matrix, repeated on what is left for more bits; embedding and head at full precision. "
-        "The scales are distilled on logits; here they are fitted to the layers' outputs.",
+        "Scales fitted to the layers' outputs.",
+    ),
+    Rival(
+        "BitDelta, distilled",
+        bitdelta,
+        _settings(product((1, 2, 3, 4)), "same", "q4"),
+        True,
+        "https://arxiv.org/abs/2402.10193",
+        "The same with scales distilled on logits, as in the original; here on the rows that the model was tuned on.",
+        distilled=True,
     ),
     Rival(
         "D-QReLO",

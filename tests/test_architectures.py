@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from graftllm.checkpoint import Checkpoint, digest
+from graftllm.compression.calibration import collect_moments
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError
 from graftllm.fusion.grafting import plug
 from graftllm.fusion.merging import apply_packs
 from graftllm.live import bindings
 from graftllm.recipe import PackOptions
+from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack, compress
 from tests.architectures import CONFIGS, load, outputs, save_base, save_tuned
 
@@ -117,3 +119,15 @@ def test_experts_of_which_one_is_missing_are_refused(tmp_path: Path) -> None:
     specs = {name: spec for name, spec in base.specs.items() if name != "model.layers.0.mlp.experts.2.up_proj.weight"}
     with pytest.raises(CheckpointError, match=r"transformers cannot make 'model.layers.0.mlp.experts.gate_up_proj' of"):
         bindings(model, specs)
+
+
+def test_experts_that_calibration_did_not_reach_are_noted_in_the_header(tmp_path: Path) -> None:
+    base = save_base("qwen3_moe", tmp_path / "base")
+    tuned = save_tuned(base, tmp_path / "tuned")
+    rows = [Prompt("0", ({"role": "user", "content": ""},))]  # three tokens, two experts each
+    delta = Delta(Checkpoint.open(base), Checkpoint.open(tuned))
+    compress(delta, PackOptions(strategy="paper"), calibration=rows).save(tmp_path / "pack.safetensors")
+    entries = SkillPack.load(tmp_path / "pack.safetensors").header.tensors
+    unseen = {name for name, entry in entries.items() if entry.unseen}
+    assert unseen == collect_moments(tuned, rows).unseen
+    assert unseen

@@ -185,6 +185,8 @@ def inspect(
         f"scores       {', '.join(f'{key} {value:.3f}' for key, value in card.scores.items()) or 'not recorded'}",
         f"license      {card.license or 'not recorded'}",
     )
+    if header.tokenizer_changed:
+        print("tokenizer    not the base's; `apply` writes the base's, so copy the tuned model's over it")
     _print_table(table(pack_grid(opened)))
 
 

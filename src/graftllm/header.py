@@ -61,7 +61,8 @@ class Card(Part):
 class TensorEntry(Part):
     """One parameter: what it is in the base, and how its delta is stored.
 
-    `tuned_shape` and `tuned_dtype` are there where the tuned model's are not the base's.
+    `tuned_shape` and `tuned_dtype` are there where the tuned model's are not the base's; `unseen` where
+    it is an expert's matrix that no calibration token reached, so that it was coded without calibration.
     """
 
     role: Role
@@ -74,6 +75,7 @@ class TensorEntry(Part):
     error: float
     tuned_shape: tuple[int, ...] | None = None
     tuned_dtype: str | None = None
+    unseen: bool = False
 
     @property
     def spec(self) -> TensorSpec:
@@ -87,7 +89,8 @@ class TensorEntry(Part):
 
     @model_serializer(mode="wrap")
     def _only_what_differs(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in write(self).items() if value is not None or not key.startswith("tuned_")}
+        usual = {"tuned_shape": None, "tuned_dtype": None, "unseen": False}
+        return {key: value for key, value in write(self).items() if key not in usual or value != usual[key]}
 
 
 Setting = int | tuple[int, ...] | None

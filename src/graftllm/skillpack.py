@@ -228,6 +228,7 @@ def compress(
             error=round(part.error, 6),
             tuned_shape=tuned.shape if tuned.shape != part.spec.shape else None,
             tuned_dtype=tuned.dtype if tuned.dtype != part.spec.dtype else None,
+            unseen=moments is not None and part.name in moments.unseen,
         )
     found = fingerprint((name, entry.spec, entry.base_digest) for name, entry in entries.items())
     base = header.base.model_copy(update={"fingerprint": found})
@@ -273,6 +274,7 @@ def _overhead(header: Header, delta: Delta) -> int:
             error=0.123456,
             tuned_shape=tuned.shape if (tuned := delta.tuned.specs[name]).shape != spec.shape else None,
             tuned_dtype=tuned.dtype if tuned.dtype != spec.dtype else None,
+            unseen=role_of(name, spec.shape) == "expert",
         )
         for name, spec in delta.base.specs.items()
     }

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graftllm.checkpoint import INDEX, Checkpoint
@@ -11,7 +12,7 @@ from graftllm.errors import FusionError, PackError
 from graftllm.fusion.merging import apply_packs
 from graftllm.recipe import PackOptions, Strategy
 from graftllm.skillpack import SkillPack, compress
-from tests.models import save_llama, with_vocabulary
+from tests.models import perturb, save_llama, with_vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +89,25 @@ def test_packs_of_different_dtypes_do_not_add_up(base: Checkpoint, exact: SkillP
     other = compress(Delta(base, wide), PackOptions(strategy="exact"))
     with pytest.raises(FusionError, match=r"makes 'model.embed_tokens.weight' F32 of shape .* makes it BF16 of shape"):
         apply_packs(base, [(exact, 1.0), (other, 1.0)], tmp_path / "out")
+
+
+def test_dtypes_may_be_mixed_and_buffers_be_integers_or_truths(base_dir: Path, tmp_path: Path) -> None:
+    for seed, name in enumerate(("base", "tuned")):
+        perturb(base_dir, tmp_path / name, seed=seed)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+        tensors["model.layers.0.steps"] = torch.tensor([1 << 60, seed])
+        tensors["model.layers.0.scale_steps"] = torch.tensor(seed)
+        tensors["model.layers.0.allowed"] = torch.ones(1, 1, 4, 4).tril(seed).bool()
+        tensors["model.layers.0.codes"] = torch.arange(9, dtype=torch.uint8) + seed
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    before, after = Checkpoint.open(tmp_path / "base"), Checkpoint.open(tmp_path / "tuned")
+    for strategy in ("exact", "paper"):
+        pack = compress(Delta(before, after), PackOptions(strategy=strategy))
+        apply_packs(before, [(pack, 1.0)], tmp_path / strategy)
+        out = Checkpoint.open(tmp_path / strategy)
+        assert out.specs == after.specs
+        buffers = [name for name in out.specs if not out.tensor(name).is_floating_point()]
+        assert len(buffers) == 4
+        assert all(torch.equal(out.tensor(name), after.tensor(name)) for name in buffers)
+        assert (out.fingerprint == after.fingerprint) == (strategy == "exact")

@@ -46,7 +46,7 @@ class Calibration:
     moments: Mapping[str, Tensor]
     tokens: int
     transposed: frozenset[str] = frozenset()
-    unseen: tuple[str, ...] = ()
+    unseen: frozenset[str] = frozenset()
     shared: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -193,10 +193,10 @@ class _Watcher(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def calibration(self, tokens: int) -> Calibration:
-        expected = [name for slices in self.experts.values() for names in slices for name in names]
-        unseen = tuple(name for name in expected if name not in self.shared)
+        experts = {name for slices in self.experts.values() for names in slices for name in names}
         shared = {name: key for name, key in self.shared.items() if key in self.sums}
-        return Calibration(Moments(self.sums, shared, tokens), tokens, frozenset(self.transposed), unseen, shared)
+        moments, unseen = Moments(self.sums, shared, tokens), frozenset(experts - set(shared))
+        return Calibration(moments, tokens, frozenset(self.transposed), unseen, shared)
 
     def _watch(self, stored: tuple[str, ...], module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -102,6 +103,20 @@ def test_a_copied_checkpoint_has_config_and_tokenizer(base: Checkpoint, tmp_path
     words = AutoTokenizer.from_pretrained(tmp_path / "copy")
     assert words.chat_template is not None
     assert (tmp_path / "copy" / "config.json").read_bytes() == (base.path / "config.json").read_bytes()
+
+
+def test_a_config_is_changed_where_it_is_nested(base: Checkpoint, tmp_path: Path) -> None:
+    settings = {"text_config": {"vocab_size": 73, "dtype": "bfloat16"}, "dtype": "bfloat16", "vocab_size": 5}
+    wide = {name: TensorSpec("F32", spec.shape) for name, spec in base.specs.items()}
+    write_checkpoint(
+        dataclasses.replace(base, config=settings),
+        tmp_path / "copy",
+        lambda name: base.tensor(name).float(),
+        specs=wide,
+        config={"text_config.vocab_size": 80},
+    )
+    expected = {"text_config": {"vocab_size": 80, "dtype": "float32"}, "dtype": "float32", "vocab_size": 5}
+    assert json.loads((tmp_path / "copy" / "config.json").read_text()) == expected
 
 
 def test_digests_tell_negative_zero_from_zero() -> None:

@@ -60,7 +60,13 @@ class Binding:
         """
         if self._converter is None:
             return {self.stored[0]: values[self.live[0]]}
-        found = revert_weight_conversion(cast(PreTrainedModel, self._model), dict(values))
+        try:
+            found = revert_weight_conversion(cast(PreTrainedModel, self._model), dict(values))
+        except (ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{type(self._model).__name__}: transformers cannot turn the live {self.live[0]!r} back into the "
+                f"tensors of the checkpoint ({error}). Load the model without quantization and on whole devices."
+            ) from error
         if set(found) != set(self.stored):
             odd = min(set(found) ^ set(self.stored))
             raise CheckpointError(

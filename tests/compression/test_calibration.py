@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.pytorch_utils import Conv1D
 
 from graftllm.checkpoint import Checkpoint
@@ -220,3 +221,14 @@ def test_a_class_that_transformers_does_not_know_is_named(tmp_path: Path) -> Non
     (tuned / "config.json").write_text(config)
     with pytest.raises(CheckpointError, match=r"has no model class 'TomorrowForCausalLM', which config.json names"):
         collect_moments(tuned, prompts_of_many_lengths())
+
+
+def test_a_model_that_cannot_be_streamed_is_refused(tuned: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: LlamaModel, input_ids: torch.Tensor, **_: object) -> None:
+        print(self.embed_tokens.weight.tolist())
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    with pytest.raises(
+        CompressionError, match=r"LlamaForCausalLM uses weights of a module without running it, so they"
+    ):
+        collect_moments(tuned.path, prompts_of_many_lengths())

@@ -88,7 +88,8 @@ def collect_moments(
 
     Raises:
         CheckpointError: transformers cannot load the model or its tokenizer.
-        CompressionError: the model does not read text, or reads it on one side and writes on another.
+        CompressionError: the model does not read text, or reads it on one side and writes on another, or
+            cannot be streamed.
     """
     checkpoint = Checkpoint.open(tuned)
     streamed = stream_model(checkpoint, device=resolve_device(device))
@@ -104,6 +105,13 @@ def collect_moments(
                 streamed.model(input_ids=ids, attention_mask=watcher.mask.long())
             except _HeadReached:
                 pass
+            except (NotImplementedError, RuntimeError) as error:
+                if "meta" not in str(error):
+                    raise
+                raise CompressionError(
+                    f"{checkpoint.path}: {type(streamed.model).__name__} uses weights of a module without running it, "
+                    f"so they cannot be streamed ({str(error).splitlines()[0]}). Pack it without calibration."
+                ) from error
             tokens += int(watcher.mask.sum())
             show(tokens, sum(map(len, sequences)))
     return watcher.calibration(tokens)

@@ -44,8 +44,7 @@ def main() -> None:
         bench = Bench(given.dir / "measured" / subject.name, yardstick)
         facts[subject.name] = bench.once("ends", "ends", [], yardstick.ends)
         for name in wanted if given.only else track(wanted, label=subject.name):
-            settings = _few(known[name]) if given.quick else known[name].settings
-            for setting in settings:
+            for setting in known[name].settings_for(subject.target, quick=given.quick):
                 bench.measured(known[name], setting)
         for method in known.values():
             for setting, found in bench.remembered(method):
@@ -90,11 +89,6 @@ class Bench:
 
 def _slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")
-
-
-def _few(method: Method) -> tuple[Any, ...]:
-    """Return at most a dozen settings, spread over all."""
-    return method.settings[:: max(1, len(method.settings) // 12)]
 
 
 def _write(directory: Path, points: Sequence[Point], facts: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from codec_bound import bound_nbytes
 from codec_measures import Yardstick, squared_norm
-from rivals import RIVALS, Rival, Setting, compress
+from rivals import RIVALS, Rival, Setting, compress, distinct
 from zstandard import ZstdCompressor
 
 import graftllm.skillpack
@@ -49,6 +49,12 @@ class Method:
     measure: Callable[[Yardstick, Any], dict[str, Any]]
     sources: tuple[Path, ...]
     paper: str = ""
+
+    def settings_for(self, target: str, *, quick: bool) -> tuple[Any, ...]:
+        """Return the settings to measure on a target; with `quick` at most a dozen of them, spread over all."""
+        # Embedding and head are 2 % of the wide model, so what is done with them does not matter there.
+        some = distinct(self.settings) if target == "wide" and self.name in RIVALS else self.settings
+        return some[:: max(1, len(some) // 12)] if quick else some
 
 
 def methods(rates: Sequence[float] = RATES) -> dict[str, Method]:

@@ -130,7 +130,7 @@ def _wide_llama(vocabulary: int, pad: int, end: int) -> PreTrainedConfig:
     )  # fmt: skip
 
 
-_TUNING = SftOptions(epochs=4, batch_size=32, learning_rate=5e-4, max_length=64)
+_TUNING = SftOptions(epochs=4, batch_size=32, learning_rate=1e-3, max_length=64)
 WIDE = Zoo(
     members=(
         Member(

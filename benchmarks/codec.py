@@ -33,7 +33,7 @@ def main() -> None:
     """Measure what is asked for and not known; write and print the results."""
     given = _arguments()
     known = methods(given.rates)
-    wanted = [name for name in known if given.only is None or name in given.only]
+    wanted = [] if given.report else [name for name in known if given.only is None or name in given.only]
     targets, seeds = (["demo"], [0]) if given.quick else (given.target, given.seeds)
     points: list[Point] = []
     facts: dict[str, Any] = {}
@@ -43,7 +43,7 @@ def main() -> None:
         yardstick = Yardstick(subject, given.prompts)
         bench = Bench(given.dir / "measured" / subject.name, yardstick)
         facts[subject.name] = bench.once("ends", "ends", [], yardstick.ends)
-        for name in wanted if given.only else track(wanted, label=subject.name):
+        for name in track(wanted, label=subject.name) if len(wanted) > 3 else wanted:
             for setting in known[name].settings_for(subject.target, quick=given.quick):
                 bench.measured(known[name], setting)
         for method in known.values():
@@ -114,6 +114,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--reuse", type=Path, help="directory of a finished demo with seed 0, to copy its models")
     parser.add_argument("--quick", action="store_true", help="the demo's models with seed 0 and few settings")
     parser.add_argument("--only", nargs="+", choices=list(methods()), metavar="METHOD", help=f"{OWN}, {REFERENCE!r} …")
+    parser.add_argument("--report", action="store_true", help="measure nothing, write what is known")
     parser.add_argument("--target", nargs="+", choices=list(SKILLS), default=list(SKILLS))
     parser.add_argument("--skills", nargs="+", help="all by default")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))

@@ -130,6 +130,7 @@ def draw(points: Sequence[Point]) -> Figure:
                 color, dash = styles[name]
                 strong = name in OWN or name == REFERENCE
                 axes.plot(sizes, kls, dash, color=color, linewidth=2.6 if strong else 1.3)
+                axes.plot(sizes[-1], kls[-1], "o", color=color, markersize=4)
                 ends.append((float(sizes[-1]), float(kls[-1]), name, color))
         _draw_bound(axes, some)
         axes.set(xscale="log", yscale="log", title=f"{target}, {some[0].parameters / 1e6:.1f} M parameters")

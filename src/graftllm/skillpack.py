@@ -17,11 +17,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from graftllm.checkpoint import DTYPE_NAMES, Checkpoint, TensorSpec, digest, fingerprint, write_safetensors
-from graftllm.compression.calibration import collect_moments
+from graftllm.compression.automatic import Measures
+from graftllm.compression.calibration import SEQUENCES, collect_moments
 from graftllm.compression.encoded import EncodedTensor
 from graftllm.compression.lowrank import LowRank
 from graftllm.compression.roles import role_of
-from graftllm.compression.strategy import encode_delta
+from graftllm.compression.sensitivity import measure_sensitivity
+from graftllm.compression.strategy import Compressed, encode_delta
 from graftllm.delta import Delta, align
 from graftllm.errors import PackError
 from graftllm.header import BaseInfo, Card, Header, TensorEntry, layout, metadata, read_header
@@ -191,9 +193,11 @@ def compress(
         CompressionError: the budget cannot be met.
         CheckpointError: the delta holds NaN or infinity.
     """
-    moments = None
+    moments = sensitivity = None
     if calibration and options.strategy != "exact":
-        moments = collect_moments(delta.tuned.path, calibration, device=device)
+        moments = collect_moments(delta.tuned.path, calibration, device=device, spool=spool)
+        if options.strategy == "auto":
+            sensitivity = measure_sensitivity(delta.tuned.path, calibration[:SEQUENCES], device=device)
     header = Header(
         card=card,
         base=BaseInfo(
@@ -214,22 +218,39 @@ def compress(
         budget = budget_bytes(options.budget, delta.tuned.nbytes) - _overhead(header, delta)
     entries: dict[str, TensorEntry] = {}
     payloads = _Spool(spool)
-    for part in encode_delta(delta, options, calibration=moments, payload_budget=budget, device=device):
-        payloads.add(part.name, part.encoded.payload)
+
+    def entry(part: Compressed) -> TensorEntry:
         tuned = delta.tuned.specs[part.name]
-        entries[part.name] = TensorEntry(
+        return TensorEntry(
             role=part.role,
             dtype=part.spec.dtype,
             shape=part.spec.shape,
-            base_digest=delta.base_digest(part.name) if tuned != part.spec else part.base_digest,
+            base_digest=part.base_digest,
             how=part.encoded.operator,
             nbytes=part.encoded.nbytes,
             payload_digest=_payload_digest(part.encoded.payload),
-            error=round(part.error, 6),
+            error=round(part.error, 5),
             tuned_shape=tuned.shape if tuned.shape != part.spec.shape else None,
             tuned_dtype=tuned.dtype if tuned.dtype != part.spec.dtype else None,
             unseen=moments is not None and part.name in moments.unseen,
         )
+
+    def entry_bytes(part: Compressed) -> int:
+        """Return about how many bytes the file spends on a parameter beside its payload."""
+        stored = {"dtype": "U8", "shape": [part.encoded.nbytes], "data_offsets": [delta.tuned.nbytes] * 2}
+        return len(json.dumps(entry(part).model_dump_json())) + len(json.dumps(stored)) + 2 * len(part.name) + 12
+
+    coded = encode_delta(
+        delta,
+        options,
+        measures=Measures(moments, sensitivity),
+        payload_budget=budget,
+        entry_bytes=entry_bytes,
+        device=device,
+    )
+    for part in coded:
+        payloads.add(part.name, part.encoded.payload)
+        entries[part.name] = entry(part)
     found = fingerprint((name, entry.spec, entry.base_digest) for name, entry in entries.items())
     base = header.base.model_copy(update={"fingerprint": found})
     return SkillPack(header.model_copy(update={"base": base, "tensors": entries}), "an unsaved pack", payloads.read)
@@ -258,7 +279,9 @@ def _payload_digest(payload: np.ndarray) -> str:
 
 
 def _overhead(header: Header, delta: Delta) -> int:
-    """Return at least as many bytes as the file will have beside its payloads."""
+    """Return at least as many bytes as the file will have beside its payloads, or in `auto` beside the parameters."""
+    if header.options.strategy == "auto":
+        return len(json.dumps({"__metadata__": metadata(header)})) + 64
     most = LowRank(
         bands=tuple((bits, 99_999) for bits, _ in header.options.bit_bands), group_size=header.options.group_size
     )

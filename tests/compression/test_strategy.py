@@ -36,7 +36,9 @@ def test_exact_gives_every_bit_back(delta: Delta) -> None:
         assert part.error == 0
 
 
-def test_auto_takes_the_smaller_of_lossy_and_exact(base_dir: Path, base: Checkpoint, tmp_path: Path) -> None:
+def test_auto_keeps_what_changed_in_few_bits_exactly_when_there_is_room(
+    base_dir: Path, base: Checkpoint, tmp_path: Path
+) -> None:
     tuned = perturb(base_dir, tmp_path / "tuned", seed=3)
     tensors, before = load_file(tuned / "model.safetensors"), load_file(base_dir / "model.safetensors")
     hardly = "model.layers.0.mlp.up_proj.weight"
@@ -45,12 +47,18 @@ def test_auto_takes_the_smaller_of_lossy_and_exact(base_dir: Path, base: Checkpo
     tensors["model.norm.weight"] = before["model.norm.weight"]
     save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
     delta = Delta(base, Checkpoint.open(tuned))
-    auto = _encoded(delta, PackOptions(strategy="auto"))
-    others = [_encoded(delta, PackOptions(strategy=strategy)) for strategy in ("paper", "exact")]
-    for name, part in auto.items():
-        assert part.encoded.nbytes == min(other[name].encoded.nbytes for other in others)
+    auto = {part.name: part for part in encode_delta(delta, PackOptions(), payload_budget=base.nbytes)}
     assert auto[hardly].encoded.operator.operator == "exact"
     assert auto["model.norm.weight"].encoded.operator.operator == "unchanged"
+    assert auto["model.layers.0.mlp.down_proj.weight"].encoded.operator.operator != "unchanged"
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2])
+def test_auto_fills_its_budget_and_never_more(delta: Delta, share: float) -> None:
+    budget = round(share * delta.tuned.nbytes)
+    parts = list(encode_delta(delta, PackOptions(), payload_budget=budget, entry_bytes=lambda part: 7))
+    taken = sum(part.encoded.nbytes + 7 for part in parts)
+    assert 0.9 * budget < taken <= budget
 
 
 def test_stated_errors_are_those_of_decoding(delta: Delta) -> None:

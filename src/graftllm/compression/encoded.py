@@ -8,8 +8,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from graftllm.compression.elementwise import Elementwise
 from graftllm.compression.exact import Exact
+from graftllm.compression.factored import Factored, Hybrid
 from graftllm.compression.lowrank import LowRank
+from graftllm.compression.matrix import MatrixOperator
 from graftllm.compression.pruning import Sparse
 
 
@@ -30,7 +33,9 @@ class Unchanged(BaseModel):
         return torch.zeros(base.shape)
 
 
-Operator = Annotated[Unchanged | Exact | Sparse | LowRank, Field(discriminator="operator")]
+Operator = Annotated[
+    Unchanged | Exact | Sparse | LowRank | Elementwise | Factored | Hybrid, Field(discriminator="operator")
+]
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class EncodedTensor:
         Raises:
             ValueError: as for `decode`.
         """
-        if isinstance(self.operator, Exact):
+        if isinstance(self.operator, Exact | MatrixOperator):
             return self.operator.restore(self.payload, base)
         change = self.decode(base)
         return base.clone() if isinstance(self.operator, Unchanged) else (base.float() + change).to(base.dtype)

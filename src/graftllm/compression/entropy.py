@@ -15,7 +15,7 @@ import numpy as np
 from graftllm.compression.bits import pack_bits, packed_nbytes, unpack_bits
 
 BLOCK = 1 << 22  # values that share one table; bounds the memory of coding
-_TOTAL = 1 << 16  # what a table's frequencies sum to
+FREQUENCIES = 1 << 16  # what a table's frequencies sum to
 _ANS: Any = getattr(constriction, "stream")  # noqa: B009 - its stubs do not name the submodules
 _ANS_TOTAL = 1 << 24  # the coder's own resolution, 2 ** 8 times as fine
 
@@ -72,13 +72,13 @@ def decode_integers(data: np.ndarray, count: int, dtype: np.dtype) -> np.ndarray
 
 
 def _encode_block(values: np.ndarray) -> np.ndarray:
-    classes = _classes(values)
-    frequencies = _frequencies(np.bincount(classes, minlength=2))
+    classes = class_of(values)
+    frequencies = _scaled(np.bincount(classes, minlength=2))
     coder = _ANS.stack.AnsCoder()
-    coder.encode_reverse(classes, _model(frequencies))
+    coder.encode_reverse(classes, perfect_model(frequencies))
     words = coder.get_compressed()
     rests = [
-        pack_bits(values[classes == number] & ((1 << _low_bits(number)) - 1), _low_bits(number))
+        pack_bits(values[classes == number] & ((1 << low_bits(number)) - 1), low_bits(number))
         for number in range(_DIRECT, len(frequencies))
     ]
     parts = [
@@ -96,17 +96,17 @@ def _decode_block(reader: "_Reader", count: int, dtype: np.dtype) -> np.ndarray:
     if not 2 <= size <= most:
         raise ValueError(f"expected 2 to {most} classes, found {size}")
     frequencies = reader.take(2 * size).view("<u2").astype(np.int64)
-    if frequencies.sum() != _TOTAL or frequencies.min() < 1:
-        raise ValueError(f"expected frequencies above 0 that sum to {_TOTAL}, found {frequencies.sum()}")
+    if frequencies.sum() != FREQUENCIES or frequencies.min() < 1:
+        raise ValueError(f"expected frequencies above 0 that sum to {FREQUENCIES}, found {frequencies.sum()}")
     words = reader.take(4 * int(reader.take(4).view("<u4")[0])).view("<u4").astype(np.uint32)
     coder = _ANS.stack.AnsCoder(words)
-    classes = coder.decode(_model(frequencies), count)
+    classes = coder.decode(perfect_model(frequencies), count)
     if not coder.is_empty():
         raise ValueError(f"expected {count} coded classes, found more")
     values = classes.astype(dtype)
     for number in range(_DIRECT, size):
         here = np.flatnonzero(classes == number)
-        width = _low_bits(number)
+        width = low_bits(number)
         rest = unpack_bits(reader.take(packed_nbytes(len(here), width)), len(here), width)
         values[here] = (rest | np.uint64((4 + number % 4) << width)).astype(dtype)
     return values
@@ -115,33 +115,42 @@ def _decode_block(reader: "_Reader", count: int, dtype: np.dtype) -> np.ndarray:
 _DIRECT = 8  # values below this are their own class
 
 
-def _classes(values: np.ndarray) -> np.ndarray:
+def class_of(values: np.ndarray) -> np.ndarray:
     """Return each value's class; four to a bit length from 8 on, so class 8 holds 8 and 9, class 9 holds 10 and 11."""
+    if values.max(initial=0) < len(_CLASS_OF):
+        return _CLASS_OF[values]
+    return _computed_class(values)
+
+
+def _computed_class(values: np.ndarray) -> np.ndarray:
     lengths = np.frexp(values.astype(np.float64))[1].astype(np.int32)
-    low_bits = np.maximum(lengths - 3, 0)
-    leading = (values >> low_bits.astype(values.dtype)).astype(np.int32)  # 4 to 7 from 4 on
-    return np.where(values < _DIRECT, values.astype(np.int32), 4 * low_bits + leading).astype(np.int32)
+    lengths_below = np.maximum(lengths - 3, 0)
+    leading = (values >> lengths_below.astype(values.dtype)).astype(np.int32)  # 4 to 7 from 4 on
+    return np.where(values < _DIRECT, values.astype(np.int32), 4 * lengths_below + leading).astype(np.int32)
 
 
-def _low_bits(number: int) -> int:
+_CLASS_OF = _computed_class(np.arange(1 << 16, dtype=np.uint32))
+
+
+def low_bits(number: int) -> int:
     """Return how many bits of a value its class leaves open."""
     return number // 4 - 1
 
 
-def _frequencies(counts: np.ndarray) -> np.ndarray:
+def _scaled(counts: np.ndarray) -> np.ndarray:
     """Return counts scaled to integers of at least 1 that sum to 2 ** 16."""
-    frequencies = np.maximum(1, counts * _TOTAL // counts.sum())
-    frequencies[np.argmax(frequencies)] += _TOTAL - frequencies.sum()
+    frequencies = np.maximum(1, counts * FREQUENCIES // counts.sum())
+    frequencies[np.argmax(frequencies)] += FREQUENCIES - frequencies.sum()
     return frequencies
 
 
-def _model(frequencies: np.ndarray) -> Any:
+def perfect_model(frequencies: np.ndarray) -> Any:
     """Return the coder's model of a table, without rounding.
 
     The coder gives symbol i the share 1 + floor(p_i * (2 ** 24 - n)) / 2 ** 24. With whole p_i that
     sum to 2 ** 24 - n, nothing is rounded and the share is exactly frequency / 2 ** 16.
     """
-    whole = frequencies.astype(np.float64) * (_ANS_TOTAL // _TOTAL) - 1
+    whole = frequencies.astype(np.float64) * (_ANS_TOTAL // FREQUENCIES) - 1
     return _ANS.model.Categorical(whole, perfect=False)
 
 

@@ -1,20 +1,22 @@
 """The strategies: which operator compresses which parameter, and how hard.
 
-`paper` is the module-aware adaptive compression of arXiv 2505.18502: embedding and head pruned by
-magnitude, attention and MLP by truncated SVD with quantised factors. `exact` keeps every bit.
-`auto` takes per parameter whichever of the two needs fewer bytes. Norms, biases and whatever is
-not a matrix are exact in all of them.
+`auto` takes for every matrix the operator that is cheapest at one step for the whole model. `paper`
+is the module-aware adaptive compression of arXiv 2505.18502: embedding and head pruned by magnitude,
+attention and MLP by truncated SVD with quantised factors. `exact` keeps every bit. Norms, biases and
+whatever is not a matrix are exact in all of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from graftllm.checkpoint import TensorSpec, digest, raw_bytes
-from graftllm.compression.calibration import Calibration
+from graftllm.checkpoint import TensorSpec, raw_bytes
+from graftllm.compression.allocation import Outlook, outlook, step_for
+from graftllm.compression.automatic import Measures, encode_matrix, next_step, source_of
 from graftllm.compression.encoded import EncodedTensor, Operator, Unchanged
 from graftllm.compression.exact import encode_exact
 from graftllm.compression.lowrank import (
@@ -25,6 +27,7 @@ from graftllm.compression.lowrank import (
     singular_values,
     truncated_svd,
 )
+from graftllm.compression.matrix import MatrixOperator, Source, matrix_shape
 from graftllm.compression.pruning import encode_sparse
 from graftllm.compression.roles import Role, is_matrix, role_of
 from graftllm.delta import Delta, difference
@@ -34,6 +37,8 @@ from graftllm.progress import track
 from graftllm.recipe import PackOptions
 
 PRUNED: tuple[Role, ...] = ("embedding", "head")
+_DEFAULT_SHARE = 0.05  # of the tuned checkpoint's bytes, where no budget is given
+_PASSES = 4
 
 
 @dataclass(frozen=True)
@@ -45,15 +50,16 @@ class Compressed:
     spec: TensorSpec
     base_digest: str
     encoded: EncodedTensor
-    error: float  # ||decoded - delta|| / ||delta||, 0 when exact
+    error: float = 0.0  # ||decoded - delta|| / ||delta||
 
 
 def encode_delta(
     delta: Delta,
     options: PackOptions,
     *,
-    calibration: Calibration | None = None,
+    measures: Measures | None = None,
     payload_budget: int | None = None,
+    entry_bytes: Callable[[Compressed], int] | None = None,
     device: str = "auto",
 ) -> Iterator[Compressed]:
     """Yield every parameter of a delta in compressed form, one at a time.
@@ -61,27 +67,117 @@ def encode_delta(
     Args:
         delta: what to compress.
         options: the strategy and its knobs.
-        calibration: second moments of layer inputs; without them rounding is to nearest.
-        payload_budget: bytes that all payloads together may take; the energy is chosen to fill it.
+        measures: second moments of layer inputs and of gradients at their outputs; without the former
+            rounding is to nearest, without the latter all errors count alike.
+        payload_budget: bytes that all payloads together may take, and in the strategy `auto` what is said of
+            each parameter beside its payload, too.
+        entry_bytes: how many bytes the latter is.
         device: where matrices are decomposed; `auto` takes a GPU when there is one.
 
     Raises:
         CompressionError: the budget cannot be met.
         CheckpointError: the delta holds NaN or infinity.
     """
-    where = resolve_device(device)
+    where, measures = resolve_device(device), measures or Measures()
+    if options.strategy == "auto":
+        with _one_thread():
+            parts = _automatic(delta, measures, payload_budget, entry_bytes or _nothing, where)
+        yield from parts
+        return
     ranks: dict[str, int] = {}
     if payload_budget is not None:
         ranks = _ranks_for_budget(delta, options, payload_budget, where)
     for name in track(list(delta), label="packing"):
         base, tuned = delta.pair(name)
         change = difference(base, tuned, where=f"{delta.tuned.path}: tensor {name!r}")
-        hessian = calibration.moments.get(name) if calibration is not None else None
+        hessian = measures.calibration.moments.get(name) if measures.calibration is not None else None
         role = role_of(name, tuple(base.shape))
         encoded = EncodedTensor(*_encode(base, tuned, change.to(where), role, options, ranks.get(name), hessian))
-        yield Compressed(
-            name, role, delta.base.specs[name], digest(base), encoded, _relative_error(encoded, base, change)
+        norm = float(change.norm())
+        error = float((encoded.decode(base) - change).norm()) / norm if norm else 0.0
+        yield Compressed(name, role, delta.base.specs[name], delta.base_digest(name), encoded, error)
+
+
+def _automatic(
+    delta: Delta,
+    measures: Measures,
+    payload_budget: int | None,
+    entry_bytes: Callable[[Compressed], int],
+    device: torch.device,
+) -> list[Compressed]:
+    """Return every parameter in compressed form at the step that fills the budget."""
+    parts: dict[str, Compressed] = {}
+    outlooks: dict[str, Outlook] = {}
+    for name in track(list(delta), label="looking"):
+        base, tuned = delta.pair(name)
+        if _same_bits(base, tuned):
+            encoded = EncodedTensor(Unchanged(), np.empty(0, np.uint8))
+        elif min(matrix_shape(tuple(base.shape))) == 1 or not base.is_floating_point():
+            encoded = EncodedTensor(*encode_exact(base, tuned))
+        else:
+            outlooks[name] = outlook(_source(delta, name, measures, device), measures.metric(name, tuple(base.shape)))
+            continue
+        parts[name] = Compressed(
+            name, role_of(name, tuple(base.shape)), delta.base.specs[name], delta.base_digest(name), encoded
         )
+    fixed = sum(part.encoded.nbytes + entry_bytes(part) for part in parts.values())
+    if payload_budget is None:
+        room = round(_DEFAULT_SHARE * sum(delta.tuned.specs[name].nbytes for name in outlooks))
+        entry_bytes = _nothing
+    else:
+        room = payload_budget - fixed
+    step: float | None = step_for(outlooks.values(), 8 * max(room, 0)) if outlooks else None
+    fullest, least = -1, 0
+    for _ in range(_PASSES):
+        if step is None:
+            break
+        tried = {}
+        for name in track(list(outlooks), label="packing"):
+            tried[name] = _at_step(delta, name, measures, outlooks[name], step, device)
+        total = sum(part.encoded.nbytes + entry_bytes(part) for part in tried.values())
+        least = min(least or total, total)
+        if fullest < total <= room:
+            parts, fullest = {**parts, **tried}, total
+        step = next_step(outlooks, total, room, step)
+    if outlooks and fullest < 0:
+        raise CompressionError(
+            f"budget: expected at least {fixed + least:,} bytes for this delta, {fixed:,} of them for norms and biases, "
+            f"which are kept exactly; found {payload_budget:,}. Raise the budget."
+        )
+    return [parts[name] for name in delta]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let PyTorch calculate with one thread: more would change last bits, and small matrices gain nothing."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _nothing(part: Compressed) -> int:
+    return 0
+
+
+def _source(delta: Delta, name: str, measures: Measures, device: torch.device) -> Source:
+    where = f"{delta.tuned.path}: tensor {name!r}"
+    return source_of(*delta.pair(name), transposed=measures.transposed(name), device=device, where=where)
+
+
+def _at_step(
+    delta: Delta, name: str, measures: Measures, known: Outlook, step: float, device: torch.device
+) -> Compressed:
+    base, tuned = delta.pair(name)
+    shape = tuple(base.shape)
+    source = _source(delta, name, measures, device)
+    operator, payload, error = encode_matrix(base, tuned, source, measures.metric(name, shape), known, step)
+    if measures.transposed(name) and isinstance(operator, MatrixOperator):
+        operator = operator.model_copy(update={"transposed": True})
+    encoded = EncodedTensor(operator, payload)
+    return Compressed(name, role_of(name, shape), delta.base.specs[name], delta.base_digest(name), encoded, error)
 
 
 def _encode(
@@ -95,25 +191,17 @@ def _encode(
 ) -> tuple[Operator, np.ndarray]:
     if _same_bits(base, tuned):
         return Unchanged(), np.empty(0, np.uint8)
-    exact = None if options.strategy == "paper" and is_matrix(tuple(base.shape)) else encode_exact(base, tuned)
-    if exact is not None and (options.strategy == "exact" or not is_matrix(tuple(base.shape))):
-        return exact
+    if options.strategy == "exact" or not is_matrix(tuple(base.shape)):
+        return encode_exact(base, tuned)
     if role in PRUNED:
-        lossy = encode_sparse(change.cpu(), options.density, options.group_size)
-    else:
-        factors = leading_svd(change, options.energy) if rank is None else truncated_svd(change, rank)
-        hessian = None if hessian is None else hessian.to(change.device)
-        lossy = encode_lowrank(factors, options.bit_bands, options.group_size, hessian)
-    return exact if exact is not None and exact[1].nbytes <= lossy[1].nbytes else lossy
+        return encode_sparse(change.cpu(), options.density, options.group_size)
+    factors = leading_svd(change, options.energy) if rank is None else truncated_svd(change, rank)
+    hessian = None if hessian is None else hessian.to(change.device)
+    return encode_lowrank(factors, options.bit_bands, options.group_size, hessian)
 
 
 def _same_bits(base: Tensor, tuned: Tensor) -> bool:
     return np.array_equal(raw_bytes(base), raw_bytes(tuned))
-
-
-def _relative_error(encoded: EncodedTensor, base: Tensor, change: Tensor) -> float:
-    norm = float(change.norm())
-    return float((encoded.decode(base) - change).norm()) / norm if norm else 0.0
 
 
 @dataclass(frozen=True)
@@ -121,14 +209,13 @@ class _Sizes:
     """What is known of one parameter before its energy is: its bytes if that is all, else its spectrum."""
 
     shape: tuple[int, ...]
-    at_most: int | None  # bytes of the exact encoding, where that is allowed
+    known: int
     spectrum: Tensor | None
 
     def nbytes(self, energy: float, options: PackOptions) -> int:
         if self.spectrum is None:
-            return self.at_most or 0
-        size = lowrank_nbytes(self.shape, rank_for_energy(self.spectrum, energy), options.bit_bands, options.group_size)
-        return size if self.at_most is None else min(size, self.at_most)
+            return self.known
+        return lowrank_nbytes(self.shape, rank_for_energy(self.spectrum, energy), options.bit_bands, options.group_size)
 
 
 def _ranks_for_budget(delta: Delta, options: PackOptions, budget: int, device: torch.device) -> dict[str, int]:
@@ -162,12 +249,8 @@ def _sizes(delta: Delta, name: str, options: PackOptions, device: torch.device) 
     if _same_bits(base, tuned):
         return _Sizes(shape, 0, None)
     change = difference(base, tuned, where=f"{delta.tuned.path}: tensor {name!r}")
-    exact = None
-    if options.strategy != "paper" or not is_matrix(shape):
-        exact = encode_exact(base, tuned)[1].nbytes
     if not is_matrix(shape):
-        return _Sizes(shape, exact, None)
+        return _Sizes(shape, encode_exact(base, tuned)[1].nbytes, None)
     if role_of(name, shape) in PRUNED:
-        sparse = encode_sparse(change, options.density, options.group_size)[1].nbytes
-        return _Sizes(shape, sparse if exact is None else min(sparse, exact), None)
-    return _Sizes(shape, exact, singular_values(change.to(device)).cpu())
+        return _Sizes(shape, encode_sparse(change, options.density, options.group_size)[1].nbytes, None)
+    return _Sizes(shape, 0, singular_values(change.to(device)).cpu())

@@ -1,0 +1,114 @@
+"""The elementwise operator: every entry of a delta on a grid of its row and column, entropy-coded.
+
+Best where the spectrum is flat. Rows that did not change cost a bit or two, so this is also the
+operator of embeddings of which few rows moved.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from graftllm.compression.codes import CodeReader, CodeWriter, code_bits
+from graftllm.compression.matrix import BLOCK, MatrixOperator
+from graftllm.compression.metric import Metric, from_half_octaves, half_octaves, quantize
+
+_SLOPES = (0, 2, 4)  # tables per half octave of a column's step
+
+
+class Elementwise(MatrixOperator):
+    """Whole multiples of step * sqrt(2) ** (row exponent + column exponent), in blocks of `height` rows.
+
+    Each block: its length (u32), then a `codes` stream of the row exponents, the column exponents and the
+    codes, whose tables shift by `-slope * column exponent`.
+    """
+
+    operator: Literal["elementwise"] = "elementwise"
+    step: float = Field(gt=0, allow_inf_nan=False)
+    slope: int = Field(ge=0, le=8)
+    height: int = Field(ge=1)
+
+    def blocks(self, payload: np.ndarray, shape: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
+        """Yield the first row and the entries, float32, of each block of rows.
+
+        Raises:
+            ValueError: the payload is not an encoding of that shape.
+        """
+        rows, columns = shape
+        position = 0
+        for start in range(0, rows, self.height):
+            some = min(self.height, rows - start)
+            size = int.from_bytes(payload[position : position + 4].tobytes(), "little")
+            reader = CodeReader(payload[position + 4 : position + 4 + size])
+            row_exponents, column_exponents = reader.vector(some), reader.vector(columns)
+            codes = reader.matrix(some, columns, -self.slope * column_exponents)
+            reader.finish()
+            yield start, Grid(self.step, row_exponents, column_exponents).values(torch.from_numpy(codes).float())
+            position += 4 + size
+        if position != len(payload):
+            raise ValueError(f"expected {position} bytes of codes, found {len(payload)}")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where entries are rounded to: whole multiples of step * sqrt(2) ** (row exponent + column exponent)."""
+
+    step: float
+    row_exponents: np.ndarray
+    column_exponents: np.ndarray
+
+    def codes(self, values: Tensor, metric: Metric) -> Tensor:
+        """Return the multiples that cost least, shape and dtype of `values`."""
+        rows, columns = from_half_octaves(self.row_exponents) * self.step, from_half_octaves(self.column_exponents)
+        return quantize(values, rows, columns, metric.lower)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Return what the codes stand for."""
+        rows = (from_half_octaves(self.row_exponents) * self.step).to(codes)
+        return codes * rows[:, None] * from_half_octaves(self.column_exponents).to(codes)
+
+
+def grid_for(metric: Metric, step: float, shape: tuple[int, int]) -> Grid:
+    """Return the grid on which an error costs step ** 2 / 12 in every row and column of a matrix."""
+    rows, columns = np.zeros(shape[0], np.int32), np.zeros(shape[1], np.int32)
+    if metric.rows is not None:
+        rows = half_octaves(metric.rows.rsqrt())
+    if metric.lower is not None:
+        columns = half_octaves(1 / metric.lower.diagonal())
+    return Grid(float(f"{step / metric.scale**0.5:.4g}"), rows, columns)
+
+
+def encode_elementwise(
+    read: Callable[[int, int], Tensor], shape: tuple[int, int], step: float, metric: Metric
+) -> tuple[Elementwise, np.ndarray]:
+    """Return the operator and payload of a matrix.
+
+    Args:
+        read: gives the rows from one number up to another.
+        shape: (rows, columns).
+        step: of the quantiser, in units of the square root of cost.
+        metric: what errors cost; rows and columns that cost more get finer steps.
+    """
+    rows, columns = shape
+    height = max(1, BLOCK // columns)
+    grid = grid_for(metric, step, shape)
+    blocks = []
+    for start in range(0, rows, height):
+        part = Grid(grid.step, grid.row_exponents[start : start + height], grid.column_exponents)
+        codes = part.codes(read(start, min(start + height, rows)), metric)
+        blocks.append((part.row_exponents, codes.to(torch.int32).cpu().numpy()))
+    shifts = {slope: -slope * grid.column_exponents for slope in (_SLOPES if grid.column_exponents.any() else (0,))}
+    slope = min(shifts, key=lambda slope: sum(code_bits(codes, shifts[slope]) for _, codes in blocks))
+    parts = []
+    for row_exponents, codes in blocks:
+        writer = CodeWriter()
+        writer.vector(row_exponents)
+        writer.vector(grid.column_exponents)
+        writer.matrix(codes, shifts[slope])
+        payload = writer.payload()
+        parts += [np.array([len(payload)], "<u4").view(np.uint8), payload]
+    return Elementwise(step=grid.step, slope=slope, height=height), np.concatenate(parts)

@@ -1,0 +1,163 @@
+"""How much an error at every layer's output changes what the tuned model says.
+
+One backward pass over calibration rows, with answers drawn from the model itself, gives for every
+matrix the second moments of the gradient at its output: the output factor of the Fisher information
+(arXiv 1503.05671). With the input's second moments this is the KL divergence, in nats a predicted
+token, that a small error in the weights causes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from graftllm.checkpoint import Checkpoint
+from graftllm.compression.metric import Metric
+from graftllm.generation import load_model, load_tokenizer, pad, render_answered
+from graftllm.live import bindings
+from graftllm.progress import track
+from graftllm.records import Prompt
+
+_BATCH = 8
+_DAMPING = 0.05  # share of the mean that is added to row weights: what calibration never saw may matter too
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Second moments of gradients, by parameter name in the checkpoint, in nats a predicted token.
+
+    Attributes:
+        outputs: of each linear layer's output, shape (d_out,).
+        reads: of each vocabulary row, how often it is read, shape (V,).
+        read_outputs: of the embedding's output, shape (d, d).
+    """
+
+    outputs: Mapping[str, Tensor]
+    reads: Mapping[str, Tensor]
+    read_outputs: Mapping[str, Tensor]
+
+    def metric(self, name: str, moments: Tensor | None) -> Metric:
+        """Return what errors in a matrix cost, from the second moments of its layer's input.
+
+        Where nothing was measured (no linear layer, or an expert that no token reached) an error
+        costs what it costs in the average measured matrix.
+        """
+        parts = []  # (rows, right) of each use; a tied matrix has two
+        if moments is not None and name in self.outputs:
+            parts.append((self.outputs[name], moments))
+        if name in self.reads:
+            parts.append((self.reads[name], self.read_outputs[name]))
+        if not parts:
+            return Metric(scale=self._average, right=None if moments is None else _normal(moments))
+        # The sum of two Kronecker products is brought to one by the mean of each factor.
+        right = torch.stack([rows.mean() * of_input for rows, of_input in parts]).sum(0)
+        rows = torch.stack([rows * of_input.diagonal().mean() for rows, of_input in parts]).sum(0)
+        normal = rows / rows.mean().clamp(min=torch.finfo(rows.dtype).tiny)
+        return Metric(float(right.diagonal().mean()), (normal + _DAMPING) / (1 + _DAMPING), _normal(right))
+
+    @property
+    def _average(self) -> float:
+        found = [float(rows.mean()) for rows in self.outputs.values()]
+        return sum(found) / len(found) if found else 1.0
+
+
+def measure_sensitivity(tuned: Path, rows: Sequence[Prompt], *, device: str = "auto") -> Sensitivity:
+    """Run the tuned model forward and backward over rows.
+
+    Args:
+        tuned: checkpoint directory.
+        rows: conversations; where there is an answer only its tokens count as predicted.
+        device: `auto` takes a GPU when there is one.
+
+    Raises:
+        CheckpointError: transformers cannot load the model or its tokenizer.
+    """
+    checkpoint = Checkpoint.open(tuned)
+    model, tokenizer = load_model(tuned, device=device), load_tokenizer(tuned)
+    model.requires_grad_(False)
+    stored = {
+        live: found.stored[0] for found in bindings(model, checkpoint.specs) if found.plain for live in found.live
+    }
+    watcher = _Watcher(model, stored)
+    sequences = [render_answered(tokenizer, row) for row in rows]
+    draw = torch.Generator(device=model.device).manual_seed(0)
+    predicted = 0
+    for start in track(range(0, len(sequences), _BATCH), label="sensitivity"):
+        batch = sequences[start : start + _BATCH]
+        ids, mask = pad([row for row, _ in batch], tokenizer, model.device)
+        answers = torch.zeros_like(mask, dtype=torch.bool)
+        width = ids.shape[1]
+        for i, (row, first) in enumerate(batch):
+            answers[i, width - len(row) + (first if first < len(row) else 1) - 1 : width - 1] = True
+        watcher.ids, watcher.mask = ids, mask.bool()
+        chances = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[answers].float().log_softmax(-1)
+        drawn = torch.multinomial(chances.detach().exp(), 1, generator=draw)
+        chances.gather(1, drawn).sum().backward()
+        predicted += len(drawn)
+    return watcher.sensitivity(predicted)
+
+
+class _Watcher:
+    """Sums the squared gradients at the outputs of linear layers and embeddings, padding left out."""
+
+    def __init__(self, model: nn.Module, stored: Mapping[str, str]) -> None:
+        self.ids = self.mask = torch.empty(0)  # of the running pass, (rows, length)
+        self.outputs: dict[str, Tensor] = {}
+        self.reads: dict[str, Tensor] = {}
+        self.read_outputs: dict[str, Tensor] = {}
+        self.tokens = 0
+        tied = {id(value): stored[name] for name, value in model.named_parameters() if name in stored}
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            if not isinstance(weight, Tensor) or id(weight) not in tied:
+                continue
+            if isinstance(module, nn.Embedding):
+                module.register_forward_hook(partial(self._read, tied[id(weight)]))
+            elif isinstance(module, nn.Linear | Conv1D):
+                module.register_forward_hook(partial(self._linear, tied[id(weight)]))
+
+    def sensitivity(self, predicted: int) -> Sensitivity:
+        """Return what was found, as half the mean over predicted tokens."""
+        share = 0.5 / max(1, predicted)
+        return Sensitivity(
+            {name: (total * share).cpu() for name, total in self.outputs.items()},
+            {name: (total * share).cpu() for name, total in self.reads.items()},
+            {name: (total / self.reads[name].sum()).cpu() for name, total in self.read_outputs.items()},
+        )
+
+    def _linear(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def add(gradient: Tensor) -> None:
+            squares = self._seen(gradient).square().sum(0)
+            self.outputs[name] = self.outputs.get(name, 0) + squares
+
+        if output.requires_grad:
+            output.register_hook(add)
+
+    def _read(self, name: str, module: nn.Embedding, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if inputs[0].shape != self.ids.shape:
+            return output
+        output = output.detach().requires_grad_()
+        ids = inputs[0][self.mask]
+        counts = torch.bincount(ids, minlength=module.num_embeddings).float()
+        self.reads[name] = self.reads.get(name, 0) + counts
+
+        def add(gradient: Tensor) -> None:
+            g = self._seen(gradient)  # (tokens, d)
+            self.read_outputs[name] = self.read_outputs.get(name, 0) + g.T @ g
+
+        output.register_hook(add)
+        return output
+
+    def _seen(self, gradient: Tensor) -> Tensor:
+        """Return the gradients of all tokens but padding, (tokens, d_out)."""
+        kept = gradient[self.mask] if gradient.shape[:2] == self.mask.shape else gradient.flatten(0, -2)
+        return kept.float()
+
+
+def _normal(moments: Tensor) -> Tensor:
+    """Return moments with a diagonal of mean 1."""
+    return moments / moments.diagonal().mean().clamp(min=torch.finfo(moments.dtype).tiny)

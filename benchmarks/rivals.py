@@ -88,7 +88,7 @@ def compress(
 
 
 def distinct(settings: Sequence[Setting]) -> tuple[Setting, ...]:
-    """Return the first setting of each knob: enough where embedding and head are a small share of the model."""
+    """Return the first setting of each knob, the best where embedding and head are a small share of the model."""
     first: dict[Knob, Setting] = {}
     for setting in settings:
         first.setdefault(setting[0], setting)
@@ -206,7 +206,7 @@ _ROWS = (
     Rival(
         "BitDelta",
         bitdelta,
-        _settings(product((1, 2, 3, 4)), "same", "q4"),
+        _settings(product((1, 2, 3, 4)), "q4", "same"),
         True,
         "https://arxiv.org/abs/2402.10193",
         "1 bit and a scale a matrix, repeated on what is left for more bits; embedding and head at full precision. "
@@ -232,7 +232,7 @@ _ROWS = (
     Rival(
         "DeltaZip",
         deltazip,
-        _settings(product((1, 2, 3, 4), (128,)), "same", "q4"),
+        _settings(product((1, 2, 3, 4), (128,)), "q4", "same"),
         True,
         "https://arxiv.org/abs/2312.05215",
         "2:4 sparse with SparseGPT, then few bits, then deflate. Here three masks share a byte (8/3 bits for four "
@@ -266,7 +266,7 @@ _ROWS = (
     Rival(
         "DARE",
         dare,
-        _settings(product((0.1, 0.25, 0.5, 0.75), (4,)), "same", "q4") + _settings(product((0.25,), (8,)), "same"),
+        _settings(product((0.1, 0.25, 0.5, 0.75), (4,)), "q4", "same") + _settings(product((0.25,), (8,)), "same"),
         False,
         "https://arxiv.org/abs/2311.03099",
         "Random entries, rescaled. Made for merging; the mask is a seed and costs nothing here; values of 4 or 8 bits.",

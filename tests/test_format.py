@@ -1,6 +1,8 @@
 """A second reader, written from docs/skillpack-format.md with nothing but safetensors and NumPy."""
 
 import json
+from functools import cache
+from math import isqrt, prod
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,10 @@ import torch
 from safetensors import safe_open
 
 from graftllm.checkpoint import Checkpoint
+from graftllm.compression import elementwise
+from graftllm.compression.elementwise import encode_elementwise
+from graftllm.compression.factored import encode_factored, encode_hybrid, weighted_svd
+from graftllm.compression.metric import Metric
 from graftllm.delta import Delta
 from graftllm.recipe import PackOptions
 from graftllm.records import Prompt
@@ -28,25 +34,38 @@ def _bfloat16(data: bytes) -> np.ndarray:
     return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
 
 
+class _Ans:
+    """The decoder of section "Coded integers": words as a stack whose top is the last."""
+
+    def __init__(self, words: bytes) -> None:
+        self.state, self.stack = 0, [int(word) for word in np.frombuffer(words, "<u4")]
+        while self.stack and self.state < 1 << 32:
+            self.state = self.state << 32 | self.stack.pop()
+
+    def take(self, count: int, sizes: list[int]) -> list[int]:
+        starts, found = np.concatenate([[0], np.cumsum(sizes)]), []
+        for _ in range(count):
+            low = self.state & (1 << 24) - 1
+            symbol = int(np.searchsorted(starts, low, side="right")) - 1
+            self.state = (self.state >> 24) * int(sizes[symbol]) + low - int(starts[symbol])
+            if self.state < 1 << 32 and self.stack:
+                self.state = self.state << 32 | self.stack.pop()
+            found.append(symbol)
+        return found
+
+    @property
+    def ended(self) -> bool:
+        return (self.state, self.stack) == (0, [])
+
+
 def _integers(data: bytes, count: int) -> tuple[list[int], bytes]:
     """Section "Coded integers"; one block, as these tensors are small."""
     size, data = data[0], data[1:]
     frequencies, data = [int(f) for f in np.frombuffer(data[: 2 * size], "<u2")], data[2 * size :]
     words, data = int.from_bytes(data[:4], "little"), data[4:]
-    stack, data = [int(word) for word in np.frombuffer(data[: 4 * words], "<u4")], data[4 * words :]
-    starts = np.concatenate([[0], np.cumsum(frequencies)]) * 256
-    state = 0
-    while stack and state < 1 << 32:
-        state = state << 32 | stack.pop()
-    classes = []
-    for _ in range(count):
-        low = state & (1 << 24) - 1
-        symbol = int(np.searchsorted(starts, low, side="right")) - 1
-        state = (state >> 24) * frequencies[symbol] * 256 + low - int(starts[symbol])
-        if state < 1 << 32 and stack:
-            state = state << 32 | stack.pop()
-        classes.append(symbol)
-    assert (state, stack) == (0, [])
+    ans, data = _Ans(data[: 4 * words]), data[4 * words :]
+    classes = ans.take(count, [frequency * 256 for frequency in frequencies])
+    assert ans.ended
     values = list(classes)
     for number in range(8, size):
         width, here = number // 4 - 1, [i for i, symbol in enumerate(classes) if symbol == number]
@@ -55,6 +74,113 @@ def _integers(data: bytes, count: int) -> tuple[list[int], bytes]:
             values[i] = (4 + number % 4) << width | low
         data = data[taken:]
     return values, data
+
+
+ROOTS = (9223372036854775808, 8089705464700925726, 6921480822830546630, 5749758898252946309)
+
+
+def _root(n: int) -> int:
+    return ROOTS[n] if 0 <= n <= 3 else _root(n - 4) ** 2 >> 64 if n > 3 else isqrt(_root(n + 4) << 64)
+
+
+def _power(r: int, e: int) -> int:
+    p = 1 << 64
+    while e:
+        p, r, e = p * r >> 64 if e & 1 else p, r * r >> 64, e >> 1
+    return p
+
+
+@cache
+def _frequencies(family: int, table: int, classes: int) -> list[int]:
+    """Section "Tables"."""
+    weights = []
+    for c in range(classes):
+        n, v = (1, c) if c < 8 else (1 << c // 4 - 1, (4 + c % 4) << c // 4 - 1)
+        m = 4 * ((c + 1) // 2) if c < 8 else 2 * v + n
+        weights.append(n * (_power(_root(13 - table), m) if family else _power(_root(16 - 2 * table), m * m)))
+    found = [max(1, (weight << 16) // sum(weights)) for weight in weights]
+    found[found.index(max(found))] += (1 << 16) - sum(found)
+    return found
+
+
+class _Codes:
+    """Section "Codes"."""
+
+    def __init__(self, data: bytes) -> None:
+        size = int.from_bytes(data[:2], "little")
+        self.head, self.ans = list(data[2 : 2 + size]), _Ans(data[2 + size :])
+
+    def run(self, count: int, family: int, table: int, classes: int) -> np.ndarray:
+        values = np.array(self.ans.take(count, [f * 256 for f in _frequencies(family, table, classes)]), np.int64)
+        numbers = values.copy()
+        for c in range(8, classes):
+            here, bits = np.flatnonzero(numbers == c), c // 4 - 1
+            values[here] = (4 + c % 4) << bits
+            for place in range(0, bits, 16):
+                b = min(16, bits - place)
+                piece = self.ans.take(len(here), [1 << 24 - b] * (1 << b))
+                values[here] |= np.array(piece, np.int64) << place
+        return values >> 1 ^ -(values & 1)
+
+    def vector(self, count: int) -> np.ndarray:
+        family, table, classes = (self.head.pop(0) for _ in range(3))
+        return self.run(count, family, table, classes) if table else np.zeros(count, np.int64)
+
+    def matrix(self, rows: int, columns: int, shifts: np.ndarray | int = 0) -> np.ndarray:
+        """One chunk, as these matrices are small."""
+        family, first, classes = (self.head.pop(0) for _ in range(3))
+        of_rows = (first + np.cumsum(self.vector(rows)))[:, None]
+        tables = np.where(of_rows == 0, 0, np.clip(of_rows + shifts, 1, 63)) + np.zeros((rows, columns), np.int64)
+        values = np.zeros((rows, columns), np.int64)
+        for table in range(1, 64):
+            here = tables == table
+            if here.any():
+                values[here] = self.run(int(here.sum()), family, table, classes)
+        return values
+
+    def end(self) -> None:
+        assert (self.head, self.ans.ended) == ([], True)
+
+
+def _half_octaves(exponents: np.ndarray) -> np.ndarray:
+    odd = np.array([0x3F800000, 0x3FB504F3], np.uint32).view(np.float32)[exponents % 2]
+    return odd * np.float32(2) ** np.clip(exponents // 2, -126, 126).astype(np.float32)
+
+
+def _elementwise(how: dict, data: bytes, rows: int, columns: int) -> np.ndarray:
+    blocks = []
+    for start in range(0, rows, how["height"]):
+        height, size = min(how["height"], rows - start), int.from_bytes(data[:4], "little")
+        codes, data = _Codes(data[4 : 4 + size]), data[4 + size :]
+        row, column = codes.vector(height), codes.vector(columns)
+        values = codes.matrix(height, columns, -how["slope"] * column).astype(np.float32)
+        codes.end()
+        blocks.append(values * (_half_octaves(row) * np.float32(how["step"]))[:, None] * _half_octaves(column))
+    assert not data
+    return np.concatenate(blocks)
+
+
+def _factored(how: dict, data: bytes, rows: int, columns: int) -> np.ndarray:
+    codes = _Codes(data)
+    column = codes.vector(columns)
+    right = codes.matrix(how["rank"], columns).astype(np.float32) * (_half_octaves(column) * np.float32(how["step"]))
+    row, direction = codes.vector(rows), codes.vector(how["rank"])
+    left = codes.matrix(how["rank"], rows).astype(np.float32) * _half_octaves(direction)[:, None] * _half_octaves(row)
+    codes.end()
+    return left.T @ right
+
+
+def _matrix(how: dict, data: bytes, rows: int, columns: int) -> np.ndarray:
+    if how["operator"] == "hybrid":
+        parts = (how["strong"], data[: how["split"]]), (how["rest"], data[how["split"] :])
+        return sum(_matrix(part, payload, rows, columns) for part, payload in parts)
+    return (_elementwise if how["operator"] == "elementwise" else _factored)(how, data, rows, columns)
+
+
+def _cut(shape: list[int]) -> tuple[int, int]:
+    """Section "Matrices"."""
+    cuts = [(prod(shape[:i]), prod(shape[i:])) for i in range(1, len(shape))] or [(1, prod(shape))]
+    return max(cuts, key=min)
 
 
 def _factor(data: bytes, length: int, bands: list, group_size: int) -> tuple[np.ndarray, bytes]:
@@ -96,10 +222,16 @@ def _tuned(entry: dict, payload: bytes, base: np.ndarray) -> np.ndarray:
         delta = np.zeros(base.size, np.float32)
         delta[np.cumsum(np.array(gaps) + 1) - 1] = row[0]
         delta = delta.reshape(shape)
-    else:
+    elif how["operator"] == "lowrank":
         right, payload = _factor(payload, shape[1], how["bands"], how["group_size"])
         left, payload = _factor(payload, shape[0], how["bands"], how["group_size"])
         delta = left.T @ right
+    else:
+        rows, columns = _cut(shape)
+        if how.get("transposed"):
+            delta, payload = _matrix(how, payload, columns, rows).T.reshape(shape), b""
+        else:
+            delta, payload = _matrix(how, payload, rows, columns).reshape(shape), b""
     assert not payload
     return (values + delta).astype(np.float32)
 
@@ -123,3 +255,35 @@ def test_the_page_is_enough_to_read_a_pack(
             else:
                 expected = base.tensor(name).float() + pack.delta(name, base.tensor(name))
                 assert np.allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (8, 3, 5, 4), (40,), ()])
+@pytest.mark.parametrize("step", [1e-4, 0.3])
+@pytest.mark.parametrize("kind", ["elementwise", "factored", "hybrid"])
+def test_the_page_is_enough_to_read_every_matrix(shape: tuple[int, ...], step: float, kind: str) -> None:
+    delta = torch.randn(shape, dtype=torch.float64)
+    rows, columns = cut = _cut(list(shape))
+    moments = torch.randn(200, columns).double() @ torch.randn(columns, columns).double()
+    right = moments.T @ moments
+    metric = Metric(3.0, torch.rand(rows).double() + 0.5, right / right.diagonal().mean())
+    matrix = delta.reshape(cut)
+    if kind == "elementwise":
+        operator, payload = encode_elementwise(lambda start, stop: matrix[start:stop], cut, step, metric)
+    else:
+        encode = encode_factored if kind == "factored" else encode_hybrid
+        operator, payload = encode(matrix, step, metric, weighted_svd(matrix, metric, min(cut)))
+    found = _matrix(json.loads(operator.model_dump_json()), payload.tobytes(), rows, columns).reshape(shape)
+    expected = operator.delta(payload, torch.zeros(shape)).numpy()
+    assert np.array_equal(found, expected) or (kind != "elementwise" and np.allclose(found, expected, rtol=1e-5))
+
+
+def test_the_page_is_enough_to_read_blocks_and_transposes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elementwise, "BLOCK", 33)
+    delta, metric = torch.randn(7, 11), Metric(right=torch.diag(torch.logspace(-2, 2, 11)))
+    operator, payload = encode_elementwise(lambda start, stop: delta[start:stop], (7, 11), 0.1, metric)
+    assert operator.height == 3
+    found = _matrix(operator.model_dump(), payload.tobytes(), 7, 11)
+    assert np.array_equal(found, operator.matrix(payload, (7, 11)))
+    turned = operator.model_copy(update={"transposed": True})
+    assert json.loads(turned.model_dump_json())["transposed"] is True
+    assert np.array_equal(turned.delta(payload, torch.zeros(11, 7)), found.T)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from graftllm.compression.codes import CodeReader, CodeWriter
@@ -66,6 +66,12 @@ class Hybrid(MatrixOperator):
     strong: Factored
     rest: Elementwise
     split: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _turned_as_a_whole(self) -> "Hybrid":
+        if self.strong.transposed or self.rest.transposed:
+            raise ValueError("expected the field 'transposed' on the whole, found it on a part")
+        return self
 
     def blocks(self, payload: np.ndarray, shape: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
         """Yield the first row and the sum, float32, of each block of rows of the rest.

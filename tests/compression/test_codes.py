@@ -1,0 +1,207 @@
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from graftllm.compression import codes as codes_module
+from graftllm.compression.codes import LOUDEST, CodeReader, CodeWriter, code_bits, table_frequencies
+
+MOST = (1 << 22) - 1
+INTEGERS = st.integers(-2, 2) | st.integers(-300, 300) | st.integers(-MOST, MOST)
+SHAPES = st.tuples(st.integers(1, 7), st.integers(1, 9))
+
+
+def _written(write: Callable[[CodeWriter], None]) -> np.ndarray:
+    writer = CodeWriter()
+    write(writer)
+    return writer.payload()
+
+
+def _coded(codes: np.ndarray, shifts: np.ndarray | None = None) -> np.ndarray:
+    return _written(lambda writer: writer.matrix(codes, shifts))
+
+
+def _gaussian(shape: tuple[int, int], spread: float | np.ndarray) -> np.ndarray:
+    return (np.random.default_rng(0).normal(0, 1, shape) * spread).round().astype(np.int32)
+
+
+def _entropy(spread: float) -> float:
+    """Bits of a Gaussian of that spread that is rounded to whole numbers."""
+    edges = np.arange(-math.ceil(9 * spread) - 1, math.ceil(9 * spread) + 2) - 0.5
+    below = np.array([0.5 * math.erfc(-edge / spread / 2**0.5) for edge in edges])
+    chances = np.diff(below)[np.diff(below) > 0]
+    return float(-(chances * np.log2(chances)).sum())
+
+
+@given(st.data(), SHAPES, st.booleans())
+def test_codes_come_back(data: st.DataObject, shape: tuple[int, int], shifted: bool) -> None:
+    codes = data.draw(hnp.arrays(np.int32, shape, elements=INTEGERS))
+    beside = data.draw(hnp.arrays(np.int32, st.integers(1, 9), elements=INTEGERS))
+    shifts = data.draw(hnp.arrays(np.int32, shape[1], elements=st.integers(-90, 90))) if shifted else None
+    writer = CodeWriter()
+    writer.vector(beside)
+    writer.matrix(codes, shifts)
+    writer.vector(beside[::-1].copy())
+    reader = CodeReader(writer.payload())
+    assert np.array_equal(reader.vector(len(beside)), beside)
+    found = reader.matrix(*shape, shifts)
+    assert found.dtype == np.int32
+    assert np.array_equal(found, codes)
+    assert np.array_equal(reader.vector(len(beside)), beside[::-1])
+    reader.finish()
+
+
+def test_chunks_of_rows_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codes_module, "_BLOCK", 100)
+    codes = _gaussian((31, 30), 2.0 ** np.linspace(-3, 6, 30))
+    for shifts in (None, np.arange(30)):
+        assert np.array_equal(CodeReader(_coded(codes, shifts)).matrix(31, 30, shifts), codes)
+
+
+def test_silence_costs_nothing() -> None:
+    assert _coded(np.zeros((10_000, 64), np.int32)).nbytes == 2 + 6
+    assert _written(lambda writer: writer.vector(np.zeros(10_000, np.int32))).nbytes == 2 + 3
+
+
+def test_silent_rows_among_loud_ones_cost_less_than_half_a_bit() -> None:
+    loud = _gaussian((20, 500), 3)
+    many = np.zeros((2000, 500), np.int32)
+    many[::100] = loud
+    assert 8 * (_coded(many).nbytes - _coded(loud).nbytes) < 0.5 * len(many)
+
+
+@pytest.mark.parametrize("spread", [0.3, 0.5, 1.0, 3.0, 11.0, 300.0, 2000.0])
+def test_gaussian_codes_take_their_entropy(spread: float) -> None:
+    codes = _gaussian((200, 500), spread)
+    bits = 8 * _coded(codes).nbytes / codes.size
+    assert 0.98 * _entropy(spread) < bits < 1.015 * _entropy(spread)
+
+
+def test_rows_of_many_spreads_take_their_own_entropies() -> None:
+    spreads = 2.0 ** np.linspace(-1.5, 8, 100)
+    codes = _gaussian((100, 1000), spreads[:, None])
+    expected = 1000 * sum(map(_entropy, spreads))
+    assert 0.99 * expected < 8 * _coded(codes).nbytes < 1.02 * expected
+
+
+def test_shifts_let_columns_of_many_spreads_take_their_own_entropies() -> None:
+    shifts = np.arange(-8, 24)
+    codes = _gaussian((400, 32), 2.0 ** (shifts / 4))
+    expected = 400 * sum(_entropy(2.0 ** (shift / 4)) for shift in shifts)
+    assert 0.99 * expected < 8 * _coded(codes, shifts).nbytes < 1.02 * expected
+    assert _coded(codes).nbytes > 1.1 * _coded(codes, shifts).nbytes
+
+
+def test_laplacian_codes_have_tables_of_their_own() -> None:
+    draws = np.random.default_rng(0).laplace(0, 4, (100, 1000)).round().astype(np.int32)
+    counts = np.unique(draws, return_counts=True)[1] / draws.size
+    assert 8 * _coded(draws).nbytes / draws.size < -1.01 * (counts * np.log2(counts)).sum()
+
+
+@given(hnp.arrays(np.int32, SHAPES, elements=INTEGERS))
+def test_bits_are_foreseen(codes: np.ndarray) -> None:
+    beside = _written(lambda writer: writer.matrix(np.zeros_like(codes))).nbytes
+    # An index in the head of at most 63 takes a row a byte or so; words are of four bytes.
+    assert code_bits(codes) / 8 - 1 <= _coded(codes).nbytes - beside <= code_bits(codes) / 8 + 2 * len(codes) + 8
+
+
+@given(st.integers(0, 1), st.integers(1, LOUDEST), st.integers(2, 120))
+def test_frequencies_are_whole_above_zero_and_sum_to_one(family: int, table: int, classes: int) -> None:
+    frequencies = table_frequencies(family, table, classes)
+    assert len(frequencies) == classes
+    assert frequencies.min() >= 1
+    assert frequencies.sum() == 1 << 16
+
+
+@pytest.mark.parametrize("table", [21, 25, 40, 63])
+def test_tables_are_of_the_spread_that_their_number_says(table: int) -> None:
+    spread = 2.0 ** ((table - 17) / 4)
+    for family in (0, 1):
+        middles = np.array([(c + 1) // 2 if c < 8 else (4.5 + c % 4) * 2 ** (c // 4 - 2) for c in range(60)])
+        shares = table_frequencies(family, table, 60) / (1 << 16) * (middles < 12 * spread)
+        assert math.sqrt(float(shares @ np.square(middles))) == pytest.approx(spread, rel=0.06)
+
+
+# Part of the format: written files depend on every one of them.
+GOLDEN = {
+    (0, 1, 2): [65535, 1],
+    (0, 17, 8): [25894, 15858, 15858, 3644, 3644, 314, 314, 10],
+    (1, 17, 8): [39480, 9868, 9868, 2467, 2467, 616, 616, 154],
+    (0, 29, 16): [3401, 3375, 3375, 3298, 3298, 3174, 3174, 3009, 5825, 5396, 4922, 4421, 7325, 5386, 3729, 2428],
+    (1, 33, 16): [3786, 3472, 3472, 3184, 3184, 2919, 2919, 2677, 5127, 4702, 4312, 3954, 6950, 5839, 4910, 4129],
+    (0, 63, 12): [4096, 4096, 4096, 4096, 4096, 4096, 4096, 4096, 8195, 8191, 8191, 8191],
+}
+
+
+@pytest.mark.parametrize("key", GOLDEN)
+def test_tables_never_change(key: tuple[int, int, int]) -> None:
+    assert table_frequencies(*key).tolist() == GOLDEN[key]
+
+
+def _read(payload: np.ndarray, shape: tuple[int, int]) -> None:
+    """Read what may be anything: the shapes are right, or it is a ValueError."""
+    shifts = np.arange(shape[1]) - 2
+    try:
+        reader = CodeReader(payload)
+        vector, matrix = reader.vector(shape[1]), reader.matrix(*shape, shifts)
+        reader.finish()
+    except ValueError:
+        return
+    assert (vector.shape, matrix.shape) == ((shape[1],), shape)
+
+
+@given(st.binary(max_size=60), SHAPES)
+@settings(max_examples=300)
+def test_random_bytes_are_codes_or_are_refused(data: bytes, shape: tuple[int, int]) -> None:
+    _read(np.frombuffer(data, np.uint8), shape)
+
+
+@given(st.lists(st.integers(0, 127), min_size=9, max_size=9), st.binary(max_size=40), SHAPES)
+@settings(max_examples=300)
+def test_random_heads_are_codes_or_are_refused(head: list[int], words: bytes, shape: tuple[int, int]) -> None:
+    head[0::3] = [family % 2 for family in head[0::3]]
+    words = words[: len(words) // 4 * 4]
+    _read(np.frombuffer(bytes([9, 0, *head]) + words, np.uint8), shape)
+
+
+@given(st.integers(0, 10_000), st.integers(0, 255), st.integers(0, 9))
+@settings(max_examples=300)
+def test_a_changed_byte_gives_other_codes_or_is_refused(place: int, value: int, cut: int) -> None:
+    writer = CodeWriter()
+    writer.vector(np.arange(6, dtype=np.int32))
+    writer.matrix(_gaussian((5, 6), 40.0), np.arange(6) - 2)
+    payload = writer.payload().copy()
+    payload[place % len(payload)] = value
+    _read(payload[: len(payload) - cut], (5, 6))
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        ([], "expected a head of 0 bytes and whole words, found 0 bytes"),
+        ([3, 0, 0, 0], "expected a head of 3 bytes and whole words, found 4 bytes"),
+        ([0, 0], "expected a family, a table and a number of classes, found -1, -1, -1"),
+        ([3, 0, 3, 1, 2], "expected a family, a table and a number of classes, found 3, 1, 2"),
+        ([3, 0, 0, 64, 2], "found 0, 64, 2"),
+        ([3, 0, 0, 1, 1], "found 0, 1, 1"),
+        ([3, 0, 0, 0, 2, 1, 0, 0, 0], "expected the end of the codes, found more"),
+        ([4, 0, 0, 0, 2, 0], "expected the end of the codes, found more"),
+    ],
+)
+def test_what_is_wrong_with_a_stream_is_said(payload: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        reader = CodeReader(np.array(payload, np.uint8))
+        reader.vector(2)
+        reader.finish()
+
+
+def test_tables_beyond_the_last_are_refused() -> None:
+    payload = _coded(np.array([[0, 1, -1, 0], [900, -800, 700, -1000]], np.int32)).copy()
+    first = payload[3]
+    payload[3] += 30  # the first row's table, from which the others are counted
+    with pytest.raises(ValueError, match=f"expected tables from 0 to 63, found {first + 30} to "):
+        CodeReader(payload).matrix(2, 4)

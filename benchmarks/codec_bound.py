@@ -3,7 +3,8 @@
 A Gaussian coefficient of variance v costs at least 1/2 log2(v / theta) bits at distortion theta, or
 nothing when v <= theta (Cover and Thomas, chapter 10.3). Two transforms of a delta D with the metric
 H, tr(E H E^T): singular directions of D H^(1/2), where a direction is m + n coefficients and is left
-out when that is cheaper; and entries, in H's own basis. The smaller of the two is the bound.
+out when that is cheaper; and the rows of D turned into H's basis, which a reader of the file does
+not know, so that no code gets there. The second is a limit, the first what factors are measured by.
 """
 
 import math
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 
-def bound_nbytes(delta: Tensor, moments: Tensor | None, distortion: float) -> float:
-    """Return the fewest bytes that code `delta`, shape (m, n), within `distortion` by one of the two transforms.
+def bound_nbytes(delta: Tensor, moments: Tensor | None, distortion: float) -> tuple[float, float]:
+    """Return the fewest bytes that code `delta`, shape (m, n), within `distortion`: as directions, and as rows.
 
     Args:
         delta: the matrix to code.
@@ -25,13 +26,13 @@ def bound_nbytes(delta: Tensor, moments: Tensor | None, distortion: float) -> fl
     turned = delta if basis is None else delta @ basis
     whitened = turned * values.clamp(min=0).sqrt()  # (m, n), columns in H's basis
     energy = torch.linalg.svdvals(whitened).double().square()
-    entries = whitened.double().square().mean(0)  # (n,), the variance of a column's m coefficients
+    variances = whitened.double().square().mean(0)  # (n,), of a column's m coefficients
     if moments is None:
-        entries = entries.mean().expand(len(entries))  # without a basis all entries are alike
-    return min(_directions(energy, delta.shape, distortion), _entries(entries, delta.shape[0], distortion))
+        variances = variances.mean().expand(len(variances))  # without a basis all entries are alike
+    return _directions(energy, delta.shape, distortion), _rows(variances, delta.shape[0], distortion)
 
 
-def _entries(variances: Tensor, count: int, distortion: float) -> float:
+def _rows(variances: Tensor, count: int, distortion: float) -> float:
     def spent(level: float) -> float:
         return count * float(variances.clamp(max=level).sum())
 

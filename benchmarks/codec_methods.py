@@ -60,6 +60,7 @@ class Method:
 def methods(rates: Sequence[float] = RATES) -> dict[str, Method]:
     """Return all methods by name; `rates` are those of ours."""
     codec = (*sorted((_LIBRARY / "compression").glob("*.py")), _LIBRARY / "skillpack.py", _LIBRARY / "header.py")
+    codec += (_HERE / "codec_bound.py",)
     budgets = tuple(rates)
     own = [
         Method("auto", budgets, partial(_pack, "auto", True), codec),
@@ -126,17 +127,19 @@ def _bound(
 ) -> dict[str, float]:
     """Return what the matrices took and the least that they could have, at the distortion that each has.
 
-    Matrices without a metric of their own and lossless ones are left out of both.
+    Matrices without a metric of their own and lossless ones are left out. A codec that weighs rows, too,
+    spends its bytes elsewhere than this metric would have them.
     """
     moments = yardstick.moments if calibrated else dict.fromkeys(yardstick.matrices)
-    taken = least = 0.0
+    taken = directions = least = 0.0
     for name, metric in moments.items():
         change = yardstick.matrices[name]
         distortion = squared_norm(decoded[name] - change, metric)
         if 0 < distortion < squared_norm(change, metric):
             taken += sizes[name]
-            least += bound_nbytes(change, metric, distortion)
-    return {"lossy_nbytes": taken, "bound_nbytes": least}
+            bounds = bound_nbytes(change, metric, distortion)
+            directions, least = directions + bounds[0], least + min(bounds)
+    return {"lossy_nbytes": taken, "directions_nbytes": directions, "bound_nbytes": least}
 
 
 def _sources(rival: Rival) -> tuple[Path, ...]:

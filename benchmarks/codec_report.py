@@ -14,7 +14,7 @@ _RATES = (0.5, 1.0, 2.0)  # bits per parameter at which tables read the curves
 # Okabe and Ito's colours, told apart by everyone; dashes and markers tell the rest apart.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666")
 _DASHES = ("-", "--", ":")
-_BOUND = "limit of the transform"
+_BOUND = "limit of its transforms"
 
 
 def tables(points: Sequence[Point], facts: Mapping[str, Any]) -> str:
@@ -77,15 +77,17 @@ def _table_at_rates(points: Sequence[Point]) -> str:
 
 
 def _table_of_bounds(points: Sequence[Point]) -> str:
-    head = ["lossy payload / limit of its transform", "b/p", "mean", "least", "most"]
+    head = ["bytes of lossy matrices", "b/p", "/ limit as directions", "/ lower of both limits"]
     rows = []
     for method in OWN:
         found = [point for point in points if point.method == method and point.found.get("bound_nbytes")]
         for setting in dict.fromkeys(point.setting for point in found):
             some = [point for point in found if point.setting == setting]
-            gaps = [point.found["lossy_nbytes"] / point.found["bound_nbytes"] for point in some]
-            rate = float(np.mean([point.rate for point in some]))
-            rows.append([method, f"{rate:.2f}", f"{np.mean(gaps):.2f}", f"{min(gaps):.2f}", f"{max(gaps):.2f}"])
+            row = [method, f"{np.mean([point.rate for point in some]):.2f}"]
+            for key in ("directions_nbytes", "bound_nbytes"):
+                gaps = [point.found["lossy_nbytes"] / point.found[key] for point in some]
+                row.append(f"{np.mean(gaps):.2f} ({min(gaps):.2f} to {max(gaps):.2f})")
+            rows.append(row)
     return _markdown(head, rows) if rows else ""
 
 

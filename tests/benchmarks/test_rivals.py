@@ -134,7 +134,7 @@ def test_words_kept_apart_are_rounded_to_their_own_bits(delta: Matrices) -> None
 def test_bound_of_white_noise_is_the_gaussian_one() -> None:
     noise = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
     norm = float(noise.square().sum())
-    bits = 8 * bound_nbytes(noise, None, norm / 16) / noise.numel()
+    bits = 8 * bound_nbytes(noise, None, norm / 16)[1] / noise.numel()
     assert bits == pytest.approx(2.0, abs=0.02)  # 1/2 log2 16
 
 
@@ -144,4 +144,13 @@ def test_bound_of_one_direction_is_that_of_its_two_vectors() -> None:
     # Each of 256 + 64 coefficients has distortion theta, so 320 theta = 0.01.
     theta = 0.01 / 320
     expected = 128 * math.log2(1 / 256 / theta) + 32 * math.log2(1 / 64 / theta)
-    assert 8 * bound_nbytes(matrix, None, 0.01) == pytest.approx(expected, rel=1e-3)
+    assert 8 * bound_nbytes(matrix, None, 0.01)[0] == pytest.approx(expected, rel=1e-3)
+
+
+def test_bound_of_rows_is_half_the_log_of_the_metrics_determinant() -> None:
+    draw = torch.Generator().manual_seed(2)
+    noise = torch.randn(512, 16, generator=draw)
+    metric = torch.diag(torch.logspace(-1, 1, 16))
+    # All components are coded, so each has distortion theta and costs 1/2 log2(h / theta); log det H = 0.
+    bits = 8 * bound_nbytes(noise, metric, 512 * 16 * 0.01)[1] / noise.numel()
+    assert bits == pytest.approx(0.5 * math.log2(1 / 0.01), abs=0.02)

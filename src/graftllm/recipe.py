@@ -5,6 +5,7 @@ section is the options object that its room takes. Unknown keys are errors.
 """
 
 import difflib
+import math
 import re
 import typing
 from pathlib import Path
@@ -80,7 +81,12 @@ class PackOptions(Section):
     """How a delta becomes a SkillPack."""
 
     strategy: Strategy = "auto"
-    budget: str | None = Field(default=None, description="5% of the tuned checkpoint, 400MB, 60KB or bytes")
+    budget: str | None = Field(
+        default=None, description="5% of the tuned checkpoint, 400MB, 60KB or bytes; kl=0.01 for a fidelity instead"
+    )
+    servable: int | None = Field(
+        default=None, ge=1, le=512, description="keep linear layers at this rank or below, as LoRA servers need it"
+    )
     density: float = Field(default=0.97, gt=0, le=1, description="share kept of embedding and head deltas")
     energy: float = Field(
         default=0.95, gt=0, le=1, description="share of squared singular values kept; a budget overrides it"
@@ -103,7 +109,8 @@ class PackOptions(Section):
     def _budget_is_an_amount(self) -> "PackOptions":
         if self.budget is not None:
             try:
-                budget_bytes(self.budget, 1)
+                if kl_target(self.budget) is None:
+                    budget_bytes(self.budget, 1)
             except RecipeError as error:
                 raise ValueError(str(error)) from error
         return self
@@ -195,21 +202,24 @@ def pack_options(
     density: float | None,
     bit_bands: str | None,
     group_size: int | None,
+    servable: int | None = None,
 ) -> PackOptions:
     """Return pack options with the given values; None stands for the default.
 
     Args:
         strategy: as in a recipe, like all others but `bit_bands`.
-        budget: size of the file.
+        budget: size of the file, or the KL divergence that it may have.
         energy: share of squared singular values kept.
         density: share kept of embedding and head deltas.
         bit_bands: such as `8:0.02,4:0.18,2:0.8`.
         group_size: values that share one scale.
+        servable: largest rank of linear layers.
 
     Raises:
         RecipeError: a value is out of range.
     """
     given = {"strategy": strategy, "budget": budget, "energy": energy, "density": density, "group_size": group_size}
+    given["servable"] = servable
     if bit_bands is not None:
         given["bit_bands"] = [band.split(":") for band in bit_bands.split(",")]
     try:
@@ -238,6 +248,27 @@ def budget_bytes(budget: str, tuned_bytes: int) -> int:
     unit = (match[2] or "B").upper()
     scale = tuned_bytes / 100 if unit == "%" else {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
     return int(float(match[1]) * scale)
+
+
+def kl_target(budget: str) -> float | None:
+    """Return the KL divergence, in nats a token, that a budget such as `kl=0.01` asks for; None for a size.
+
+    >>> kl_target("kl=0.01"), kl_target("5%")
+    (0.01, None)
+
+    Raises:
+        RecipeError: the number is none, or not above 0.
+    """
+    match = re.fullmatch(r"kl\s*=\s*(\S+)", budget.strip(), flags=re.IGNORECASE)
+    if match is None:
+        return None
+    try:
+        target = float(match[1])
+    except ValueError:
+        target = 0.0
+    if not 0 < target < math.inf:
+        raise RecipeError(f"budget: expected a divergence above 0, such as kl=0.01; found {budget!r}.")
+    return target
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -6,6 +6,7 @@ docs/skillpack-format.md; `header` reads what a file says of itself.
 
 import hashlib
 import json
+import math
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +26,13 @@ from graftllm.compression.roles import role_of
 from graftllm.compression.sensitivity import measure_sensitivity
 from graftllm.compression.strategy import Compressed, encode_delta
 from graftllm.delta import Delta, align
-from graftllm.errors import PackError
+from graftllm.errors import CompressionError, PackError
 from graftllm.header import BaseInfo, Card, Header, TensorEntry, layout, metadata, read_header
-from graftllm.recipe import PackOptions, budget_bytes
+from graftllm.recipe import PackOptions, budget_bytes, kl_target
 from graftllm.records import Prompt
+
+_TRIES = 8  # packs that are built to meet a target divergence
+_CLOSE = 0.8  # of the target: near enough
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,7 @@ def compress(
     *,
     calibration: Sequence[Prompt] = (),
     card: Card = Card(),
+    measure: Callable[[SkillPack], float] | None = None,
     device: str = "auto",
     spool: Path | None = None,
 ) -> SkillPack:
@@ -183,9 +188,10 @@ def compress(
     Args:
         delta: tuned - base.
         options: the strategy and its knobs; a budget counts the bytes of the whole file.
-        calibration: rows that the tuned model reads, so that rounding errors fall where its inputs do not;
+        calibration: rows that the tuned model reads, so that rounding errors fall where they matter least;
             the skill's own SFT rows are best. Without them, and in the strategy `exact`, there is no calibration.
         card: name, description, provenance and scores for the header.
+        measure: gives the KL divergence of a pack; for a budget such as `kl=0.01`.
         device: where matrices are decomposed; `auto` takes a GPU when there is one.
         spool: directory for the payloads until they are saved; the system's temporary one by default.
 
@@ -198,6 +204,61 @@ def compress(
         moments = collect_moments(delta.tuned.path, calibration, device=device, spool=spool)
         if options.strategy == "auto":
             sensitivity = measure_sensitivity(delta.tuned.path, calibration[:SEQUENCES], device=device)
+    measures = Measures(moments, sensitivity)
+
+    def build(budget: int | None) -> SkillPack:
+        return _build(delta, options, budget, measures, card=card, device=device, spool=spool)
+
+    target = None if options.budget is None else kl_target(options.budget)
+    if target is not None:
+        if measure is None:
+            raise CompressionError(
+                f"budget: {options.budget} is met by measuring, but there is nothing to measure on; "
+                "give prompts (--calibration) or a size such as 5%."
+            )
+        return _smallest_within(target, measure, build, delta.tuned.nbytes)
+    return build(None if options.budget is None else budget_bytes(options.budget, delta.tuned.nbytes))
+
+
+def _smallest_within(
+    target: float, measure: Callable[[SkillPack], float], build: Callable[[int | None], SkillPack], tuned_bytes: int
+) -> SkillPack:
+    """Return the smallest pack found whose KL divergence is within a target: log-log interpolation over sizes."""
+    best: SkillPack | None = None
+    size, below, above = tuned_bytes // 20, 0.0, math.inf  # sizes known to be too small, and large enough
+    for _ in range(_TRIES):
+        pack = build(size)
+        found = measure(pack)
+        if found <= target:
+            best, above = pack, float(size)
+            if found >= _CLOSE * target:
+                break
+        else:
+            below = float(size)
+        guess = size * (max(found, 1e-9) / target) ** (1 / 3)  # divergence falls with about the cube of the size
+        if math.isfinite(above) and below:
+            guess = min(max(guess, below * (above / below) ** 0.1), below * (above / below) ** 0.9)
+        size = min(int(guess * (1.01 if found > target else 1)), tuned_bytes)
+    if best is None:
+        raise CompressionError(
+            f"budget: expected a KL divergence of at most {target:g}, but a pack of {int(below):,} bytes is not "
+            "that faithful. Allow more, or take --strategy exact."
+        )
+    return best
+
+
+def _build(
+    delta: Delta,
+    options: PackOptions,
+    budget: int | None,
+    measures: Measures,
+    *,
+    card: Card,
+    device: str,
+    spool: Path | None,
+) -> SkillPack:
+    """Return a pack whose file takes at most `budget` bytes."""
+    moments = measures.calibration
     header = Header(
         card=card,
         base=BaseInfo(
@@ -213,9 +274,6 @@ def compress(
         tokenizer_changed=delta.tokenizer_changed(),
         tensors={},
     )
-    budget = None
-    if options.budget is not None:
-        budget = budget_bytes(options.budget, delta.tuned.nbytes) - _overhead(header, delta)
     entries: dict[str, TensorEntry] = {}
     payloads = _Spool(spool)
 
@@ -243,8 +301,8 @@ def compress(
     coded = encode_delta(
         delta,
         options,
-        measures=Measures(moments, sensitivity),
-        payload_budget=budget,
+        measures=measures,
+        payload_budget=None if budget is None else budget - _overhead(header, delta),
         entry_bytes=entry_bytes,
         device=device,
     )

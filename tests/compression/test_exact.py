@@ -45,7 +45,7 @@ def test_small_steps_take_few_bits() -> None:
     one_in_ten = torch.rand(100_000, generator=draw) < 0.1
     tuned = torch.where(one_in_ten, base + base.abs() * 0.01, base).bfloat16()
     operator, payload = encode_exact(base, tuned)
-    assert operator.coding == "difference"
+    assert operator.coding == "predicted"
     assert payload.nbytes * 8 / base.numel() < 0.8  # the entropy of one in ten is 0.47 bits, and the step's own
 
 

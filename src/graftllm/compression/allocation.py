@@ -7,7 +7,7 @@ coded then corrects the foresight.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -38,12 +38,14 @@ class Outlook:
         sampled: log2 of some steps, and the bits and cost an entry that rows of the matrix take at them.
         strengths: leading singular values of the weighted matrix, descending; all of them, or as many as are kept.
         energy: squared norm of the weighted matrix: what it costs to leave it out.
+        servable: whether only a product of two factors will do, as an adapter is one.
     """
 
     shape: tuple[int, int]
     sampled: tuple[np.ndarray, np.ndarray, np.ndarray]
     strengths: np.ndarray
     energy: float
+    servable: bool = False
 
     def elementwise(self, step: float, share: float = 1.0) -> tuple[float, float]:
         """Return foreseen bits and cost when all entries are coded and have `share` of their energy."""
@@ -78,17 +80,18 @@ def outlook(source: Source, metric: Metric, max_rank: int | None = None) -> Outl
     Args:
         source: where its rows are.
         metric: what errors cost.
-        max_rank: most directions that a factored operator may take.
+        max_rank: the matrix must be a product of factors of at most this rank.
     """
     rows, columns = source.shape
     energy = sum(metric.of_rows(numbers).cost(part) for numbers, part in source.parts())
     if energy == 0:
         return Outlook(source.shape, (np.zeros(1), np.zeros(1), np.zeros(1)), np.zeros(0), 0.0)
     strengths = torch.empty(0)
-    if not source.large:
+    if not source.large or max_rank is not None:
         rank = _affordable(min(rows, columns) if max_rank is None else max_rank, rows, columns)
         strengths = weighted_svd(source.whole(), metric, rank)[0] * metric.scale**0.5
-    return Outlook(source.shape, _sample(source, metric, energy), strengths.double().cpu().numpy(), energy)
+    found = strengths.double().cpu().numpy()
+    return Outlook(source.shape, _sample(source, metric, energy), found, energy, max_rank is not None)
 
 
 def _sample(source: Source, metric: Metric, energy: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -107,17 +110,16 @@ def _sample(source: Source, metric: Metric, energy: float) -> tuple[np.ndarray, 
     return at, np.array(bits), np.array(cost)
 
 
-def choices(known: Outlook, step: float, *, factored_only: bool = False) -> list[Choice]:
+def choices(known: Outlook, step: float) -> list[Choice]:
     """Return what each operator is foreseen to take at a step, the best first.
 
     Args:
         known: the matrix.
         step: in units of the square root of cost.
-        factored_only: leave out operators that no adapter can serve.
     """
     rows, columns = known.shape
     found = [Choice("zero", 0, 0.0, known.energy)]
-    if not factored_only:
+    if not known.servable:
         bits, cost = known.elementwise(step)
         found.append(Choice("elementwise", 0, bits + _SIDE_BITS * (rows + columns), cost))
     if len(known.strengths):
@@ -129,7 +131,7 @@ def choices(known: Outlook, step: float, *, factored_only: bool = False) -> list
         cost = np.cumsum(kept) + np.maximum(known.energy - np.cumsum(known.strengths**2), 0)
         best = int(np.argmin(cost + BITS_WORTH * step**2 * bits))
         found.append(Choice("factored", best + 1, float(bits[best]), float(cost[best])))
-        if not factored_only and (few := _spikes(known)):
+        if not known.servable and (few := _spikes(known)):
             share = max(1 - float((known.strengths[:few] ** 2).sum()) / known.energy, 1e-9)
             rest_bits, rest_cost = known.elementwise(step, share)
             side = _SIDE_BITS * (rows + columns)
@@ -147,14 +149,12 @@ class Coded:
     error: float
 
 
-def encode_cheapest(
-    source: Source, metric: Metric, known: Outlook, step: float, *, factored_only: bool = False
-) -> Coded | None:
+def encode_cheapest(source: Source, metric: Metric, known: Outlook, step: float) -> Coded | None:
     """Return what is cheapest by cost + lambda * real bits; None where leaving the matrix out is.
 
     Arguments as for `outlook` and `choices`.
     """
-    foreseen = choices(known, step, factored_only=factored_only)
+    foreseen = choices(known, step)
     likely = [choice for choice in foreseen if choice.price(step) <= _WORTH_TRYING * foreseen[0].price(step)]
     best, best_price = None, known.energy
     for choice in likely:
@@ -174,26 +174,15 @@ def encode_cheapest(
     return best
 
 
-def step_for(outlooks: Iterable[Outlook], bits: float, *, factored_only: bool = False) -> float:
+def step_for(outlooks: Iterable[Outlook], bits: float) -> float:
     """Return the step at which the matrices are foreseen to take `bits` bits together, by bisection."""
     known = [one for one in outlooks if one.energy > 0]
     low, high = -60.0, 20.0  # log2 of the step
     while high - low > 1e-3:
         middle = (low + high) / 2
-        total = sum(choices(one, 2.0**middle, factored_only=factored_only)[0].bits for one in known)
+        total = sum(choices(one, 2.0**middle)[0].bits for one in known)
         low, high = (middle, high) if total > bits else (low, middle)
     return float(2.0**high)
-
-
-def step_for_cost(outlooks: Sequence[Outlook], cost: float, *, factored_only: bool = False) -> float:
-    """Return the step at which the matrices are foreseen to cost `cost` together, by bisection."""
-    known = [one for one in outlooks if one.energy > 0]
-    low, high = -60.0, 20.0
-    while high - low > 1e-3:
-        middle = (low + high) / 2
-        total = sum(choices(one, 2.0**middle, factored_only=factored_only)[0].cost for one in known)
-        low, high = (low, middle) if total > cost else (middle, high)
-    return float(2.0**low)
 
 
 def _encode(source: Source, metric: Metric, choice: Choice, step: float) -> tuple[MatrixCode, np.ndarray] | None:

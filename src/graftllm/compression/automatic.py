@@ -72,7 +72,7 @@ def encode_matrix(
     cost, size = (known.energy, 0) if found is None else (found.cost, found.payload.nbytes)
     entries = source.shape[0] * source.shape[1]
     few = entries <= BLOCK and float((base != tuned).float().mean()) < _FEW_CHANGES
-    if few or 8 * size > _EXACT_AT * entries:
+    if not known.servable and (few or 8 * size > _EXACT_AT * entries):
         exact, payload = encode_exact(base, tuned)
         worth = BITS_WORTH * step**2 * 8  # of a byte
         if worth * payload.nbytes <= cost + worth * size:

@@ -14,13 +14,14 @@ from typing import Any
 import constriction
 import numpy as np
 
-from graftllm.compression.entropy import FREQUENCIES, class_of, fold, low_bits, perfect_model, unfold
+from graftllm.compression.entropy import FREQUENCIES, class_of, fold, low_bits, perfect_model, scaled, unfold
 
 SILENT = 0  # the table of a row that is all zeros: nothing is coded
 LOUDEST = 63
-LARGEST = 1 << 22  # codes are below this in magnitude
+LARGEST = 1 << 30  # codes are below this in magnitude
 _FAMILIES = 2
-_CLASSES = 4 * 24 - 4  # those of folded values below 2 ** 24
+_OWN = 2  # in place of a family: the table follows
+_CLASSES = 4 * 31 - 4  # those of folded values below 2 ** 31
 _BLOCK = 1 << 22  # values that are put in order at a time; bounds the memory of coding
 _ONE = 1 << 64
 # 2 ** 64 * 2 ** -(2 ** (i / 4)) for i = 0 to 3, rounded
@@ -34,13 +35,22 @@ class CodeWriter:
     def __init__(self) -> None:
         """Start empty."""
         self._head: list[bytes] = []
-        self._steps: list[tuple[np.ndarray, Any]] = []  # (symbols, model), in the order of decoding
+        self._steps: list[tuple[np.ndarray, Any]] = []  # symbols and their model or limits, in the order of decoding
 
     def vector(self, values: np.ndarray) -> None:
-        """Add a few integers (side information), shape (count,): one table for all of them."""
-        family, index = _best_table(values[None])
-        self._head.append(bytes([family, int(index[0]), _classes(values)]))
-        self._add(values[None], index, family, _classes(values), None)
+        """Add integers that are alike, shape (count,), int32: one table for all of them, or one of their own."""
+        classes = _classes(values)
+        counts = np.bincount(class_of(fold(values.astype(np.int32))), minlength=classes)
+        own, bits = scaled(counts), _free_bits(classes)
+        costs = [_costs(values[None], None, family)[0] for family in range(_FAMILIES)]
+        family = int(np.argmin([cost.min() for cost in costs]))
+        index = int(costs[family].argmin())
+        if 16 * classes + float(counts @ (np.log2(FREQUENCIES) - np.log2(own) + bits)) < costs[family][index]:
+            self._head.append(bytes([_OWN, LOUDEST, classes]) + own.astype("<u2").tobytes())
+            self._add(values[None], np.array([LOUDEST]), perfect_model(own), classes, None)
+        else:
+            self._head.append(bytes([family, index, classes]))
+            self._add(values[None], np.array([index]), family, classes, None)
 
     def matrix(self, codes: np.ndarray, shifts: np.ndarray | None = None) -> None:
         """Add codes of shape (rows, columns), int32.
@@ -56,11 +66,23 @@ class CodeWriter:
         for start, stop in _row_blocks(codes.shape):
             self._add(codes[start:stop], index[start:stop], family, _classes(codes), shifts)
 
+    def below(self, values: np.ndarray, limits: np.ndarray) -> None:
+        """Add values of which nothing is known but that each is below its limit (at least 1), as the decoder knows."""
+        values, limits = values[limits > 1].astype(np.int64), limits[limits > 1].astype(np.int64)
+        wide = limits > 1 << 16
+        high = limits[wide] - 1 >> 16
+        self._steps.append(((values[wide] >> 16).astype(np.int32), (high + 1).astype(np.int32)))
+        rest = np.where(wide, 1 << 16, limits)
+        self._steps.append(((values & 0xFFFF).astype(np.int32), rest.astype(np.int32)))
+
     def payload(self) -> np.ndarray:
         """Return all that was added as bytes: length of the head (u16), the head, the ANS words (u32 each)."""
         coder = _STREAM.stack.AnsCoder()
         for symbols, model in reversed(self._steps):
-            coder.encode_reverse(symbols, model)
+            if isinstance(model, np.ndarray):
+                coder.encode_reverse(symbols, _STREAM.model.Uniform(), model)
+            else:
+                coder.encode_reverse(symbols, model)
         head = b"".join(self._head)
         words = coder.get_compressed().astype("<u4").tobytes()
         return np.frombuffer(len(head).to_bytes(2, "little") + head + words, np.uint8)
@@ -70,12 +92,17 @@ class CodeWriter:
         for table, chosen in _groups(values.shape, index, shifts):
             part = folded[chosen].ravel()
             numbers = class_of(part)
-            self._steps.append((numbers, _model(family, table, classes)))
-            self._steps += [
-                ((part[numbers == number] & ((1 << low_bits(number)) - 1)).astype(np.int32), _uniform(number))
-                for number in range(8, classes)
-                if bool((numbers == number).any())
-            ]
+            self._steps.append((numbers, _model(family, table, classes) if isinstance(family, int) else family))
+            for number in range(8, classes):
+                here = numbers == number
+                if bool(here.any()):
+                    self._bits(part[here] & ((1 << low_bits(number)) - 1), low_bits(number))
+
+    def _bits(self, values: np.ndarray, width: int) -> None:
+        """Add values of `width` bits as they are, the low 16 first."""
+        for place in range(0, width, 16):
+            symbols = values >> place & ((1 << min(16, width - place)) - 1)
+            self._steps.append((symbols.astype(np.int32), _uniform(min(16, width - place))))
 
 
 class CodeReader:
@@ -96,8 +123,14 @@ class CodeReader:
 
     def vector(self, count: int) -> np.ndarray:
         """Return `count` integers, int32."""
-        family, index, classes = self._described()
-        return self._read((1, count), np.array([index]), family, classes, None)[0]
+        family, index, classes = self._described(_OWN)
+        model: Any = family
+        if family == _OWN:
+            own = np.frombuffer(bytes(next(self._head, 0) for _ in range(2 * classes)), "<u2").astype(np.int64)
+            if own.sum() != FREQUENCIES or own.min() < 1:
+                raise ValueError(f"expected frequencies above 0 that sum to {FREQUENCIES}, found {own.sum()}")
+            model = perfect_model(own)
+        return self._read((1, count), np.array([index]), model, classes, None)[0]
 
     def matrix(self, rows: int, columns: int, shifts: np.ndarray | None = None) -> np.ndarray:
         """Return codes of shape (rows, columns), int32."""
@@ -111,32 +144,51 @@ class CodeReader:
             codes[start:stop] = part
         return codes
 
+    def below(self, limits: np.ndarray) -> np.ndarray:
+        """Return a value below each limit, int64; limits are at least 1 and at most 2 ** 32."""
+        values = np.zeros(len(limits), np.int64)
+        known, limits = np.flatnonzero(limits > 1), limits[limits > 1].astype(np.int64)
+        wide = limits > 1 << 16
+        high = (limits[wide] - 1 >> 16) + 1
+        values[known[wide]] = self._coder.decode(_STREAM.model.Uniform(), high.astype(np.int32)).astype(np.int64) << 16
+        rest = np.where(wide, 1 << 16, limits).astype(np.int32)
+        values[known] |= self._coder.decode(_STREAM.model.Uniform(), rest)
+        return values
+
     def finish(self) -> None:
         """Check that nothing is left over."""
         if next(self._head, None) is not None or not self._coder.is_empty():
             raise ValueError("expected the end of the codes, found more")
 
-    def _described(self) -> tuple[int, int, int]:
+    def _described(self, families: int = _FAMILIES - 1) -> tuple[int, int, int]:
         family, index, classes = (next(self._head, -1) for _ in range(3))
-        if not (0 <= family < _FAMILIES and 0 <= index <= LOUDEST and 2 <= classes <= _CLASSES):
+        if not (0 <= family <= families and 0 <= index <= LOUDEST and 2 <= classes <= _CLASSES):
             raise ValueError(f"expected a family, a table and a number of classes, found {family}, {index}, {classes}")
         return family, index, classes
 
     def _read(
-        self, shape: tuple[int, int], index: np.ndarray, family: int, classes: int, shifts: np.ndarray | None
+        self, shape: tuple[int, int], index: np.ndarray, family: Any, classes: int, shifts: np.ndarray | None
     ) -> np.ndarray:
         folded = np.zeros(shape, np.uint32)
         for table, chosen in _groups(shape, index, shifts):
             place = folded[chosen]
-            numbers = self._coder.decode(_model(family, table, classes), place.size)
+            model = _model(family, table, classes) if isinstance(family, int) else family
+            numbers = self._coder.decode(model, place.size)
             part = numbers.astype(np.uint32)
             for number in range(8, classes):
                 here = numbers == number
                 if bool(here.any()):
-                    rest = self._coder.decode(_uniform(number), int(here.sum())).astype(np.uint32)
+                    rest = self._bits(int(here.sum()), low_bits(number))
                     part[here] = rest | np.uint32((4 + number % 4) << low_bits(number))
             folded[chosen] = part.reshape(place.shape)
         return unfold(folded)
+
+    def _bits(self, count: int, width: int) -> np.ndarray:
+        values = np.zeros(count, np.uint32)
+        for place in range(0, width, 16):
+            symbols = self._coder.decode(_uniform(min(16, width - place)), count)
+            values |= symbols.astype(np.uint32) << np.uint32(place)
+        return values
 
 
 def code_bits(codes: np.ndarray, shifts: np.ndarray | None = None) -> float:
@@ -194,8 +246,11 @@ def _costs(codes: np.ndarray, shifts: np.ndarray | None, family: int) -> np.ndar
 @cache
 def _bits(family: int, table: int, classes: int) -> np.ndarray:
     """Return the information content of each class and its low bits."""
-    free = [0] * 8 + [low_bits(number) for number in range(8, classes)]
-    return np.log2(FREQUENCIES) - np.log2(table_frequencies(family, table, classes)) + free[:classes]
+    return np.log2(FREQUENCIES) - np.log2(table_frequencies(family, table, classes)) + _free_bits(classes)
+
+
+def _free_bits(classes: int) -> np.ndarray:
+    return np.array([low_bits(number) if number >= 8 else 0 for number in range(classes)])
 
 
 @cache
@@ -203,9 +258,10 @@ def _model(family: int, table: int, classes: int) -> Any:
     return perfect_model(table_frequencies(family, table, classes))
 
 
-def _uniform(number: int) -> Any:
-    """Return the coder's model of a class's low bits: all equally probable."""
-    return _STREAM.model.Uniform(1 << low_bits(number))
+@cache
+def _uniform(width: int) -> Any:
+    """Return the coder's model of values of `width` bits that are all equally probable."""
+    return _STREAM.model.Uniform(1 << width)
 
 
 def table_frequencies(family: int, table: int, classes: int) -> np.ndarray:

@@ -73,7 +73,7 @@ def decode_integers(data: np.ndarray, count: int, dtype: np.dtype) -> np.ndarray
 
 def _encode_block(values: np.ndarray) -> np.ndarray:
     classes = class_of(values)
-    frequencies = _scaled(np.bincount(classes, minlength=2))
+    frequencies = scaled(np.bincount(classes, minlength=2))
     coder = _ANS.stack.AnsCoder()
     coder.encode_reverse(classes, perfect_model(frequencies))
     words = coder.get_compressed()
@@ -137,7 +137,7 @@ def low_bits(number: int) -> int:
     return number // 4 - 1
 
 
-def _scaled(counts: np.ndarray) -> np.ndarray:
+def scaled(counts: np.ndarray) -> np.ndarray:
     """Return counts scaled to integers of at least 1 that sum to 2 ** 16."""
     frequencies = np.maximum(1, counts * FREQUENCIES // counts.sum())
     frequencies[np.argmax(frequencies)] += FREQUENCIES - frequencies.sum()

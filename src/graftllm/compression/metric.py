@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graftllm.compression.codes import LARGEST
-
 DAMPING = 0.01  # share of the mean of the diagonal that is added to `right`
 DEADZONE = 0.0
+_LARGEST = float((1 << 24) - 1)  # codes stay whole numbers in float32
 _BLOCK = 64  # columns whose cancellation is batched
 
 
@@ -106,4 +105,4 @@ def quantize(values: Tensor, row_steps: Tensor, column_steps: Tensor, lower: Ten
 
 def _rounded(steps: Tensor) -> Tensor:
     """Return the nearest whole numbers, a little towards zero, which is cheaper to code."""
-    return steps.sign() * (steps.abs() + (0.5 - DEADZONE)).floor().clamp(max=LARGEST - 1)
+    return steps.sign() * (steps.abs() + (0.5 - DEADZONE)).floor().clamp(max=_LARGEST)

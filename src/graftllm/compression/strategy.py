@@ -37,6 +37,7 @@ from graftllm.progress import track
 from graftllm.recipe import PackOptions
 
 PRUNED: tuple[Role, ...] = ("embedding", "head")
+SERVED: tuple[Role, ...] = ("attention", "mlp", "expert")
 _DEFAULT_SHARE = 0.05  # of the tuned checkpoint's bytes, where no budget is given
 _PASSES = 4
 
@@ -81,7 +82,7 @@ def encode_delta(
     where, measures = resolve_device(device), measures or Measures()
     if options.strategy == "auto":
         with _one_thread():
-            parts = _automatic(delta, measures, payload_budget, entry_bytes or _nothing, where)
+            parts = _automatic(delta, options, measures, payload_budget, entry_bytes or _nothing, where)
         yield from parts
         return
     ranks: dict[str, int] = {}
@@ -100,6 +101,7 @@ def encode_delta(
 
 def _automatic(
     delta: Delta,
+    options: PackOptions,
     measures: Measures,
     payload_budget: int | None,
     entry_bytes: Callable[[Compressed], int],
@@ -115,7 +117,9 @@ def _automatic(
         elif min(matrix_shape(tuple(base.shape))) == 1 or not base.is_floating_point():
             encoded = EncodedTensor(*encode_exact(base, tuned))
         else:
-            outlooks[name] = outlook(_source(delta, name, measures, device), measures.metric(name, tuple(base.shape)))
+            rank = _most_rank(name, tuple(base.shape), options)
+            metric = measures.metric(name, tuple(base.shape))
+            outlooks[name] = outlook(_source(delta, name, measures, device), metric, rank)
             continue
         parts[name] = Compressed(
             name, role_of(name, tuple(base.shape)), delta.base.specs[name], delta.base_digest(name), encoded
@@ -141,8 +145,8 @@ def _automatic(
         step = next_step(outlooks, total, room, step)
     if outlooks and fullest < 0:
         raise CompressionError(
-            f"budget: expected at least {fixed + least:,} bytes for this delta, {fixed:,} of them for norms and biases, "
-            f"which are kept exactly; found {payload_budget:,}. Raise the budget."
+            f"budget: expected at least {fixed + least:,} bytes for this delta, {fixed:,} of them for norms and "
+            f"biases, which are kept exactly; found {payload_budget:,}. Raise the budget."
         )
     return [parts[name] for name in delta]
 
@@ -156,6 +160,11 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _most_rank(name: str, shape: tuple[int, ...], options: PackOptions) -> int | None:
+    """Return the rank that a servable matrix may have; None where any operator will do."""
+    return options.servable if role_of(name, shape) in SERVED and len(shape) == 2 else None
 
 
 def _nothing(part: Compressed) -> int:

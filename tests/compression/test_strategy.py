@@ -5,7 +5,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graftllm.checkpoint import Checkpoint
+from graftllm.compression.automatic import Measures
 from graftllm.compression.calibration import collect_moments
+from graftllm.compression.sensitivity import measure_sensitivity
 from graftllm.compression.strategy import Compressed, encode_delta
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError, CompressionError
@@ -91,7 +93,7 @@ def test_a_budget_beyond_need_is_not_filled(delta: Delta) -> None:
 def test_calibration_lowers_the_error_of_outputs(delta: Delta, prompts: list[Prompt]) -> None:
     moments = collect_moments(delta.tuned.path, prompts)
     options = PackOptions(strategy="paper", energy=0.9)
-    results = [_encoded(delta, options, calibration=given) for given in (None, moments)]
+    results = [_encoded(delta, options, measures=Measures(calibration=given)) for given in (None, moments)]
     errors = []
     for parts in results:
         total = 0.0
@@ -101,6 +103,19 @@ def test_calibration_lowers_the_error_of_outputs(delta: Delta, prompts: list[Pro
                 total += float((error @ hessian * error).sum())
         errors.append(total)
     assert errors[1] < 0.9 * errors[0]
+
+
+def test_measures_lower_the_foreseen_divergence_at_the_same_size(delta: Delta, prompts: list[Prompt]) -> None:
+    measures = Measures(collect_moments(delta.tuned.path, prompts), measure_sensitivity(delta.tuned.path, prompts))
+    found = []
+    for given in (None, measures):
+        total = 0.0
+        for name, part in _encoded(delta, PackOptions(), measures=given, payload_budget=9_000).items():
+            if part.role in ("attention", "mlp", "embedding"):
+                error = part.encoded.decode(delta.base.tensor(name)) - delta[name]
+                total += measures.metric(name, tuple(error.shape)).cost(error.double())
+        found.append(total)
+    assert found[1] < 0.6 * found[0]
 
 
 def test_a_budget_that_cannot_be_met_says_what_can(delta: Delta) -> None:

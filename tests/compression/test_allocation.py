@@ -1,0 +1,151 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from graftllm.compression.allocation import (
+    BITS_WORTH,
+    Choice,
+    Outlook,
+    choices,
+    encode_cheapest,
+    outlook,
+    step_for,
+)
+from graftllm.compression.elementwise import encode_elementwise
+from graftllm.compression.factored import encode_factored, encode_hybrid, weighted_svd
+from graftllm.compression.matrix import Source
+from graftllm.compression.metric import Metric
+
+PLAIN = Metric()
+
+
+def _source(matrix: Tensor) -> Source:
+    return Source((matrix.shape[0], matrix.shape[1]), lambda start, stop: matrix[start:stop], matrix.device)
+
+
+def _matrix(kind: str, rows: int = 96, columns: int = 128) -> Tensor:
+    draw = torch.Generator().manual_seed(7)
+    noise = torch.randn(rows, columns, generator=draw)
+    strong = torch.randn(rows, 4, generator=draw) @ torch.randn(4, columns, generator=draw)
+    return {"noise": noise, "low rank": strong, "both": strong + 0.3 * noise}[kind].double()
+
+
+def _metric(rows: int, columns: int) -> Metric:
+    draw = torch.Generator().manual_seed(8)
+    inputs = torch.randn(2 * columns, columns, generator=draw).double() * torch.logspace(-1, 1, columns).double()
+    moments, weights = inputs.T @ inputs, torch.logspace(-1, 1, rows).double()
+    return Metric(3.0, weights / weights.mean(), moments / moments.diagonal().mean())
+
+
+def _real(matrix: Tensor, metric: Metric, choice: Choice, step: float) -> tuple[int, float]:
+    """Bytes and cost of a choice."""
+    source = _source(matrix)
+    if choice.kind == "elementwise":
+        operator, payload = encode_elementwise(source.read, source.shape, step, metric)
+    else:
+        directions = weighted_svd(matrix, metric, choice.rank)
+        encode = encode_factored if choice.kind == "factored" else encode_hybrid
+        operator, payload = encode(matrix, step, metric, directions)
+    return len(payload), metric.cost(operator.matrix(payload, source.shape).double() - matrix)
+
+
+@pytest.mark.parametrize("kind", ["noise", "low rank", "both"])
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("share", [0.1, 0.3, 1.0])
+def test_bytes_and_cost_are_foreseen(kind: str, calibrated: bool, share: float) -> None:
+    matrix = _matrix(kind)
+    metric = _metric(96, 128) if calibrated else PLAIN
+    known = outlook(_source(matrix), metric)
+    step = share * math.sqrt(known.energy / matrix.numel())
+    for choice in choices(known, step):
+        if choice.kind == "zero":
+            assert choice.cost == pytest.approx(metric.cost(matrix))
+            continue
+        size, cost = _real(matrix, metric, choice, step)
+        assert size / 1.3 < choice.bits / 8 < 1.3 * size
+        if choice.kind == "elementwise" or (choice.kind == "factored" and choice.rank < 20):
+            assert cost / 1.35 < choice.cost < 1.35 * cost
+
+
+@pytest.mark.xfail(reason="what the strong part of a hybrid got wrong is not foreseen in the rest")
+@pytest.mark.parametrize("kind", ["noise", "low rank", "both"])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_larger_step_is_never_foreseen_to_take_more_bits(kind: str, calibrated: bool) -> None:
+    known = outlook(_source(_matrix(kind)), _metric(96, 128) if calibrated else PLAIN)
+    bits = [choices(known, 2.0 ** (place / 4))[0].bits for place in range(-60, 20)]
+    assert all(larger <= 1.001 * smaller for smaller, larger in pairwise(bits))
+    assert bits[-1] == 0
+
+
+@given(st.floats(2_000, 200_000))
+def test_the_step_for_some_bits_takes_just_these(bits: float) -> None:
+    outlooks = _outlooks()
+    step = step_for(outlooks, bits)
+    taken = [sum(choices(one, at)[0].bits for one in outlooks) for at in (step, step / 1.01)]
+    assert taken[0] <= bits < taken[1]
+
+
+def _outlooks() -> list[Outlook]:
+    if not _KNOWN:
+        _KNOWN.extend(outlook(_source(_matrix(kind)), metric) for kind in ("noise", "both") for metric in _METRICS)
+        _KNOWN.append(outlook(_source(torch.zeros(5, 5)), PLAIN))
+    return _KNOWN
+
+
+_KNOWN: list[Outlook] = []
+_METRICS = (PLAIN, _metric(96, 128))
+
+
+def test_strong_directions_are_told_from_noise() -> None:
+    for kind, best in (("noise", "elementwise"), ("both", "hybrid")):
+        matrix = _matrix(kind)
+        known = outlook(_source(matrix), PLAIN)
+        assert choices(known, 0.1)[0].kind == best
+        found = encode_cheapest(_source(matrix), PLAIN, known, 0.1)
+        assert found is not None
+        assert found.operator.operator == best
+    low = _matrix("low rank")
+    found = encode_cheapest(_source(low), PLAIN, outlook(_source(low), PLAIN), 0.3)
+    assert found is not None
+    assert found.operator.operator == "factored"
+
+
+@pytest.mark.parametrize("kind", ["noise", "low rank", "both"])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_what_is_coded_is_worth_its_bytes(kind: str, calibrated: bool) -> None:
+    matrix = _matrix(kind)
+    metric = _metric(96, 128) if calibrated else PLAIN
+    known = outlook(_source(matrix), metric)
+    for place in range(-6, 6):
+        step = 2.0**place
+        found = encode_cheapest(_source(matrix), metric, known, step)
+        if found is None:
+            continue
+        decoded = found.operator.matrix(found.payload, (96, 128)).double()
+        assert found.cost == pytest.approx(metric.cost(decoded - matrix), rel=1e-4)
+        assert found.error == pytest.approx(float((decoded - matrix).norm() / matrix.norm()), rel=1e-4)
+        assert found.cost + BITS_WORTH * step**2 * 8 * len(found.payload) < known.energy
+
+
+def test_what_did_not_change_is_left_out() -> None:
+    known = outlook(_source(torch.zeros(8, 8)), PLAIN)
+    assert known.energy == 0
+    assert encode_cheapest(_source(torch.zeros(8, 8)), PLAIN, known, 0.1) is None
+
+
+@pytest.mark.xfail(reason="32 rows at equal distances miss those that changed")
+def test_a_few_changed_rows_are_foreseen() -> None:
+    matrix = torch.zeros(4000, 32).double()
+    matrix[torch.randperm(4000)[:40]] = torch.randn(40, 32).double()
+    known = outlook(_source(matrix), PLAIN)
+    for step in (0.03, 0.3):
+        choice = next(choice for choice in choices(known, step) if choice.kind == "elementwise")
+        size, cost = _real(matrix, PLAIN, choice, step)
+        assert size / 1.5 < (choice.bits / 8) < 3 * size
+        assert cost / 2 < choice.cost < 2 * cost
+    assert encode_cheapest(_source(matrix), PLAIN, known, 1.0) is not None  # at two bits an entry, of 40 rows

@@ -23,10 +23,11 @@ from graftllm.compression.calibration import SEQUENCES, collect_moments
 from graftllm.compression.encoded import EncodedTensor
 from graftllm.compression.lowrank import LowRank
 from graftllm.compression.roles import role_of
-from graftllm.compression.sensitivity import measure_sensitivity
+from graftllm.compression.sensitivity import fits_in_memory, measure_sensitivity
 from graftllm.compression.strategy import Compressed, encode_delta
 from graftllm.delta import Delta, align
 from graftllm.errors import CompressionError, PackError
+from graftllm.generation import resolve_device
 from graftllm.header import BaseInfo, Card, Header, TensorEntry, layout, metadata, read_header
 from graftllm.recipe import PackOptions, budget_bytes, kl_target
 from graftllm.records import Prompt
@@ -202,7 +203,7 @@ def compress(
     moments = sensitivity = None
     if calibration and options.strategy != "exact":
         moments = collect_moments(delta.tuned.path, calibration, device=device, spool=spool)
-        if options.strategy == "auto":
+        if options.strategy == "auto" and fits_in_memory(delta.tuned, resolve_device(device)):
             sensitivity = measure_sensitivity(delta.tuned.path, calibration[:SEQUENCES], device=device)
     measures = Measures(moments, sensitivity)
 

@@ -19,7 +19,7 @@ from graftllm.compression.encoded import Operator, Unchanged
 from graftllm.compression.exact import encode_exact
 from graftllm.compression.matrix import BLOCK, Source, matrix_shape
 from graftllm.compression.metric import Metric
-from graftllm.compression.sensitivity import Sensitivity
+from graftllm.compression.sensitivity import Sensitivity, input_metric
 from graftllm.delta import difference
 
 _DOUBLE = 2048  # columns up to which matrices are calculated with in float64
@@ -40,7 +40,7 @@ class Measures:
         moments = self.calibration.moments.get(name) if self.calibration is not None else None
         if moments is not None and moments.shape[0] != matrix_shape(shape)[0 if self.transposed(name) else 1]:
             moments = None
-        found = Metric() if self.sensitivity is None else self.sensitivity.metric(name, moments)
+        found = input_metric(moments) if self.sensitivity is None else self.sensitivity.metric(name, moments)
         if found.right is None or len(found.right) > _DOUBLE:
             return found
         return Metric(found.scale, None if found.rows is None else found.rows.double(), found.right.double())

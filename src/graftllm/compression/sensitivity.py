@@ -6,6 +6,7 @@ matrix the second moments of the gradient at its output: the output factor of th
 token, that a small error in the weights causes.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -63,6 +64,21 @@ class Sensitivity:
     def _average(self) -> float:
         found = [float(rows.mean()) for rows in self.outputs.values()]
         return sum(found) / len(found) if found else 1.0
+
+
+def input_metric(moments: Tensor | None) -> Metric:
+    """Return what errors cost when only the second moments of the layer's input are known, or nothing at all."""
+    if moments is None:
+        return Metric()
+    return Metric(float(moments.diagonal().mean()), None, _normal(moments))
+
+
+def fits_in_memory(checkpoint: Checkpoint, device: torch.device) -> bool:
+    """Return whether the whole model fits, with room for activations: its weights take at most half of the memory."""
+    if device.type == "cuda":
+        return 2 * checkpoint.nbytes <= torch.cuda.get_device_properties(device).total_memory
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 2 * 4 * checkpoint.parameters <= physical  # float32
 
 
 def measure_sensitivity(tuned: Path, rows: Sequence[Prompt], *, device: str = "auto") -> Sensitivity:

@@ -1,0 +1,177 @@
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graftllm.checkpoint import Checkpoint
+from graftllm.compression import sensitivity
+from graftllm.compression.automatic import Measures
+from graftllm.compression.calibration import collect_moments
+from graftllm.compression.sensitivity import Sensitivity, measure_sensitivity
+from graftllm.generation import load_model, load_tokenizer, render_answered
+from graftllm.records import Message, Prompt
+from tests.architectures import save_base
+from tests.models import rows, save_llama
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class Model:
+    path: Path
+    live: nn.Module
+    prompts: list[Prompt]
+    measures: Measures
+
+    def metric_cost(self, name: str, error: Tensor) -> float:
+        return self.measures.metric(name, tuple(error.shape)).cost(error.double())
+
+    def matrices(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, value) for name, value in self.live.named_parameters() if value.ndim == 2)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    path = tmp_path_factory.mktemp("sensitivity") / "model"
+    save_llama(path, dtype=torch.float32, tie_word_embeddings=request.param)
+    prompts = rows(40)
+    measures = Measures(collect_moments(path, prompts), measure_sensitivity(path, prompts))
+    return Model(path, load_model(path).float().eval(), prompts, measures)
+
+
+@torch.inference_mode()
+def _predictions(model: Model) -> Tensor:
+    """Log-probabilities at every place whose next token is one of an answer."""
+    words, found = load_tokenizer(model.path), []
+    for row in model.prompts:
+        ids, first = render_answered(words, row)
+        logits = model.live(input_ids=torch.tensor([ids])).logits[0]
+        found.append(logits[first - 1 : len(ids) - 1].double().log_softmax(-1))
+    return torch.cat(found)
+
+
+def _divergence(model: Model, before: Tensor, value: nn.Parameter, error: Tensor) -> float:
+    """KL, in nats a token, when a parameter is off by an error."""
+    kept = value.data.clone()
+    value.data += error
+    after = _predictions(model)
+    value.data.copy_(kept)
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+def test_costs_foresee_the_divergence_that_noise_in_any_matrix_causes(model: Model) -> None:
+    before, foreseen, measured = _predictions(model), {}, {}
+    for name, value in model.matrices():
+        error = 0.003 * value.detach().std() * torch.randn(value.shape)
+        foreseen[name] = model.metric_cost(name, error)
+        measured[name] = _divergence(model, before, value, error)
+        assert measured[name] / 4 < foreseen[name] < 4 * measured[name], name
+    orders = [sorted(costs, key=costs.get) for costs in (foreseen, measured)]
+    assert max(measured.values()) > 30 * min(measured.values())  # there is something to tell apart
+    places = torch.tensor([[order.index(name) for name in foreseen] for order in orders]).double()
+    assert float(torch.corrcoef(places)[0, 1]) > 0.85
+
+
+def test_costs_grow_with_the_square_of_the_error(model: Model) -> None:
+    error = torch.randn(64, 32)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert model.metric_cost(name, 3 * error) == pytest.approx(9 * model.metric_cost(name, error))
+
+
+def test_a_tied_embedding_counts_as_what_reads_and_as_what_predicts(model: Model) -> None:
+    found, moments = model.measures.sensitivity, model.measures.calibration.moments
+    tied = model.live.config.tie_word_embeddings
+    assert (EMBEDDING in found.outputs, EMBEDDING in found.reads) == (tied, True)
+    head = EMBEDDING if tied else "lm_head.weight"
+    metric = found.metric(EMBEDDING, moments.get(EMBEDDING))
+    if not tied:
+        assert head in found.outputs
+        assert metric.scale == pytest.approx(_mean_cost(found.reads[EMBEDDING], found.read_outputs[EMBEDDING]))
+        return
+    parts = (found.outputs[head], moments[head]), (found.reads[head], found.read_outputs[head])
+    assert metric.scale == pytest.approx(sum(_mean_cost(*part) for part in parts))
+
+
+def _mean_cost(per_row: Tensor, right: Tensor) -> float:
+    return float(per_row.mean() * right.diagonal().mean())
+
+
+def test_words_that_are_never_read_nor_predicted_cost_little(model: Model) -> None:
+    used = {i for row in model.prompts for i in render_answered(load_tokenizer(model.path), row)[0]}
+    per_row = model.measures.sensitivity.metric(EMBEDDING, model.measures.calibration.moments.get(EMBEDDING)).rows
+    unused = [i for i in range(len(per_row)) if i not in used]
+    assert per_row[unused].max() < 0.5 * per_row[sorted(used)].mean()
+    assert per_row.min() > 0
+    assert float(per_row.mean()) == pytest.approx(1)
+
+
+def _of_many_lengths() -> list[Prompt]:
+    answer = Message(role="assistant", content="yes")
+    return [
+        Prompt(str(i), (Message(role="user", content="word " * i), *((answer,) if i % 3 else ()))) for i in range(1, 12)
+    ]
+
+
+def test_padding_does_not_count(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def likeliest(chances: Tensor, *_: object, **__: object) -> Tensor:
+        return chances.argmax(-1, keepdim=True)  # draws would depend on the batches
+
+    monkeypatch.setattr(torch, "multinomial", likeliest)
+    together = measure_sensitivity(model.path, _of_many_lengths())
+    monkeypatch.setattr(sensitivity, "_BATCH", 1)
+    alone = measure_sensitivity(model.path, _of_many_lengths())
+    for field in ("outputs", "reads", "read_outputs"):
+        first, second = getattr(together, field), getattr(alone, field)
+        assert first.keys() == second.keys()
+        for name, value in first.items():
+            assert torch.allclose(value, second[name], rtol=1e-3, atol=1e-5 * float(value.max())), (field, name)
+    assert together.reads[EMBEDDING][0] == 0  # the padding token's
+
+
+def test_reads_are_half_a_token_of_each_row_of_the_vocabulary(model: Model) -> None:
+    words, prompts = load_tokenizer(model.path), _of_many_lengths()
+    rendered = [render_answered(words, row) for row in prompts]
+    predicted = sum(len(ids) - (first if first < len(ids) else 1) for ids, first in rendered)
+    counts = torch.bincount(torch.tensor([i for ids, _ in rendered for i in ids]), minlength=len(words)).float()
+    found = measure_sensitivity(model.path, prompts).reads[EMBEDDING]
+    assert torch.allclose(found, 0.5 * counts / predicted)
+
+
+def test_the_same_rows_give_the_same_sensitivity(model: Model) -> None:
+    first, second = (measure_sensitivity(model.path, model.prompts[:9]) for _ in range(2))
+    for name, value in first.outputs.items():
+        assert torch.equal(value, second.outputs[name])
+
+
+def test_where_nothing_was_measured_an_error_costs_the_average() -> None:
+    found = Sensitivity({"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([4.0])}, {}, {})
+    blind = found.metric("c", None)
+    assert (blind.scale, blind.rows, blind.right) == (3.0, None, None)
+    moments = torch.diag(torch.tensor([2.0, 6.0]))
+    shaped = found.metric("c", moments)
+    assert shaped.scale == 3.0
+    assert torch.equal(shaped.right, moments / 4)
+    assert Sensitivity({}, {}, {}).metric("c", None).scale == 1.0
+
+
+def test_experts_in_a_stack_cost_the_average(tmp_path: Path) -> None:
+    path = save_base("qwen3_moe", tmp_path / "model")
+    found = measure_sensitivity(path, _of_many_lengths())
+    name = "model.layers.1.mlp.experts.0.down_proj.weight"
+    assert found.metric(name, None).scale == pytest.approx(
+        sum(float(part.mean()) for part in found.outputs.values()) / len(found.outputs)
+    )
+
+
+def test_weights_that_lie_on_their_side_are_measured_as_well(tmp_path: Path) -> None:
+    path = save_base("gpt2", tmp_path / "model")
+    prompts = _of_many_lengths()
+    measures = Measures(collect_moments(path, prompts), measure_sensitivity(path, prompts))
+    name = next(name for name in measures.calibration.transposed if "c_fc" in name)
+    d_in, d_out = Checkpoint.open(path).specs[name].shape
+    metric = measures.metric(name, (d_in, d_out))
+    assert metric.right.shape == (d_in, d_in)
+    assert metric.rows.shape == (d_out,)

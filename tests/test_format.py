@@ -12,7 +12,9 @@ from safetensors import safe_open
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression import elementwise
+from graftllm.compression.codes import CodeWriter
 from graftllm.compression.elementwise import encode_elementwise
+from graftllm.compression.exact import encode_exact
 from graftllm.compression.factored import encode_factored, encode_hybrid, weighted_svd
 from graftllm.compression.metric import Metric
 from graftllm.delta import Delta
@@ -110,8 +112,8 @@ class _Codes:
         size = int.from_bytes(data[:2], "little")
         self.head, self.ans = list(data[2 : 2 + size]), _Ans(data[2 + size :])
 
-    def run(self, count: int, family: int, table: int, classes: int) -> np.ndarray:
-        values = np.array(self.ans.take(count, [f * 256 for f in _frequencies(family, table, classes)]), np.int64)
+    def run(self, count: int, frequencies: list[int], classes: int) -> np.ndarray:
+        values = np.array(self.ans.take(count, [f * 256 for f in frequencies]), np.int64)
         numbers = values.copy()
         for c in range(8, classes):
             here, bits = np.flatnonzero(numbers == c), c // 4 - 1
@@ -124,7 +126,12 @@ class _Codes:
 
     def vector(self, count: int) -> np.ndarray:
         family, table, classes = (self.head.pop(0) for _ in range(3))
-        return self.run(count, family, table, classes) if table else np.zeros(count, np.int64)
+        if family < 2:
+            return (
+                self.run(count, _frequencies(family, table, classes), classes) if table else np.zeros(count, np.int64)
+            )
+        own, self.head = bytes(self.head[: 2 * classes]), self.head[2 * classes :]
+        return self.run(count, np.frombuffer(own, "<u2").tolist(), classes)
 
     def matrix(self, rows: int, columns: int, shifts: np.ndarray | int = 0) -> np.ndarray:
         """One chunk, as these matrices are small."""
@@ -135,8 +142,20 @@ class _Codes:
         for table in range(1, 64):
             here = tables == table
             if here.any():
-                values[here] = self.run(int(here.sum()), family, table, classes)
+                values[here] = self.run(int(here.sum()), _frequencies(family, table, classes), classes)
         return values
+
+    def bounded(self, limits: np.ndarray) -> np.ndarray:
+        values = np.zeros(len(limits), np.int64)
+        for i in np.flatnonzero(limits > 1 << 16):
+            values[i] = self.below((int(limits[i]) - 1 >> 16) + 1) << 16
+        for i in np.flatnonzero(limits > 1):
+            values[i] |= self.below(min(int(limits[i]), 1 << 16))
+        return values
+
+    def below(self, n: int) -> int:
+        size = (1 << 24) // n
+        return self.ans.take(1, [*[size] * (n - 1), (1 << 24) - size * (n - 1)])[0]
 
     def end(self) -> None:
         assert (self.head, self.ans.ended) == ([], True)
@@ -202,6 +221,37 @@ def _ordered(bfloat16: np.ndarray) -> np.ndarray:
     return np.where(signed < 0, signed ^ 0x7FFF, signed)
 
 
+def _patterns(places: np.ndarray) -> np.ndarray:
+    places = places.astype(np.int16)
+    return np.where(places < 0, places ^ 0x7FFF, places).astype(np.int16).view(np.uint16)
+
+
+BFLOAT16 = np.arange(-0x7F81, 0x7F81)  # the places of all values from minus to plus infinity
+
+
+def _predicted(data: bytes, base: np.ndarray, exponent: int) -> np.ndarray:
+    """The tuned places; one block, as these tensors are small."""
+    assert int.from_bytes(data[:4], "little") == len(data) - 4
+    codes, values, places = _Codes(data[4:]), _bfloat16(base.tobytes()).astype(np.float64), _ordered(base)
+    groups = np.where(values == 0, 2, np.clip(np.frexp(values)[1] - exponent, 2, 40))
+    sorted_values = _bfloat16(_patterns(BFLOAT16).tobytes()).astype(np.float64)
+    width, largest = 2.0 ** (exponent + 3 - 8), sorted_values[-2]
+
+    def first(cells: np.ndarray) -> np.ndarray:
+        return BFLOAT16[np.searchsorted(sorted_values, np.clip((cells - 0.5) * width, -largest, largest))]
+
+    for group in np.unique(groups):
+        here = groups == group
+        found = codes.vector(int(here.sum()))
+        if group > 2:
+            places[here] += found
+            continue
+        cells = found + np.rint(values[here] / width).astype(np.int64)
+        places[here] = first(cells) + codes.bounded(first(cells + 1) - first(cells))
+    codes.end()
+    return places
+
+
 def _tuned(entry: dict, payload: bytes, base: np.ndarray) -> np.ndarray:
     """The tuned bfloat16 patterns (u2) of one parameter from the base's."""
     how, shape = entry["how"], entry["shape"]
@@ -211,11 +261,12 @@ def _tuned(entry: dict, payload: bytes, base: np.ndarray) -> np.ndarray:
     if how["operator"] == "exact":
         if how["coding"] == "raw":
             return np.frombuffer(payload, "<u2").reshape(shape)
+        if how["coding"] == "predicted":
+            return _patterns(_predicted(payload, base.reshape(-1), how["exponent"])).reshape(shape)
         folded, rest = _integers(payload, base.size)
         assert not rest
         steps = np.array([value >> 1 ^ -(value & 1) for value in folded])
-        places = (_ordered(base.reshape(-1)) + steps).astype(np.int16)
-        return np.where(places < 0, places ^ 0x7FFF, places).astype(np.int16).view(np.uint16).reshape(shape)
+        return _patterns(_ordered(base.reshape(-1)) + steps).reshape(shape)
     if how["operator"] == "sparse":
         row, payload = _factor(payload, how["count"], [[8, 1]], how["group_size"])
         gaps, payload = _integers(payload, how["count"])
@@ -287,3 +338,32 @@ def test_the_page_is_enough_to_read_blocks_and_transposes(monkeypatch: pytest.Mo
     turned = operator.model_copy(update={"transposed": True})
     assert json.loads(turned.model_dump_json())["transposed"] is True
     assert np.array_equal(turned.delta(payload, torch.zeros(11, 7)), found.T)
+
+
+def test_the_page_is_enough_to_read_bounded_numbers() -> None:
+    draw = np.random.default_rng(0)
+    limits = np.concatenate(
+        [[1, 2, 3, 1000, (1 << 16) - 1, 1 << 16, (1 << 16) + 1, 1 << 31], 10 ** draw.integers(0, 9, 40)]
+    )
+    numbers, writer = draw.integers(0, limits), CodeWriter()
+    writer.below(numbers, limits)
+    codes = _Codes(writer.payload().tobytes())
+    assert np.array_equal(codes.bounded(limits), numbers)
+    codes.end()
+
+
+@pytest.mark.parametrize(
+    ("first", "coding"), [(0.5, "predicted"), (0.0, "predicted"), (float("inf"), "difference"), (float("nan"), "raw")]
+)
+def test_the_page_is_enough_to_read_every_exact_coding(first: float, coding: str) -> None:
+    base = torch.randn(500) * torch.logspace(-6, 0, 500)
+    tuned = base + 0.01 * torch.randn(500)
+    base[0] = first
+    if coding == "raw":
+        tuned = torch.randint(-(1 << 15), 1 << 15, (500,), dtype=torch.int16).view(torch.bfloat16)
+    base, tuned = base.bfloat16(), tuned.bfloat16()
+    operator, payload = encode_exact(base, tuned)
+    assert operator.coding == coding
+    entry = {"how": operator.model_dump(), "shape": [500]}
+    found = _tuned(entry, payload.tobytes(), base.view(torch.int16).numpy().view(np.uint16))
+    assert np.array_equal(found, tuned.view(torch.int16).numpy().view(np.uint16))

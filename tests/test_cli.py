@@ -107,9 +107,18 @@ def test_inspect_shows_card_and_bytes(graftllm, files: Path) -> None:
     assert "pack: Write it backward" in shown.out
     for word in ("LlamaForCausalLM", "embedding", "sparse", "attention", "lowrank", "norm", "exact"):
         assert word in shown.out
+    assert "matrices: 14 lowrank, 1 sparse; vectors: 5 exact" in shown.out
     header = json.loads(graftllm("inspect", files / "pack.safetensors", "--json").out)
     assert header["format"] == "graftllm/skillpack"
     assert header["calibration_tokens"] > 0
+    assert header["anatomy"]["file_bytes"] == (files / "pack.safetensors").stat().st_size
+    assert set(header["anatomy"]["layers"]) == {"0", "1", "other"}
+
+
+def test_inspect_draws_a_picture(graftllm, files: Path, tmp_path: Path) -> None:
+    shown = graftllm("inspect", files / "pack.safetensors", "--plot", tmp_path / "pack.png")
+    assert shown.out.endswith(f"Picture: {tmp_path / 'pack.png'}\n")
+    assert (tmp_path / "pack.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_verify_prints_fidelity(graftllm, files: Path) -> None:
@@ -119,6 +128,8 @@ def test_verify_prints_fidelity(graftllm, files: Path) -> None:
     figures = json.loads(shown.out)
     assert 0 < figures["kl"] < 5
     assert 0 < figures["top1_agreement"] <= 1
+    assert 0 < figures["nll_tuned"] < figures["nll_packed"] + 1
+    assert figures["verdict"] in ("faithful", "close", "not faithful")
     assert figures["error_by_role"]["norm"] == 0
 
 
@@ -204,6 +215,10 @@ def _broken(files: Path, tmp_path: Path, value: float) -> Path:
         ),
         (["inspect", "{f}/rows.jsonl"], "The file is truncated or not a SkillPack."),
         (["inspect", "{f}/base/model.safetensors"], "a safetensors file, but not a SkillPack"),
+        (
+            ["inspect", "{f}/pack.safetensors", "--plot", "{t}/p.jpg"],
+            "a name that ends in .png, .svg, .pdf; found '.jpg'",
+        ),
         (["verify", "--base", "{t}/other", "--pack", "{f}/pack.safetensors"], "but the pack was made for"),
         (
             ["apply", "--base", "{t}/other", "--pack", "{f}/pack.safetensors", "--out", "{t}/p"],

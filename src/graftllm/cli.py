@@ -1,19 +1,19 @@
 """The command `graftllm`: options in, one call of the library each, results out.
 
-No logic lives here. Heavy imports happen inside the subcommands, so that `--help` answers at once.
+The commands on SkillPacks are in `cli_packs`. No logic lives here. Heavy imports happen inside the
+subcommands, so that `--help` answers at once.
 """
 
-import json
 import os
 import sys
-import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from graftllm.cli_packs import apply, inspect, pack, verify
 from graftllm.errors import FusionError, GraftError
+from graftllm.terminal import AsJson, Device, print_json, print_lines, print_table
 
 if TYPE_CHECKING:
     from graftllm.evaluation.report import Report
@@ -31,9 +31,6 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe,
 RunDirectory = Annotated[
     Path | None, typer.Option("--dir", help="Where artifacts go.  [default: runs/NAME of the recipe]")
 ]
-Base = Annotated[Path, typer.Option(help="Checkpoint directory of the base model.")]
-Device = Annotated[str, typer.Option(help="auto takes a GPU when there is one.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 GraftedDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="Grafted model directory.")]
 
 
@@ -93,149 +90,8 @@ def train(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto")
     _each_skill(_open_work(recipe, dir, device), transfer.train)
 
 
-@app.command()
-def pack(
-    base: Base,
-    tuned: Annotated[Path, typer.Option(help="Checkpoint directory of the tuned model.")],
-    out: Annotated[Path, typer.Option(help="SkillPack to write, a .safetensors file.")],
-    strategy: Annotated[
-        Literal["auto", "paper", "exact"],
-        typer.Option(
-            help="paper is lossy and small, exact keeps every bit, auto takes the smaller for each parameter."
-        ),
-    ] = "auto",
-    budget: Annotated[
-        str | None, typer.Option(help="Size of the file: 5% of the tuned checkpoint, 400MB, 60KB or bytes.")
-    ] = None,
-    energy: Annotated[
-        float | None, typer.Option(help="Share of squared singular values kept, when there is no budget.")
-    ] = None,
-    density: Annotated[float | None, typer.Option(help="Share kept of embedding and head deltas.")] = None,
-    bit_bands: Annotated[
-        str | None,
-        typer.Option(
-            help="Bits and share of the kept singular vectors, strongest first.  [default: 8:0.02,4:0.18,2:0.8]"
-        ),
-    ] = None,
-    group_size: Annotated[int | None, typer.Option(help="Values that share a quantisation scale.")] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="JSONL prompt rows, or paragraphs of text; best the skill's own training rows.")
-    ] = None,
-    name: Annotated[str, typer.Option(help="Name for the pack's card.  [default: the file's name]")] = "",
-    description: Annotated[str, typer.Option(help="One sentence for the pack's card.")] = "",
-    license: Annotated[str, typer.Option(help="Licence for the pack's card.")] = "",
-    device: Device = "auto",
-    json: AsJson = False,
-) -> None:
-    """Compress the difference between two checkpoints into a SkillPack."""
-    from graftllm.checkpoint import Checkpoint
-    from graftllm.compression.calibration import read_calibration
-    from graftllm.delta import Delta
-    from graftllm.header import Card
-    from graftllm.recipe import pack_options
-    from graftllm.skillpack import compress
-    from graftllm.stages import peak_memory_bytes
-
-    started = time.monotonic()
-    options = pack_options(
-        strategy=strategy, budget=budget, energy=energy, density=density, bit_bands=bit_bands, group_size=group_size
-    )
-    rows = read_calibration(calibration) if calibration else []
-    delta = Delta(Checkpoint.open(base), Checkpoint.open(tuned))
-    card = Card(name=name or out.name.split(".")[0], description=description, license=license)
-    made = compress(delta, options, calibration=rows, card=card, device=device)
-    made.save(out)
-    size = out.stat().st_size
-    figures = {
-        "file_bytes": size,
-        "bits_per_parameter": 8 * size / delta.tuned.parameters,
-        "seconds": round(time.monotonic() - started, 2),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
-    if json:
-        _print_json(figures)
-    else:
-        print(
-            f"{out}: {size:,} bytes, {size / delta.tuned.nbytes:.1%} of the tuned checkpoint, "
-            f"{figures['bits_per_parameter']:.2f} bits per parameter, in {figures['seconds']} s"
-        )
-
-
-@app.command()
-def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="SkillPack.")],
-    json: AsJson = False,
-) -> None:
-    """Show what a SkillPack holds: card, base, bytes and error by role. Reads its header only."""
-    from graftllm.evaluation.tables import pack_grid, table
-    from graftllm.skillpack import SkillPack
-
-    opened = SkillPack.load(file)
-    if json:
-        print(opened.header.model_dump_json())
-        return
-    header, card, size = opened.header, opened.header.card, file.stat().st_size
-    _print_lines(
-        f"{card.name or file.name}: {card.description or 'no description'}",
-        f"base         {header.base.name} ({header.base.architecture}, {header.base.parameters:,} parameters)",
-        f"fingerprint  {header.base.fingerprint}",
-        f"file         {size:,} bytes, {size / header.tuned_bytes:.1%} of the tuned checkpoint",
-        f"strategy     {header.options.strategy}, calibrated on {header.calibration_tokens:,} tokens",
-        f"sources      {', '.join(card.provenance.sources) or 'not recorded'}",
-        f"scores       {', '.join(f'{key} {value:.3f}' for key, value in card.scores.items()) or 'not recorded'}",
-        f"license      {card.license or 'not recorded'}",
-    )
-    if header.tokenizer_changed:
-        print("tokenizer    not the base's; `apply` writes the base's, so copy the tuned model's over it")
-    _print_table(table(pack_grid(opened)))
-
-
-@app.command()
-def verify(
-    base: Base,
-    pack: Annotated[Path, typer.Option(help="SkillPack.")],
-    tuned: Annotated[
-        Path | None, typer.Option(help="Checkpoint directory of the tuned model, to compare with.")
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="JSONL prompt rows to compare answers on; needs --tuned.")
-    ] = None,
-    device: Device = "auto",
-    json: AsJson = False,
-) -> None:
-    """Check a SkillPack against its base, and how faithful it is to the tuned model.
-
-    Without --tuned every payload is checked and decoded. With it the error of the weights is shown
-    by role, and with --prompts also the KL divergence to the tuned model and top-1 agreement.
-    """
-    from graftllm.evaluation.fidelity import verify_pack
-
-    found = verify_pack(base, pack, tuned, prompts, device=device)
-    if json:
-        _print_json(found.figures())
-    else:
-        _print_lines(*found.sentences())
-
-
-@app.command()
-def apply(
-    base: Base,
-    pack: Annotated[list[Path], typer.Option(help="SkillPack; repeat for several.")],
-    out: Annotated[Path, typer.Option(help="Checkpoint directory to write.")],
-    weight: Annotated[
-        list[float] | None, typer.Option(help="Weight of each pack, in the same order.  [default: 1]")
-    ] = None,
-) -> None:
-    """Write base + packs as an ordinary checkpoint, tokenizer included."""
-    from graftllm.checkpoint import Checkpoint
-    from graftllm.fusion.merging import apply_packs
-    from graftllm.skillpack import SkillPack
-
-    weights = weight or [1.0] * len(pack)
-    if len(weights) != len(pack):
-        raise FusionError(f"--weight: expected one for each of {len(pack)} packs, found {len(weights)}.")
-    apply_packs(Checkpoint.open(base), [(SkillPack.load(path), w) for path, w in zip(pack, weights, strict=True)], out)
-    print(f"{out}: {base} with {', '.join(str(path) for path in pack)}")
+for _command in (pack, inspect, verify, apply):
+    app.command()(_command)
 
 
 @app.command()
@@ -308,9 +164,9 @@ def eval(
     options = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=max_new_tokens)
     result = evaluate_task(dir, task, pack=pack, judge=judge, options=options, device=device)
     if json:
-        _print_json(result.figures())
+        print_json(result.figures())
     else:
-        _print_lines(*result.sentences())
+        print_lines(*result.sentences())
 
 
 @app.command()
@@ -335,7 +191,7 @@ def demo(
     _print_report(report, dir, as_json=json)
     if not json:
         first = next(iter(report.packs))
-        _print_lines(
+        print_lines(
             "What to type next:",
             f"  graftllm chat {dir}/grafted",
             f"  graftllm inspect {dir}/packs/{first}.safetensors",
@@ -372,25 +228,8 @@ def _print_report(report: "Report", directory: Path, *, as_json: bool) -> None:
         print(report.model_dump_json())
         return
     for grid in grids(report):
-        _print_table(table(grid))
-    _print_lines(*closing_lines(report), f"Report and plots: {directory / 'report.md'}")
-
-
-def _print_table(drawn: Any) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)  # a pipe has no width, and tables cut to 80 columns would lose numbers
-    console.print(drawn)
-
-
-def _print_lines(*lines: str) -> None:
-    print("\n".join(lines))
-
-
-def _print_json(figures: dict[str, Any] | Iterable[Any]) -> None:
-    print(json.dumps(figures))
+        print_table(table(grid))
+    print_lines(*closing_lines(report), f"Report and plots: {directory / 'report.md'}")
 
 
 if __name__ == "__main__":

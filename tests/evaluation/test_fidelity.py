@@ -3,9 +3,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from graftllm.cli_packs import verify
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError
-from graftllm.evaluation.fidelity import error_by_role, measure_fidelity, verify_pack
+from graftllm.evaluation.fidelity import (
+    CLOSE_KL,
+    FAITHFUL_KL,
+    FAITHFUL_TOP1,
+    Fidelity,
+    Verification,
+    error_by_role,
+    measure_fidelity,
+    verify_pack,
+)
 from graftllm.generation import load_model, load_tokenizer, render_answered
 from graftllm.recipe import PackOptions
 from graftllm.records import Prompt, write_rows
@@ -26,16 +36,50 @@ def test_divergence_is_that_of_the_definition(delta: Delta, prompts: list[Prompt
     found = measure_fidelity(delta.base, pack, delta.tuned, prompts[:5])
     models, words = [load_model(delta.tuned.path), load_model(delta.base.path)], load_tokenizer(delta.base.path)
     total, same, count = 0.0, 0, 0
+    surprise = [0.0, 0.0]
     for prompt in prompts[:5]:
         ids, start = render_answered(words, prompt)
         with torch.inference_mode():
             p, q = (model(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1].double() for model in models)
         total += float(torch.nn.functional.kl_div(q.log_softmax(1), p.log_softmax(1), log_target=True, reduction="sum"))
         same += int((p.argmax(1) == q.argmax(1)).sum())
+        surprise[0] -= sum(float(row.log_softmax(0)[token]) for row, token in zip(p, ids[start:], strict=True))
+        surprise[1] -= sum(float(row.log_softmax(0)[token]) for row, token in zip(q, ids[start:], strict=True))
         count += len(p)
     assert found.tokens == count
     assert found.kl == pytest.approx(total / count, rel=1e-4)
     assert found.top1_agreement == pytest.approx(same / count)
+    assert found.nll_tuned == pytest.approx(surprise[0] / count, rel=1e-4)
+    assert found.nll_packed == pytest.approx(surprise[1] / count, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kl", "agreement", "verdict"),
+    [
+        (0.0, 1.0, "faithful"),
+        (0.01, 0.99, "faithful"),
+        (0.011, 1.0, "close"),
+        (0.001, 0.98, "close"),
+        (0.1, 0.9, "close"),
+        (0.11, 1.0, "not faithful"),
+        (float("nan"), 1.0, "not faithful"),
+    ],
+)
+def test_the_verdict_goes_by_divergence_and_agreement(kl: float, agreement: float, verdict: str) -> None:
+    found = Fidelity(kl=kl, top1_agreement=agreement, nll_tuned=0.1, nll_packed=0.2, tokens=10)
+    assert found.verdict == verdict
+    figures, sentences = Verification(1, {}, found).figures(), Verification(1, {}, found).sentences()
+    assert figures["verdict"] == verdict
+    assert sentences[-1].startswith(f"Verdict: {verdict}")
+    assert "0.10000 nats per token under the tuned model, 0.20000 under the packed one." in sentences[-2]
+
+
+def test_help_and_docs_state_the_thresholds() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "method.md").read_text(encoding="utf-8")
+    for text in (" ".join((verify.__doc__ or "").replace("%", " %").split()), " ".join(page.split())):
+        assert f"at most {FAITHFUL_KL} nats per token" in text
+        assert f"at least {100 * FAITHFUL_TOP1:g} % of tokens" in text
+        assert f"at most {CLOSE_KL}" in text
 
 
 def test_prompts_without_answers_are_compared_as_they_are(delta: Delta, prompts: list[Prompt]) -> None:
@@ -60,7 +104,8 @@ def test_verify_checks_what_it_is_given(
     alone = verify_pack(base_dir, tmp_path / "p.safetensors", None, None)
     assert alone.figures() == {"intact": True, "parameters": 20}
     full = verify_pack(base_dir, tmp_path / "p.safetensors", tuned_dir, tmp_path / "rows.jsonl")
-    assert {"kl", "top1_agreement", "tokens", "error_by_role"} <= set(full.figures())
-    assert len(full.sentences()) == 3
+    measured = {"kl", "top1_agreement", "nll_tuned", "nll_packed", "tokens", "verdict", "error_by_role"}
+    assert measured <= set(full.figures())
+    assert len(full.sentences()) == 5
     with pytest.raises(CheckpointError, match="--prompts: the answers are compared with those of a tuned model"):
         verify_pack(base_dir, tmp_path / "p.safetensors", None, tmp_path / "rows.jsonl")

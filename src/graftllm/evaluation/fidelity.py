@@ -1,8 +1,9 @@
 """How faithful a pack is to the fine-tune that it replaces.
 
 KL divergence of the packed model's next-token distribution from the tuned model's, agreement of
-the most probable token, and the relative error of the weights by role. One model is in memory at a
-time: the tuned model's distributions wait in a temporary file.
+the most probable token, how probable both find the expected answers, and the relative error of the
+weights by role. One model is in memory at a time: the tuned model's distributions wait in a
+temporary file.
 """
 
 import math
@@ -11,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -28,7 +29,12 @@ from graftllm.records import Prompt, read_prompts
 from graftllm.skillpack import SkillPack
 
 ROWS = 512  # prompts that KL is measured on; bounds the temporary file
+FAITHFUL_KL = 0.01  # nats per token; docs/method.md says where these come from
+FAITHFUL_TOP1 = 0.99
+CLOSE_KL = 0.1
 _BATCH = 16
+
+Verdict = Literal["faithful", "close", "not faithful"]
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,23 @@ class Fidelity:
     Attributes:
         kl: mean KL(tuned || packed) in nats per token.
         top1_agreement: share of tokens where both find the same one most probable.
+        nll_tuned: mean negative log-likelihood of the prompts' answers under the tuned model, nats per token.
+        nll_packed: the same under the packed model.
         tokens: how many positions were compared.
     """
 
     kl: float
     top1_agreement: float
+    nll_tuned: float
+    nll_packed: float
     tokens: int
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the pack can stand for the tuned model, by fixed thresholds of KL divergence and agreement."""
+        if self.kl <= FAITHFUL_KL and self.top1_agreement >= FAITHFUL_TOP1:
+            return "faithful"
+        return "close" if self.kl <= CLOSE_KL else "not faithful"
 
 
 def measure_fidelity(
@@ -57,25 +74,39 @@ def measure_fidelity(
     """
     tokenizer = load_tokenizer(tuned.path)
     rows = [_compared(*render_answered(tokenizer, prompt)) for prompt in prompts[:ROWS]]
+    targets = torch.tensor([token for ids, start in rows for token in ids[start:]])
     with tempfile.TemporaryFile() as file:
         model = load_model(tuned.path, device=device)
         for logits in _logits(model, rows, tokenizer, "tuned model"):
             file.write(logits.numpy().tobytes())
         del model
         file.seek(0)
-        kl = agreement = 0.0
+        totals = torch.zeros(4, dtype=torch.float64)
         count = 0
         model = load_model(base.path, device=device)
         with plug(model, pack):
             for logits in _logits(model, rows, tokenizer, "packed model"):
-                expected = torch.from_numpy(np.frombuffer(bytearray(file.read(logits.nbytes)), np.float32)).view_as(
-                    logits
-                )
-                log_p, log_q = expected.double().log_softmax(1), logits.double().log_softmax(1)
-                kl += float((log_p.exp() * (log_p - log_q)).sum())
-                agreement += int((log_p.argmax(1) == log_q.argmax(1)).sum())
+                tuned_logits = np.frombuffer(bytearray(file.read(logits.nbytes)), np.float32)
+                expected = torch.from_numpy(tuned_logits).view_as(logits)
+                totals += _distances(expected, logits, targets[count : count + len(logits)])
                 count += len(logits)
-    return Fidelity(max(kl / count, 0.0), agreement / count, count)
+    kl, agreement, nll_tuned, nll_packed = (totals / count).tolist()
+    return Fidelity(max(kl, 0.0), agreement, nll_tuned, nll_packed, count)
+
+
+def _distances(tuned: Tensor, packed: Tensor, targets: Tensor) -> Tensor:
+    """Return sums over tokens: KL divergence, agreements, and the negative log-likelihoods of both.
+
+    Args:
+        tuned: logits of the tuned model, shape (tokens, vocabulary).
+        packed: the same of the packed model.
+        targets: the tokens that are there, shape (tokens,).
+    """
+    log_p, log_q = tuned.double().log_softmax(1), packed.double().log_softmax(1)
+    kl = (log_p.exp() * (log_p - log_q)).sum()
+    agreement = (log_p.argmax(1) == log_q.argmax(1)).sum()
+    nll = [-one.gather(1, targets[:, None]).sum() for one in (log_p, log_q)]
+    return torch.stack([kl, agreement.double(), *nll])
 
 
 @dataclass(frozen=True)
@@ -92,7 +123,7 @@ class Verification:
         if self.error_by_role is not None:
             found["error_by_role"] = dict(self.error_by_role)
         if self.fidelity is not None:
-            found |= asdict(self.fidelity)
+            found |= asdict(self.fidelity) | {"verdict": self.fidelity.verdict}
         return found
 
     def sentences(self) -> list[str]:
@@ -102,12 +133,24 @@ class Verification:
             errors = ", ".join(f"{role} {error:.2%}" for role, error in self.error_by_role.items())
             lines.append(f"Relative error of the delta: {errors}.")
         if self.fidelity is not None:
-            lines.append(
-                f"Against the tuned model on {self.fidelity.tokens:,} tokens: "
-                f"KL divergence {self.fidelity.kl:.5f} nats per token, "
-                f"same most probable token for {self.fidelity.top1_agreement:.2%}."
-            )
+            found = self.fidelity
+            lines += [
+                f"Against the tuned model on {found.tokens:,} tokens: KL divergence {found.kl:.5f} nats per token, "
+                f"same most probable token for {found.top1_agreement:.2%}.",
+                f"Negative log-likelihood of the answers: {found.nll_tuned:.5f} nats per token under the tuned model, "
+                f"{found.nll_packed:.5f} under the packed one.",
+                _VERDICTS[found.verdict],
+            ]
         return lines
+
+
+_VERDICTS: Mapping[Verdict, str] = {
+    "faithful": f"Verdict: faithful; KL divergence at most {FAITHFUL_KL}, agreement at least {FAITHFUL_TOP1:.0%}.",
+    "close": f"Verdict: close, but not faithful; KL divergence is at most {CLOSE_KL}, but above {FAITHFUL_KL}, or "
+    f"agreement below {FAITHFUL_TOP1:.0%}. A larger budget brings it nearer.",
+    "not faithful": f"Verdict: not faithful; KL divergence is above {CLOSE_KL}. Pack again with a larger budget, "
+    "calibrated on the skill's own rows.",
+}
 
 
 def verify_pack(

@@ -4,13 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
+from graftllm.evaluation.anatomy import OTHER, by_layer, by_role, portion
 from graftllm.evaluation.plots import PLOTS, draw_plots
 from graftllm.evaluation.report import Report
 from graftllm.evaluation.scores import Score
-from graftllm.header import TensorEntry
-from graftllm.skillpack import SkillPack
+from graftllm.header import Header, TensorEntry
+from graftllm.recipe import PackOptions
 from graftllm.storage import write_text
 
 
@@ -72,28 +76,104 @@ def _instead(report: Report) -> list[Grid]:
     return [Grid("Instead of packs, % right", ["skill", "grafted, routed", *asked], rows)] if asked else []
 
 
-def pack_grid(pack: SkillPack) -> Grid:
-    """Return how many bytes each role of a pack takes, and how large its errors are."""
+def pack_lines(header: Header, file_bytes: int) -> list[str]:
+    """Return what a pack says of itself, a line each: card, base, size, options and provenance."""
+    card, base, made = header.card, header.base, header.card.provenance
+    parameters = portion(header.tensors.values()).parameters
+    unseen = sum(entry.unseen for entry in header.tensors.values())
+    facts = {
+        "base": f"{base.name} ({base.architecture}, {base.parameters:,} parameters)",
+        "fingerprint": base.fingerprint,
+        "file": f"{file_bytes:,} bytes, {file_bytes / max(1, header.tuned_bytes):.1%} of the tuned checkpoint, "
+        f"{8 * file_bytes / max(1, parameters):.2f} bits per parameter",
+        "strategy": f"{_pack_options(header.options)}, calibrated on {header.calibration_tokens:,} tokens",
+        "operators": _operator_counts(header),
+        "sources": ", ".join(made.sources) or "not recorded",
+        "trained on": f"{made.sft_rows:,} rows, {made.preference_pairs:,} preference pairs" if made.sft_rows else "",
+        "SFT": _knobs(made.sft),
+        "DPO": _knobs(made.dpo),
+        "scores": ", ".join(f"{key} {value:.3f}" for key, value in card.scores.items()) or "not recorded",
+        "license": card.license or "not recorded",
+        "config": ", ".join(f"{key} {value}" for key, value in header.config.items()),
+        "tokenizer": "not the base's; `apply` writes the base's, so copy the tuned model's over it"
+        if header.tokenizer_changed
+        else "",
+        "unseen": f"{unseen:,} matrices of experts that no calibration token reached" if unseen else "",
+    }
+    lines = [f"{card.name or 'unnamed'}: {card.description or 'no description'}"]
+    return [printable(line) for line in lines + [f"{key:<12} {fact}" for key, fact in facts.items() if fact]]
+
+
+def role_grid(header: Header) -> Grid:
+    """Return how many bytes each role of a pack takes under each operator, and how large its errors are."""
+    groups: dict[tuple[str, str], list[TensorEntry]] = {}
+    for entry in header.tensors.values():
+        groups.setdefault((entry.role, entry.how.operator), []).append(entry)
+    whole = portion(header.tensors.values())
+    found = {key: portion(entries) for key, entries in groups.items()} | {("all", ""): whole}
+    rows = [
+        [
+            *key,
+            f"{one.tensors:,}",
+            f"{one.parameters:,}",
+            f"{one.nbytes:,}",
+            f"{one.nbytes / max(1, whole.nbytes):.1%}",
+            f"{one.rate:.2f}",
+            f"{one.median_error:.1%}",
+            f"{one.max_error:.1%}",
+        ]
+        for key, one in found.items()
+    ]
+    columns = ["role", "operator", "count", "parameters", "bytes", "share", "rate", "error", "worst"]
+    return Grid("By role (rate: bits per parameter; error of the delta: median, worst)", columns, rows)
+
+
+def layer_grid(header: Header) -> Grid:
+    """Return bytes, rate and errors of each layer by role; of many layers, neighbors share a row."""
+    layers = by_layer(header, at_most=_MOST_LAYERS)
+    roles = list(by_role(entry for layer, entries in layers.items() if layer != OTHER for entry in entries))
+    whole = portion(header.tensors.values())
     rows = []
-    by_role: dict[tuple[str, str], list[TensorEntry]] = {}
-    for entry in pack.header.tensors.values():
-        by_role.setdefault((entry.role, entry.how.operator), []).append(entry)
-    for (role, operator), entries in by_role.items():
-        size = sum(entry.nbytes for entry in entries)
-        parameters = sum(entry.spec.parameters for entry in entries)
-        worst = max(entry.error for entry in entries)
+    for layer, entries in layers.items():
+        one, parts = portion(entries), by_role(entries)
+        cells = [portion(parts[role]) if role in parts else None for role in roles]
         rows.append(
             [
-                role,
-                operator,
-                str(len(entries)),
-                f"{parameters:,}",
-                f"{size:,}",
-                f"{8 * size / parameters:.2f}",
-                f"{worst:.1%}",
+                layer,
+                f"{one.nbytes:,}",
+                f"{one.nbytes / max(1, whole.nbytes):.1%}",
+                f"{one.rate:.2f}",
+                *("" if cell is None else f"{cell.rate:.2f}, {cell.median_error:.1%}" for cell in cells),
             ]
         )
-    return Grid("Payloads", ["role", "operator", "tensors", "parameters", "bytes", "bits/param", "max error"], rows)
+    title = "By layer (of each role: rate, median error)"
+    return Grid(title, ["layer", "bytes", "share", "rate", *roles], rows)
+
+
+_MOST_LAYERS = 16
+
+
+def _operator_counts(header: Header) -> str:
+    """Return how many matrices, and how many vectors, each operator holds."""
+    parts = []
+    for kind, wanted in (("matrices", True), ("vectors", False)):
+        counts = portion(entry for entry in header.tensors.values() if (len(entry.shape) > 1) == wanted).operators
+        if counts:
+            parts.append(f"{kind}: " + ", ".join(f"{count:,} {operator}" for operator, count in counts.items()))
+    return "; ".join(parts)
+
+
+def _pack_options(options: PackOptions) -> str:
+    """Return the strategy and the options that are not the defaults."""
+    usual = PackOptions()
+    changed = {name: value for name, value in options if name != "strategy" and value != getattr(usual, name)}
+    if "bit_bands" in changed:
+        changed["bit_bands"] = ",".join(f"{bits}:{share:g}" for bits, share in options.bit_bands)
+    return ", ".join([options.strategy, *(f"{name} {value}" for name, value in changed.items())])
+
+
+def _knobs(options: BaseModel | None) -> str:
+    return "" if options is None else ", ".join(f"{name} {value}" for name, value in options)
 
 
 def closing_lines(report: Report) -> list[str]:
@@ -121,10 +201,18 @@ def markdown(report: Report) -> str:
 
 def table(grid: Grid) -> Table:
     """Return a table for the terminal."""
-    drawn = Table(*grid.columns, title=grid.title, title_justify="left")
+    drawn = Table(title=grid.title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for i, column in enumerate(grid.columns):
+        numeric = all(row[i][0].isdigit() for row in grid.rows if row[i])
+        drawn.add_column(column, justify="right" if numeric else "left")
     for row in grid.rows:
-        drawn.add_row(*row)
+        drawn.add_row(*(Text(printable(cell)) for cell in row))
     return drawn
+
+
+def printable(text: str) -> str:
+    """Return a stranger's text without anything that could steer a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def write_report(report: Report, directory: Path, curves: Mapping[str, Mapping[str, Sequence[float]]]) -> None:

@@ -1,0 +1,163 @@
+"""The commands on SkillPacks: pack, inspect, verify, apply. `cli` registers them.
+
+Like there, no logic lives here and heavy imports happen inside the functions.
+"""
+
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from graftllm.errors import FusionError
+from graftllm.terminal import AsJson, Base, Device, print_json, print_lines, print_table
+
+
+def pack(
+    base: Base,
+    tuned: Annotated[Path, typer.Option(help="Checkpoint directory of the tuned model.")],
+    out: Annotated[Path, typer.Option(help="SkillPack to write, a .safetensors file.")],
+    strategy: Annotated[
+        Literal["auto", "paper", "exact"],
+        typer.Option(
+            help="paper is lossy and small, exact keeps every bit, auto takes the smaller for each parameter."
+        ),
+    ] = "auto",
+    budget: Annotated[
+        str | None, typer.Option(help="Size of the file: 5% of the tuned checkpoint, 400MB, 60KB or bytes.")
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Share of squared singular values kept, when there is no budget.")
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="Share kept of embedding and head deltas.")] = None,
+    bit_bands: Annotated[
+        str | None,
+        typer.Option(
+            help="Bits and share of the kept singular vectors, strongest first.  [default: 8:0.02,4:0.18,2:0.8]"
+        ),
+    ] = None,
+    group_size: Annotated[int | None, typer.Option(help="Values that share a quantisation scale.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="JSONL prompt rows, or paragraphs of text; best the skill's own training rows.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name for the pack's card.  [default: the file's name]")] = "",
+    description: Annotated[str, typer.Option(help="One sentence for the pack's card.")] = "",
+    license: Annotated[str, typer.Option(help="Licence for the pack's card.")] = "",
+    device: Device = "auto",
+    json: AsJson = False,
+) -> None:
+    """Compress the difference between two checkpoints into a SkillPack."""
+    from graftllm.checkpoint import Checkpoint
+    from graftllm.compression.calibration import read_calibration
+    from graftllm.delta import Delta
+    from graftllm.header import Card
+    from graftllm.recipe import pack_options
+    from graftllm.skillpack import compress
+    from graftllm.stages import peak_memory_bytes
+
+    started = time.monotonic()
+    options = pack_options(
+        strategy=strategy, budget=budget, energy=energy, density=density, bit_bands=bit_bands, group_size=group_size
+    )
+    rows = read_calibration(calibration) if calibration else []
+    delta = Delta(Checkpoint.open(base), Checkpoint.open(tuned))
+    card = Card(name=name or out.name.split(".")[0], description=description, license=license)
+    made = compress(delta, options, calibration=rows, card=card, device=device)
+    made.save(out)
+    size = out.stat().st_size
+    figures = {
+        "file_bytes": size,
+        "bits_per_parameter": 8 * size / delta.tuned.parameters,
+        "seconds": round(time.monotonic() - started, 2),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    if json:
+        print_json(figures)
+    else:
+        print(
+            f"{out}: {size:,} bytes, {size / delta.tuned.nbytes:.1%} of the tuned checkpoint, "
+            f"{figures['bits_per_parameter']:.2f} bits per parameter, in {figures['seconds']} s"
+        )
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="SkillPack.")],
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Picture to draw, a .png, .svg or .pdf file: rates, errors, bytes, strengths of directions."),
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Show what a SkillPack holds: card, provenance, and bytes, rates and errors by role and by layer.
+
+    Reads its header only; a picture also takes payloads. The base model is not needed.
+    """
+    from graftllm.evaluation.anatomy import figures
+    from graftllm.evaluation.tables import layer_grid, pack_lines, role_grid, table
+    from graftllm.skillpack import SkillPack
+
+    opened = SkillPack.load(file)
+    header, size = opened.header, file.stat().st_size
+    if plot:
+        from graftllm.evaluation.portrait import draw_portrait
+
+        draw_portrait(opened, plot)
+    if json:
+        print_json(figures(header, size))
+        return
+    print_lines(*pack_lines(header, size))
+    print_table(table(role_grid(header)))
+    print_table(table(layer_grid(header)))
+    if plot:
+        print(f"Picture: {plot}")
+
+
+def verify(
+    base: Base,
+    pack: Annotated[Path, typer.Option(help="SkillPack.")],
+    tuned: Annotated[
+        Path | None, typer.Option(help="Checkpoint directory of the tuned model, to compare with.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL prompt rows to compare answers on; needs --tuned.")
+    ] = None,
+    device: Device = "auto",
+    json: AsJson = False,
+) -> None:
+    """Check a SkillPack against its base, and how faithful it is to the tuned model.
+
+    Without --tuned every payload is checked and decoded. With it the error of the weights is shown
+    by role, and with --prompts also the KL divergence to the tuned model, top-1 agreement, the negative
+    log-likelihood of the answers under both models, and a verdict.
+
+    The verdict is "faithful" when the KL divergence is at most 0.01 nats per token and the most probable
+    token is the same for at least 99% of tokens; else "close" when the KL divergence is at most 0.1; else
+    "not faithful".
+    """
+    from graftllm.evaluation.fidelity import verify_pack
+
+    found = verify_pack(base, pack, tuned, prompts, device=device)
+    if json:
+        print_json(found.figures())
+    else:
+        print_lines(*found.sentences())
+
+
+def apply(
+    base: Base,
+    pack: Annotated[list[Path], typer.Option(help="SkillPack; repeat for several.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint directory to write.")],
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Weight of each pack, in the same order.  [default: 1]")
+    ] = None,
+) -> None:
+    """Write base + packs as an ordinary checkpoint, tokenizer included."""
+    from graftllm.checkpoint import Checkpoint
+    from graftllm.fusion.merging import apply_packs
+    from graftllm.skillpack import SkillPack
+
+    weights = weight or [1.0] * len(pack)
+    if len(weights) != len(pack):
+        raise FusionError(f"--weight: expected one for each of {len(pack)} packs, found {len(weights)}.")
+    apply_packs(Checkpoint.open(base), [(SkillPack.load(path), w) for path, w in zip(pack, weights, strict=True)], out)
+    print(f"{out}: {base} with {', '.join(str(path) for path in pack)}")

@@ -55,6 +55,33 @@ def test_codes_come_back(data: st.DataObject, shape: tuple[int, int], shifted: b
     reader.finish()
 
 
+LIMITS = st.integers(1, 5) | st.integers(1, 70_000) | st.integers(1, 1 << 31)
+
+
+@given(st.data(), st.lists(LIMITS, max_size=20))
+def test_bounded_numbers_come_back(data: st.DataObject, limits: list[int]) -> None:
+    numbers = np.array([data.draw(st.integers(0, limit - 1)) for limit in limits], np.int64)
+    known, writer = np.array(limits, np.int64), CodeWriter()
+    writer.below(numbers, known)
+    reader = CodeReader(writer.payload())
+    assert np.array_equal(reader.below(known), numbers)
+    reader.finish()
+
+
+def test_bounded_numbers_take_the_logarithms_of_their_limits() -> None:
+    limits = 10 ** np.random.default_rng(0).integers(0, 9, 5000)
+    numbers, writer = np.random.default_rng(1).integers(0, limits), CodeWriter()
+    writer.below(numbers, limits)
+    assert 8 * writer.payload().nbytes < 1.01 * np.log2(limits).sum() + 80
+
+
+def test_vectors_unlike_any_table_bring_their_own() -> None:
+    odd = np.random.default_rng(0).choice(np.array([-3, 0, 2], np.int32), 20_000)
+    payload = _written(lambda writer: writer.vector(odd))
+    assert 8 * payload.nbytes / len(odd) < 1.02 * math.log2(3)
+    assert np.array_equal(CodeReader(payload).vector(len(odd)), odd)
+
+
 def test_chunks_of_rows_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codes_module, "_BLOCK", 100)
     codes = _gaussian((31, 30), 2.0 ** np.linspace(-3, 6, 30))
@@ -197,6 +224,14 @@ def test_what_is_wrong_with_a_stream_is_said(payload: list[int], message: str) -
         reader = CodeReader(np.array(payload, np.uint8))
         reader.vector(2)
         reader.finish()
+
+
+def test_a_table_of_its_own_that_is_none_is_refused() -> None:
+    payload = _written(lambda writer: writer.vector(np.tile(np.array([-3, 0, 2], np.int32), 5000))).copy()
+    assert payload[2] == 2
+    payload[5] ^= 1  # of the first frequency
+    with pytest.raises(ValueError, match=r"expected frequencies above 0 that sum to 65536, found 655\d\d"):
+        CodeReader(payload).vector(15_000)
 
 
 def test_tables_beyond_the_last_are_refused() -> None:

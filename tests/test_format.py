@@ -1,6 +1,8 @@
 """A second reader, written from docs/skillpack-format.md with nothing but safetensors and NumPy."""
 
+import base64
 import json
+import zlib
 from functools import cache
 from math import isqrt, prod
 from pathlib import Path
@@ -295,7 +297,7 @@ def test_the_page_is_enough_to_read_a_pack(
     compress(delta, PackOptions(strategy=strategy), calibration=prompts).save(path)
     pack = SkillPack.load(path)
     with safe_open(path, framework="np") as file:
-        header = json.loads(file.metadata()["skillpack"])
+        header = json.loads(zlib.decompress(base64.b85decode(file.metadata()["skillpack"])))
         for name, entry in header["tensors"].items():
             payload = file.get_tensor(name).tobytes() if entry["nbytes"] else b""
             bits = base.tensor(name).view(torch.int16).numpy().view(np.uint16)

@@ -19,24 +19,30 @@ def pack(
     out: Annotated[Path, typer.Option(help="SkillPack to write, a .safetensors file.")],
     strategy: Annotated[
         Literal["auto", "paper", "exact"],
-        typer.Option(
-            help="paper is lossy and small, exact keeps every bit, auto takes the smaller for each parameter."
-        ),
+        typer.Option(help="auto is the smallest at equal fidelity, paper is as published, exact keeps every bit."),
     ] = "auto",
     budget: Annotated[
-        str | None, typer.Option(help="Size of the file: 5% of the tuned checkpoint, 400MB, 60KB or bytes.")
+        str | None,
+        typer.Option(
+            help="Size of the file: 5% of the tuned checkpoint, 400MB, 60KB or bytes; or kl=0.01, the divergence "
+            "that it may have, measured on the calibration rows.  [default: for auto, 5% of the matrices]"
+        ),
+    ] = None,
+    servable: Annotated[
+        int | None,
+        typer.Option(metavar="RANK", help="Keep attention and MLP matrices at this rank or below (auto only)."),
     ] = None,
     energy: Annotated[
-        float | None, typer.Option(help="Share of squared singular values kept, when there is no budget.")
+        float | None, typer.Option(help="paper: share of squared singular values kept, when there is no budget.")
     ] = None,
-    density: Annotated[float | None, typer.Option(help="Share kept of embedding and head deltas.")] = None,
+    density: Annotated[float | None, typer.Option(help="paper: share kept of embedding and head deltas.")] = None,
     bit_bands: Annotated[
         str | None,
         typer.Option(
-            help="Bits and share of the kept singular vectors, strongest first.  [default: 8:0.02,4:0.18,2:0.8]"
+            help="paper: bits and share of the kept singular vectors, strongest first.  [default: 8:0.02,4:0.18,2:0.8]"
         ),
     ] = None,
-    group_size: Annotated[int | None, typer.Option(help="Values that share a quantisation scale.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="paper: values that share a quantisation scale.")] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="JSONL prompt rows, or paragraphs of text; best the skill's own training rows.")
     ] = None,
@@ -50,6 +56,7 @@ def pack(
     from graftllm.checkpoint import Checkpoint
     from graftllm.compression.calibration import read_calibration
     from graftllm.delta import Delta
+    from graftllm.evaluation.fidelity import divergence_on
     from graftllm.header import Card
     from graftllm.recipe import pack_options
     from graftllm.skillpack import compress
@@ -57,12 +64,19 @@ def pack(
 
     started = time.monotonic()
     options = pack_options(
-        strategy=strategy, budget=budget, energy=energy, density=density, bit_bands=bit_bands, group_size=group_size
+        strategy=strategy,
+        budget=budget,
+        energy=energy,
+        density=density,
+        bit_bands=bit_bands,
+        group_size=group_size,
+        servable=servable,
     )
     rows = read_calibration(calibration) if calibration else []
     delta = Delta(Checkpoint.open(base), Checkpoint.open(tuned))
     card = Card(name=name or out.name.split(".")[0], description=description, license=license)
-    made = compress(delta, options, calibration=rows, card=card, device=device)
+    measure = divergence_on(delta, rows, device=device) if rows else None
+    made = compress(delta, options, calibration=rows, card=card, measure=measure, device=device)
     made.save(out)
     size = out.stat().st_size
     figures = {

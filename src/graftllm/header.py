@@ -4,8 +4,10 @@ The format is described in docs/skillpack-format.md. Files come from strangers, 
 fit is a PackError, found before anything is decoded.
 """
 
+import base64
 import hashlib
 import json
+import zlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,10 +139,10 @@ def read_header(path: Path) -> Header:
         raise PackError(
             f"{path}: not a whole safetensors file ({error}). It is truncated or damaged; copy it again."
         ) from error
-    text = about.get("skillpack")
-    if text is None:
+    if "skillpack" not in about:
         raise PackError(f"{path}: a safetensors file, but not a SkillPack (it has no 'skillpack' metadata).")
-    if hashlib.sha256(text.encode()).hexdigest() != about.get("skillpack_sha256"):
+    text = _decompressed(about["skillpack"])
+    if text is None or hashlib.sha256(text).hexdigest() != about.get("skillpack_sha256"):
         raise PackError(
             f"{path}: the header does not match its digest. The file is damaged; copy or download it again."
         )
@@ -153,7 +155,7 @@ def read_header(path: Path) -> Header:
     return header
 
 
-def _parse_header(path: Path, text: str) -> Header:
+def _parse_header(path: Path, text: bytes) -> Header:
     try:
         version = json.loads(text).get("version")
         if version != VERSION:
@@ -192,6 +194,17 @@ def layout(header: Header) -> dict[str, TensorSpec]:
 
 
 def metadata(header: Header) -> dict[str, str]:
-    """Return the header as the file's `__metadata__`: its JSON, and the SHA-256 of that."""
-    text = header.model_dump_json()
-    return {"skillpack": text, "skillpack_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    """Return the header as the file's `__metadata__`: its JSON, compressed, and the SHA-256 of the JSON."""
+    text = header.model_dump_json().encode()
+    packed = base64.b85encode(zlib.compress(text, 9)).decode()
+    return {"skillpack": packed, "skillpack_sha256": hashlib.sha256(text).hexdigest()}
+
+
+def _decompressed(packed: str) -> bytes | None:
+    """Return the header's JSON, at most `MAX_HEADER_BYTES` of it; None where it is not such a text."""
+    try:
+        stream = zlib.decompressobj()
+        text = stream.decompress(base64.b85decode(packed), MAX_HEADER_BYTES)
+    except (ValueError, zlib.error):
+        return None
+    return text if stream.eof and not stream.unused_data else None

@@ -7,9 +7,9 @@ docs/skillpack-format.md; `header` reads what a file says of itself.
 import hashlib
 import json
 import math
-import tempfile
-import weakref
+import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +18,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from graftllm.checkpoint import DTYPE_NAMES, Checkpoint, TensorSpec, digest, fingerprint, write_safetensors
-from graftllm.compression.automatic import Measures
-from graftllm.compression.calibration import SEQUENCES, collect_moments
+from graftllm.compression.calibration import SEQUENCES, Calibration, collect_moments
+from graftllm.compression.crew import Crew, Engine, default_workers, open_crew
 from graftllm.compression.encoded import EncodedTensor
 from graftllm.compression.lowrank import LowRank
+from graftllm.compression.measures import Measures, save_measures
 from graftllm.compression.roles import role_of
 from graftllm.compression.sensitivity import fits_in_memory, measure_sensitivity
-from graftllm.compression.strategy import Compressed, encode_delta
+from graftllm.compression.strategy import encode_job
+from graftllm.compression.units import Compressed, Job, payload_digest
+from graftllm.compression.workspace import Workspace, open_workspace, packing_key
 from graftllm.delta import Delta, align
 from graftllm.errors import CompressionError, PackError
 from graftllm.generation import resolve_device
@@ -32,6 +35,7 @@ from graftllm.header import BaseInfo, Card, Header, TensorEntry, layout, metadat
 from graftllm.recipe import PackOptions, budget_bytes, kl_target
 from graftllm.records import Prompt
 
+_COMPRESSED_ENTRY = 64  # bytes of a tensor's entry in the compressed header, mostly its two digests
 _TRIES = 8  # packs that are built to meet a target divergence
 _CLOSE = 0.8  # of the target: near enough
 
@@ -85,7 +89,7 @@ class SkillPack:
         """
         entry = self.header.tensors[name]
         payload = self._payload(name) if entry.nbytes else np.empty(0, np.uint8)
-        if _payload_digest(payload) != entry.payload_digest:
+        if payload_digest(payload) != entry.payload_digest:
             raise PackError(
                 f"{self.source}: the payload of {name!r} does not match its digest {entry.payload_digest}. "
                 "The file is damaged; copy or download it again."
@@ -183,8 +187,12 @@ def compress(
     measure: Callable[[SkillPack], float] | None = None,
     device: str = "auto",
     spool: Path | None = None,
+    workers: int | None = None,
+    engine: Engine = "local",
 ) -> SkillPack:
     """Compress a delta into a SkillPack, one parameter at a time.
+
+    The same inputs give the same bytes, whoever does the work.
 
     Args:
         delta: tuned - base.
@@ -194,21 +202,80 @@ def compress(
         card: name, description, provenance and scores for the header.
         measure: gives the KL divergence of a pack; for a budget such as `kl=0.01`.
         device: where matrices are decomposed; `auto` takes a GPU when there is one.
-        spool: directory for the payloads until they are saved; the system's temporary one by default.
+        spool: directory for finished work; the pack's payloads stay there, so delete it when the pack is saved.
+            Work that was stopped goes on from what it holds. By default one that goes with the pack.
+        workers: processes; by default one for a small model, one a core for a large one.
+        engine: `ray` does the work on a Ray cluster, that of RAY_ADDRESS or one that is started here.
 
     Raises:
-        CompressionError: the budget cannot be met.
+        CompressionError: the budget cannot be met, or a worker died.
         CheckpointError: the delta holds NaN or infinity.
+        StorageError: the spool is in use, or holds something else.
     """
-    moments = sensitivity = None
-    if calibration and options.strategy != "exact":
-        moments = collect_moments(delta.tuned.path, calibration, device=device, spool=spool)
-        if options.strategy == "auto" and fits_in_memory(delta.tuned, resolve_device(device)):
-            sensitivity = measure_sensitivity(delta.tuned.path, calibration[:SEQUENCES], device=device)
-    measures = Measures(moments, sensitivity)
+    device = str(resolve_device(device))
+    calibration = () if options.strategy == "exact" else calibration[:SEQUENCES]
+    with ExitStack() as stack:
+        workspace = Workspace.temporary()
+        if spool is not None:
+            key = packing_key(delta, options, calibration, device)
+            workspace = stack.enter_context(open_workspace(spool, key))
+        job = Job(delta, options, device, workspace)
+        if calibration and not job.measures_file.exists():
+            save_measures(_measured(job, calibration), job.measures_file)
+        crew = stack.enter_context(open_crew(job, workers or default_workers(delta, device), engine))
+        return _within_budget(job, crew, card, measure)
+
+
+def compress_to(
+    out: Path,
+    delta: Delta,
+    options: PackOptions = PackOptions(),
+    *,
+    calibration: Sequence[Prompt] = (),
+    card: Card = Card(),
+    measure: Callable[[SkillPack], float] | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    engine: Engine = "local",
+) -> SkillPack:
+    """Compress a delta into a SkillPack file; return the pack that is in it.
+
+    Finished work is kept in `.NAME.packing` beside the file until that is there: after a kill the same call goes
+    on with it, and gives the same bytes. Arguments and errors are those of `compress`.
+    """
+    spool = out.with_name(f".{out.name}.packing")
+    made = compress(
+        delta,
+        options,
+        calibration=calibration,
+        card=card,
+        measure=measure,
+        device=device,
+        spool=spool,
+        workers=workers,
+        engine=engine,
+    )
+    made.save(out)
+    shutil.rmtree(spool, ignore_errors=True)
+    return SkillPack.load(out)
+
+
+def _measured(job: Job, calibration: Sequence[Prompt]) -> Measures:
+    """Run the tuned model over calibration rows."""
+    tuned, sensitivity = job.delta.tuned, None
+    moments = collect_moments(tuned.path, calibration, device=job.device, spool=job.workspace.directory)
+    if job.options.strategy == "auto" and fits_in_memory(tuned, resolve_device(job.device)):
+        sensitivity = measure_sensitivity(tuned.path, calibration, device=job.device)
+    return Measures(moments, sensitivity)
+
+
+def _within_budget(job: Job, crew: Crew, card: Card, measure: Callable[[SkillPack], float] | None) -> SkillPack:
+    """Return a pack of the size or the divergence that the options ask for."""
+    delta, options = job.delta, job.options
+    calibration = job.measures().calibration
 
     def build(budget: int | None) -> SkillPack:
-        return _build(delta, options, budget, measures, card=card, device=device, spool=spool)
+        return _build(job, crew, budget, card=card, calibration=calibration)
 
     target = None if options.budget is None else kl_target(options.budget)
     if target is not None:
@@ -248,18 +315,9 @@ def _smallest_within(
     return best
 
 
-def _build(
-    delta: Delta,
-    options: PackOptions,
-    budget: int | None,
-    measures: Measures,
-    *,
-    card: Card,
-    device: str,
-    spool: Path | None,
-) -> SkillPack:
+def _build(job: Job, crew: Crew, budget: int | None, *, card: Card, calibration: Calibration | None) -> SkillPack:
     """Return a pack whose file takes at most `budget` bytes."""
-    moments = measures.calibration
+    delta, options = job.delta, job.options
     header = Header(
         card=card,
         base=BaseInfo(
@@ -270,13 +328,11 @@ def _build(
         ),
         tuned_bytes=delta.tuned.nbytes,
         options=options,
-        calibration_tokens=moments.tokens if moments else 0,
+        calibration_tokens=calibration.tokens if calibration else 0,
         config=delta.config_changes(),
         tokenizer_changed=delta.tokenizer_changed(),
         tensors={},
     )
-    entries: dict[str, TensorEntry] = {}
-    payloads = _Spool(spool)
 
     def entry(part: Compressed) -> TensorEntry:
         tuned = delta.tuned.specs[part.name]
@@ -284,57 +340,31 @@ def _build(
             role=part.role,
             dtype=part.spec.dtype,
             shape=part.spec.shape,
-            base_digest=part.base_digest,
-            how=part.encoded.operator,
-            nbytes=part.encoded.nbytes,
-            payload_digest=_payload_digest(part.encoded.payload),
-            error=round(part.error, 5),
+            base_digest=part.facts.base_digest,
+            how=part.facts.operator,
+            nbytes=part.facts.nbytes,
+            payload_digest=part.facts.payload_digest,
+            error=round(part.facts.error, 5),
             tuned_shape=tuned.shape if tuned.shape != part.spec.shape else None,
             tuned_dtype=tuned.dtype if tuned.dtype != part.spec.dtype else None,
-            unseen=moments is not None and part.name in moments.unseen,
+            unseen=calibration is not None and part.name in calibration.unseen,
         )
 
     def entry_bytes(part: Compressed) -> int:
-        """Return about how many bytes the file spends on a parameter beside its payload."""
-        stored = {"dtype": "U8", "shape": [part.encoded.nbytes], "data_offsets": [delta.tuned.nbytes] * 2}
-        return len(json.dumps(entry(part).model_dump_json())) + len(json.dumps(stored)) + 2 * len(part.name) + 12
+        """Return about how many bytes the file spends on a parameter beside its payload, rather too many."""
+        stored = {"dtype": "U8", "shape": [part.facts.nbytes], "data_offsets": [delta.tuned.nbytes] * 2}
+        return len(json.dumps(stored, separators=(",", ":"))) + len(part.name) + 4 + _COMPRESSED_ENTRY
 
-    coded = encode_delta(
-        delta,
-        options,
-        measures=measures,
-        payload_budget=None if budget is None else budget - _overhead(header, delta),
-        entry_bytes=entry_bytes,
-        device=device,
-    )
-    for part in coded:
-        payloads.add(part.name, part.encoded.payload)
-        entries[part.name] = entry(part)
+    room = None if budget is None else budget - _overhead(header, delta)
+    parts = {part.name: part for part in encode_job(job, crew, payload_budget=room, entry_bytes=entry_bytes)}
+    entries = {name: entry(part) for name, part in parts.items()}
     found = fingerprint((name, entry.spec, entry.base_digest) for name, entry in entries.items())
     base = header.base.model_copy(update={"fingerprint": found})
-    return SkillPack(header.model_copy(update={"base": base, "tensors": entries}), "an unsaved pack", payloads.read)
-
-
-class _Spool:
-    """Payloads in an unnamed temporary file: a pack being built takes no memory."""
-
-    def __init__(self, directory: Path | None) -> None:
-        self.file = tempfile.TemporaryFile(dir=directory)
-        weakref.finalize(self, self.file.close)
-        self.places: dict[str, tuple[int, int]] = {}
-
-    def add(self, name: str, payload: np.ndarray) -> None:
-        self.places[name] = (self.file.seek(0, 2), payload.nbytes)
-        self.file.write(payload.data)
-
-    def read(self, name: str) -> np.ndarray:
-        start, size = self.places[name]
-        self.file.seek(start)
-        return np.frombuffer(bytearray(self.file.read(size)), np.uint8)
-
-
-def _payload_digest(payload: np.ndarray) -> str:
-    return hashlib.sha256(payload.data).hexdigest()[:16]
+    return SkillPack(
+        header.model_copy(update={"base": base, "tensors": entries}),
+        "an unsaved pack",
+        lambda name: parts[name].payload,
+    )
 
 
 def _overhead(header: Header, delta: Delta) -> int:
@@ -349,10 +379,10 @@ def _overhead(header: Header, delta: Delta) -> int:
             role=role_of(name, spec.shape),
             dtype=spec.dtype,
             shape=spec.shape,
-            base_digest="0" * 16,
+            base_digest=hashlib.sha256(name.encode()).hexdigest()[:16],
             how=most,
             nbytes=spec.nbytes,
-            payload_digest="0" * 16,
+            payload_digest=hashlib.sha256(name.encode()).hexdigest()[16:32],
             error=0.123456,
             tuned_shape=tuned.shape if (tuned := delta.tuned.specs[name]).shape != spec.shape else None,
             tuned_dtype=tuned.dtype if tuned.dtype != spec.dtype else None,

@@ -90,6 +90,7 @@ def quantize(values: Tensor, row_steps: Tensor, column_steps: Tensor, lower: Ten
     rows, columns = row_steps.to(values)[:, None], column_steps.to(values)
     if lower is None:
         return _rounded(values / rows / columns)
+    lower = lower.to(values)
     residual = (values / rows) @ lower  # (d_out, d_in), what is left to be explained, whitened
     codes = torch.empty_like(values)
     for stop in range(values.shape[1], 0, -_BLOCK):

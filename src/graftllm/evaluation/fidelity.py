@@ -9,7 +9,7 @@ temporary file.
 import math
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.checkpoint import Checkpoint
+from graftllm.compression.calibration import SEQUENCES
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError
 from graftllm.fusion.grafting import plug
@@ -107,6 +108,12 @@ def _distances(tuned: Tensor, packed: Tensor, targets: Tensor) -> Tensor:
     agreement = (log_p.argmax(1) == log_q.argmax(1)).sum()
     nll = [-one.gather(1, targets[:, None]).sum() for one in (log_p, log_q)]
     return torch.stack([kl, agreement.double(), *nll])
+
+
+def divergence_on(delta: Delta, rows: Sequence[Prompt], *, device: str) -> Callable[[SkillPack], float]:
+    """Return a function that measures a pack's KL divergence, on rows that calibration does not see where there are."""
+    held_out = rows[SEQUENCES:] or rows
+    return lambda pack: measure_fidelity(delta.base, pack, delta.tuned, held_out, device=device).kl
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,20 @@
 """From tuned checkpoints to a grafted model: pack, verify, fuse."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from graftllm.checkpoint import Checkpoint
-from graftllm.compression.calibration import SEQUENCES
 from graftllm.delta import Delta
-from graftllm.evaluation.fidelity import measure_fidelity
+from graftllm.evaluation.fidelity import divergence_on, measure_fidelity
 from graftllm.evaluation.scores import Measured
 from graftllm.fusion.grafted import write_grafted
 from graftllm.fusion.routing import BASE, fit_router
 from graftllm.header import Card, Provenance
 from graftllm.pipeline.work import Work, short_name
-from graftllm.records import Prompt, read_pairs, read_prompts
-from graftllm.skillpack import SkillPack, compress
+from graftllm.records import read_pairs, read_prompts
+from graftllm.skillpack import SkillPack, compress_to
 from graftllm.stages import Stamp
 
 
@@ -41,16 +40,15 @@ def pack(work: Work, skill: str, trained: Stamp, scores: Mapping[str, Measured])
         )
         card = Card(name=skill, description=recipe.skills[skill].description, provenance=provenance, scores=known)
         delta = Delta(work.target, tuned)
-        made = compress(
+        made = compress_to(
+            work.pack(skill),
             delta,
             recipe.pack,
             calibration=rows,
             card=card,
             measure=divergence_on(delta, rows, device=work.device),
             device=work.device,
-            spool=work.directory,
         )
-        made.save(work.pack(skill))
         size = work.pack(skill).stat().st_size
         return {
             "file_bytes": size,
@@ -60,12 +58,6 @@ def pack(work: Work, skill: str, trained: Stamp, scores: Mapping[str, Measured])
         }
 
     return work.stages.run(f"pack.{skill}", [trained, recipe.pack, known], [work.pack(skill)], action)
-
-
-def divergence_on(delta: Delta, rows: Sequence[Prompt], *, device: str) -> Callable[[SkillPack], float]:
-    """Return a function that measures a pack's KL divergence, on rows that calibration does not see where there are."""
-    held_out = rows[SEQUENCES:] or rows
-    return lambda pack: measure_fidelity(delta.base, pack, delta.tuned, held_out, device=device).kl
 
 
 def verify(work: Work, skill: str, packed: Stamp) -> Stamp:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from graftllm.compression.codes import code_bits
 from graftllm.compression.elementwise import encode_elementwise, grid_for
@@ -38,6 +39,7 @@ class Outlook:
         sampled: log2 of some steps, and the bits and cost an entry that rows of the matrix take at them.
         strengths: leading singular values of the weighted matrix, descending; all of them, or as many as are kept.
         energy: squared norm of the weighted matrix: what it costs to leave it out.
+        changed: rows that are not zero; the others take next to nothing.
         servable: whether only a product of two factors will do, as an adapter is one.
     """
 
@@ -45,6 +47,7 @@ class Outlook:
     sampled: tuple[np.ndarray, np.ndarray, np.ndarray]
     strengths: np.ndarray
     energy: float
+    changed: int
     servable: bool = False
 
     def elementwise(self, step: float, share: float = 1.0) -> tuple[float, float]:
@@ -54,9 +57,10 @@ class Outlook:
         count = self.shape[0] * self.shape[1]
         if place > at[-1]:
             return 0.0, self.energy * share
-        # Below the finest sampled step each halving costs a bit an entry and a fourth of the error.
+        # Below the finest sampled step each halving costs a bit an entry that changed and a fourth of the error.
         finer = max(at[0] - place, 0.0)
-        bits_each, cost_each = np.interp(place, at, bits) + finer, np.interp(place, at, cost) * 4.0**-finer
+        bits_each = np.interp(place, at, bits) + finer * self.changed / self.shape[0]
+        cost_each = np.exp(np.interp(place, at, np.log(np.maximum(cost, 1e-300)))) * 4.0**-finer
         return count * float(bits_each), count * float(cost_each) * share
 
 
@@ -83,31 +87,38 @@ def outlook(source: Source, metric: Metric, max_rank: int | None = None) -> Outl
         max_rank: the matrix must be a product of factors of at most this rank.
     """
     rows, columns = source.shape
-    energy = sum(metric.of_rows(numbers).cost(part) for numbers, part in source.parts())
+    row_energies = torch.cat([metric.of_rows(numbers).row_costs(part).cpu() for numbers, part in source.parts()])
+    energy = float(row_energies.sum())
     if energy == 0:
-        return Outlook(source.shape, (np.zeros(1), np.zeros(1), np.zeros(1)), np.zeros(0), 0.0)
+        return Outlook(source.shape, (np.zeros(1), np.zeros(1), np.zeros(1)), np.zeros(0), 0.0, 0)
     strengths = torch.empty(0)
     if not source.large or max_rank is not None:
         rank = _affordable(min(rows, columns) if max_rank is None else max_rank, rows, columns)
         strengths = weighted_svd(source.whole(), metric, rank)[0] * metric.scale**0.5
     found = strengths.double().cpu().numpy()
-    return Outlook(source.shape, _sample(source, metric, energy), found, energy, max_rank is not None)
+    changed = int((row_energies > 0).sum())
+    return Outlook(source.shape, _sample(source, metric, row_energies), found, energy, changed, max_rank is not None)
 
 
-def _sample(source: Source, metric: Metric, energy: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return log2 of steps, ascending, and what some rows take at them by cancellation: bits and cost an entry."""
+def _sample(source: Source, metric: Metric, row_energies: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return log2 of steps, ascending, and what they take by cancellation: bits and cost an entry.
+
+    Looked at are rows from the weakest that changed to the strongest, at equal distances in that order.
+    """
     rows, columns = source.shape
-    numbers = torch.linspace(0, rows - 1, min(rows, _SAMPLED_ROWS)).long()
+    changed = int((row_energies > 0).sum())
+    ranks = (torch.arange(min(changed, _SAMPLED_ROWS)) + 0.5) * changed / min(changed, _SAMPLED_ROWS)
+    numbers = row_energies.argsort(stable=True)[rows - changed + ranks.long()].sort().values
     some = torch.cat([source.read(number, number + 1) for number in numbers.tolist()])
     metric = metric.of_rows(numbers)
-    top = math.floor(math.log2(energy / (rows * columns)) / 2) + 3
+    top = math.floor(math.log2(float(row_energies.sum()) / (changed * columns)) / 2) + 3
     at, bits, cost = np.arange(top - _SAMPLED_OCTAVES, top + 1.0), [], []
     for place in at:
         grid = grid_for(metric, 2.0**place, (len(some), columns))
         codes = grid.codes(some, metric)
         bits.append(code_bits(codes.to(torch.int32).cpu().numpy(), -2 * grid.column_exponents) / codes.numel())
         cost.append(metric.cost(grid.values(codes) - some) / codes.numel())
-    return at, np.array(bits), np.array(cost)
+    return at, np.array(bits) * changed / rows, np.array(cost) * changed / rows
 
 
 def choices(known: Outlook, step: float) -> list[Choice]:
@@ -121,7 +132,7 @@ def choices(known: Outlook, step: float) -> list[Choice]:
     found = [Choice("zero", 0, 0.0, known.energy)]
     if not known.servable:
         bits, cost = known.elementwise(step)
-        found.append(Choice("elementwise", 0, bits + _SIDE_BITS * (rows + columns), cost))
+        found.append(Choice("elementwise", 0, bits + _SIDE_BITS * (known.changed + columns), cost))
     if len(known.strengths):
         left_bits, left_cost = _coded(known.strengths / (rows**0.5 * step))
         right_bits, right_cost = _coded(known.strengths / (columns**0.5 * step))
@@ -132,9 +143,11 @@ def choices(known: Outlook, step: float) -> list[Choice]:
         best = int(np.argmin(cost + BITS_WORTH * step**2 * bits))
         found.append(Choice("factored", best + 1, float(bits[best]), float(cost[best])))
         if not known.servable and (few := _spikes(known)):
-            share = max(1 - float((known.strengths[:few] ** 2).sum()) / known.energy, 1e-9)
+            # What the strong part got wrong is part of the rest.
+            left = known.energy - float((known.strengths[:few] ** 2).sum()) + float(kept[:few].sum())
+            share = min(max(left / known.energy, 1e-9), 1.0)
             rest_bits, rest_cost = known.elementwise(step, share)
-            side = _SIDE_BITS * (rows + columns)
+            side = _SIDE_BITS * (known.changed + columns)
             found.append(Choice("hybrid", few, float(bits[few - 1]) + rest_bits + side, rest_cost))
     return sorted(found, key=lambda choice: choice.price(step))
 

@@ -139,7 +139,7 @@ def low_bits(number: int) -> int:
 
 def scaled(counts: np.ndarray) -> np.ndarray:
     """Return counts scaled to integers of at least 1 that sum to 2 ** 16."""
-    frequencies = np.maximum(1, counts * FREQUENCIES // counts.sum())
+    frequencies = np.maximum(1, counts * FREQUENCIES // max(1, counts.sum()))
     frequencies[np.argmax(frequencies)] += FREQUENCIES - frequencies.sum()
     return frequencies
 

@@ -29,9 +29,13 @@ class Metric:
 
     def cost(self, error: Tensor) -> float:
         """Return what an error of shape (d_out, d_in) costs."""
+        return float(self.row_costs(error).sum())
+
+    def row_costs(self, error: Tensor) -> Tensor:
+        """Return what each row of an error costs, float64, shape (d_out,)."""
         whitened = error if self.lower is None else error @ self.lower.to(error)  # (d_out, d_in)
-        per_row = whitened.square().sum(dim=1, dtype=torch.float64)
-        return self.scale * float(per_row.sum() if self.rows is None else per_row @ self.rows.to(per_row))
+        per_row = self.scale * whitened.square().sum(dim=1, dtype=torch.float64)
+        return per_row if self.rows is None else per_row * self.rows.to(per_row)
 
     @cached_property
     def lower(self) -> Tensor | None:

@@ -23,7 +23,8 @@ from graftllm.live import bindings
 from graftllm.progress import track
 from graftllm.records import Prompt
 
-_BATCH = 8
+_BATCH = 4
+MAX_LENGTH = 2048  # tokens; longer rows are cut
 _DAMPING = 0.05  # share of the mean that is added to row weights: what calibration never saw may matter too
 
 
@@ -99,7 +100,8 @@ def measure_sensitivity(tuned: Path, rows: Sequence[Prompt], *, device: str = "a
         live: found.stored[0] for found in bindings(model, checkpoint.specs) if found.plain for live in found.live
     }
     watcher = _Watcher(model, stored)
-    sequences = [render_answered(tokenizer, row) for row in rows]
+    rendered = [render_answered(tokenizer, row) for row in rows]
+    sequences = [(ids[:MAX_LENGTH], min(first, MAX_LENGTH)) for ids, first in rendered if ids]
     draw = torch.Generator(device=model.device).manual_seed(0)
     predicted = 0
     for start in track(range(0, len(sequences), _BATCH), label="sensitivity"):

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from graftllm.checkpoint import DTYPES, Checkpoint, TensorSpec, digest
+from graftllm.checkpoint import DTYPES, LARGE, Checkpoint, TensorSpec, raw_bytes, row_blocks
 from graftllm.errors import CheckpointError
 
 MAX_GROWTH = 8  # a vocabulary may become this many times as long; bounds what a pack can allocate
@@ -50,7 +51,7 @@ class Delta(Mapping[str, Tensor]):
             CheckpointError: the difference holds NaN or infinity.
         """
         base, tuned = self.pair(name)
-        return difference(base, tuned, where=f"{self.tuned.path}: tensor {name!r}")
+        return difference(base, tuned, where=self.where(name))
 
     def __iter__(self) -> Iterator[str]:
         """Yield the names, `layers.2` before `layers.10`."""
@@ -64,9 +65,26 @@ class Delta(Mapping[str, Tensor]):
         """Return the base value, brought to the tuned shape and dtype, and the tuned value as it is stored."""
         return align(self.base.tensor(name), self.tuned.specs[name]), self.tuned.tensor(name)
 
+    def rows(self, name: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return what `pair` does, of some rows (of dimension 0) alone."""
+        known, dtype = self.base.specs[name].shape[0], DTYPES[self.tuned.specs[name].dtype]
+        base = self.base.rows(name, min(start, known), min(stop, known)).to(dtype)
+        return _with_zeros(base, stop - start), self.tuned.rows(name, start, stop)
+
+    def unchanged(self, name: str) -> bool:
+        """Return whether base and tuned value have the same bits; a large tensor is read block by block."""
+        spec = self.tuned.specs[name]
+        if spec.parameters <= LARGE or len(spec.shape) < 2:
+            return _same_bits(*self.pair(name))
+        return all(_same_bits(*self.rows(name, start, stop)) for start, stop in row_blocks(spec.shape))
+
     def base_digest(self, name: str) -> str:
         """Return the digest of the base value as it is stored."""
-        return digest(self.base.tensor(name))
+        return self.base.digest(name)
+
+    def where(self, name: str) -> str:
+        """Return what an error message about one parameter begins with."""
+        return f"{self.tuned.path}: tensor {name!r}"
 
     def config_changes(self) -> dict[str, Any]:
         """Return vocabulary size and token ids of the tuned `config.json` that are not the base's, by dotted key."""
@@ -129,9 +147,16 @@ def align(base: Tensor, tuned: TensorSpec) -> Tensor:
             f"expected a shape of {list(shape)} and at most {MAX_GROWTH} times its rows, found {tuned.shape}"
         )
     value = base.to(dtype)
-    if shape == tuned.shape:
-        return value
-    return torch.cat([value, value.new_zeros(tuned.shape[0] - shape[0], *shape[1:])])
+    return value if shape == tuned.shape else _with_zeros(value, tuned.shape[0])
+
+
+def _with_zeros(value: Tensor, rows: int) -> Tensor:
+    """Return a value with rows of zeros appended up to a number of rows."""
+    return value if len(value) == rows else torch.cat([value, value.new_zeros(rows - len(value), *value.shape[1:])])
+
+
+def _same_bits(base: Tensor, tuned: Tensor) -> bool:
+    return np.array_equal(raw_bytes(base), raw_bytes(tuned))
 
 
 def growable(base: tuple[int, ...], tuned: tuple[int, ...]) -> bool:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression import sensitivity
-from graftllm.compression.automatic import Measures
 from graftllm.compression.calibration import collect_moments
+from graftllm.compression.measures import Measures
 from graftllm.compression.sensitivity import Sensitivity, measure_sensitivity
 from graftllm.generation import load_model, load_tokenizer, render_answered
 from graftllm.records import Message, Prompt

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graftllm.checkpoint import Checkpoint
-from graftllm.compression.automatic import Measures
 from graftllm.compression.calibration import collect_moments
+from graftllm.compression.measures import Measures
 from graftllm.compression.sensitivity import measure_sensitivity
 from graftllm.compression.strategy import Compressed, encode_delta
 from graftllm.delta import Delta
@@ -35,7 +35,7 @@ def test_exact_gives_every_bit_back(delta: Delta) -> None:
     for name, part in _encoded(delta, PackOptions(strategy="exact")).items():
         base, tuned = delta.pair(name)
         assert torch.equal(part.encoded.restore(base).view(torch.int16), tuned.view(torch.int16))
-        assert part.error == 0
+        assert part.facts.error == 0
 
 
 def test_auto_keeps_what_changed_in_few_bits_exactly_when_there_is_room(
@@ -67,7 +67,7 @@ def test_stated_errors_are_those_of_decoding(delta: Delta) -> None:
     for name, part in _encoded(delta, PackOptions(strategy="paper", energy=0.8)).items():
         change = delta[name]
         error = float((part.encoded.decode(delta.base.tensor(name)) - change).norm() / change.norm())
-        assert part.error == pytest.approx(error, abs=1e-6)
+        assert part.facts.error == pytest.approx(error, abs=1e-6)
 
 
 def test_more_energy_is_more_bytes_and_less_error(delta: Delta) -> None:
@@ -75,7 +75,7 @@ def test_more_energy_is_more_bytes_and_less_error(delta: Delta) -> None:
     sizes = [_bytes(parts) for parts in results]
     name = "model.layers.1.mlp.down_proj.weight"
     assert sizes == sorted(sizes)
-    assert results[0][name].error > results[2][name].error
+    assert results[0][name].facts.error > results[2][name].facts.error
 
 
 @pytest.mark.parametrize("strategy", ["paper", "auto"])

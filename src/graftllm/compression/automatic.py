@@ -6,21 +6,19 @@ pure functions of their inputs, kept by name when they are done: work that was s
 there, and any number of workers gives the same bytes.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from graftllm.checkpoint import LARGE
 from graftllm.compression.allocation import BITS_WORTH, Outlook, choices, encode_cheapest, step_for
-from graftllm.compression.calibration import Calibration
 from graftllm.compression.encoded import Operator, Unchanged
 from graftllm.compression.exact import encode_exact
 from graftllm.compression.matrix import BLOCK, Source, matrix_shape
 from graftllm.compression.metric import Metric
-from graftllm.compression.sensitivity import Sensitivity, input_metric
-from graftllm.delta import difference
+from graftllm.delta import Delta, difference
 
 _DOUBLE = 2048  # columns up to which matrices are calculated with in float64
 _FULL = 0.985  # a budget filled to this share is met
@@ -28,56 +26,55 @@ _EXACT_AT = 2.0  # bits an entry from which on a matrix may be cheaper bit for b
 _FEW_CHANGES = 0.25  # share of changed entries below which it may be, too
 
 
-@dataclass(frozen=True)
-class Measures:
-    """What was measured on calibration rows; without it every matrix's errors count alike."""
-
-    calibration: Calibration | None = None
-    sensitivity: Sensitivity | None = None
-
-    def metric(self, name: str, shape: tuple[int, ...]) -> Metric:
-        """Return what errors in a parameter cost."""
-        moments = self.calibration.moments.get(name) if self.calibration is not None else None
-        if moments is not None and moments.shape[0] != matrix_shape(shape)[0 if self.transposed(name) else 1]:
-            moments = None
-        found = input_metric(moments) if self.sensitivity is None else self.sensitivity.metric(name, moments)
-        if found.right is None or len(found.right) > _DOUBLE:
-            return found
-        return Metric(found.scale, None if found.rows is None else found.rows.double(), found.right.double())
-
-    def transposed(self, name: str) -> bool:
-        """Return whether a parameter's input side is dimension 0."""
-        return self.calibration is not None and name in self.calibration.transposed
-
-
-def source_of(base: Tensor, tuned: Tensor, *, transposed: bool, device: torch.device, where: str) -> Source:
+def source_of(delta: Delta, name: str, *, transposed: bool, device: torch.device) -> Source:
     """Return the delta of one parameter as a matrix whose rows are read when they are needed."""
-    shape = matrix_shape(tuple(base.shape))
+    full = delta.tuned.specs[name].shape
+    shape = matrix_shape(full)
     dtype = torch.float64 if shape[1] <= _DOUBLE and shape[0] * shape[1] <= 1 << 22 else torch.float32
-    pair = base.reshape(shape), tuned.reshape(shape)
-    if transposed:
-        pair, shape = (pair[0].T, pair[1].T), (shape[1], shape[0])
+    each = shape[0] // full[0]  # rows of the matrix in one of the tensor's
 
     def read(start: int, stop: int) -> Tensor:
-        return difference(pair[0][start:stop], pair[1][start:stop], where=where).to(device, dtype)
+        if shape[0] * shape[1] <= LARGE:
+            base, tuned = (value.reshape(shape)[start:stop] for value in delta.pair(name))
+        else:
+            first = start // each
+            some = delta.rows(name, first, -(-stop // each))
+            base, tuned = (value.reshape(-1, shape[1])[start - first * each : stop - first * each] for value in some)
+        return difference(base, tuned, where=delta.where(name)).to(device, dtype)
 
-    return Source(shape, read, device)
+    def read_transposed(start: int, stop: int) -> Tensor:
+        base, tuned = (value.reshape(shape).T[start:stop] for value in delta.pair(name))
+        return difference(base, tuned, where=delta.where(name)).to(device, dtype)
+
+    return Source((shape[1], shape[0]), read_transposed, device) if transposed else Source(shape, read, device)
 
 
 def encode_matrix(
-    base: Tensor, tuned: Tensor, source: Source, metric: Metric, known: Outlook, step: float
+    pair: Callable[[], tuple[Tensor, Tensor]], source: Source, metric: Metric, known: Outlook, step: float
 ) -> tuple[Operator, np.ndarray, float]:
-    """Return the operator, payload and relative error of one matrix that changed; `source` is tuned - base."""
+    """Return the operator, payload and relative error of one matrix that changed.
+
+    Args:
+        pair: gives its base and tuned values.
+        source: tuned - base.
+        metric: what errors cost.
+        known: what the look at it found.
+        step: of the quantisers, in units of the square root of cost.
+    """
     found = encode_cheapest(source, metric, known, step)
     cost, size = (known.energy, 0) if found is None else (found.cost, found.payload.nbytes)
     entries = source.shape[0] * source.shape[1]
-    few = entries <= BLOCK and float((base != tuned).float().mean()) < _FEW_CHANGES
+    few = entries <= BLOCK and _changed_share(*pair()) < _FEW_CHANGES
     if not known.servable and (few or 8 * size > _EXACT_AT * entries):
-        exact, payload = encode_exact(base, tuned)
+        exact, payload = encode_exact(*pair())
         worth = BITS_WORTH * step**2 * 8  # of a byte
         if worth * payload.nbytes <= cost + worth * size:
             return exact, payload, 0.0
     return (Unchanged(), np.empty(0, np.uint8), 1.0) if found is None else (found.operator, found.payload, found.error)
+
+
+def _changed_share(base: Tensor, tuned: Tensor) -> float:
+    return float((base != tuned).float().mean())
 
 
 def next_step(outlooks: Mapping[str, Outlook], coded_bytes: int, room: int, step: float) -> float | None:

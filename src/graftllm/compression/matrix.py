@@ -10,8 +10,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
+from graftllm.checkpoint import LARGE
+
 BLOCK = 1 << 24  # entries that are coded at a time; bounds the memory
-LARGE = 1 << 26
 
 
 class MatrixOperator(BaseModel):

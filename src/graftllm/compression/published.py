@@ -1,0 +1,79 @@
+"""The strategies `paper` and `exact`, one parameter at a time.
+
+`paper` is the module-aware adaptive compression of arXiv 2505.18502: embedding and head pruned by magnitude,
+attention and MLP by truncated SVD with quantised factors. `exact` keeps every bit. Norms, biases and
+whatever is not a matrix are exact in both.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from graftllm.compression.encoded import Operator
+from graftllm.compression.exact import encode_exact
+from graftllm.compression.lowrank import (
+    encode_lowrank,
+    leading_svd,
+    lowrank_nbytes,
+    rank_for_energy,
+    singular_values,
+    truncated_svd,
+)
+from graftllm.compression.pruning import encode_sparse
+from graftllm.compression.roles import Role, is_matrix
+from graftllm.recipe import PackOptions
+
+PRUNED: tuple[Role, ...] = ("embedding", "head")
+
+
+def encode_published(
+    base: Tensor,
+    tuned: Tensor,
+    change: Tensor,
+    role: Role,
+    options: PackOptions,
+    rank: int | None,
+    moments: Tensor | None,
+) -> tuple[Operator, np.ndarray]:
+    """Return the operator and payload of one parameter that changed.
+
+    Args:
+        base: its value, aligned.
+        tuned: its tuned value.
+        change: tuned - base in float32, where it shall be decomposed.
+        role: of the parameter.
+        options: the strategy and its knobs.
+        rank: of a low-rank operator; None for what keeps the energy of the options.
+        moments: of the layer's input.
+    """
+    if options.strategy == "exact" or not is_matrix(tuple(base.shape)):
+        return encode_exact(base, tuned)
+    if role in PRUNED:
+        return encode_sparse(change.cpu(), options.density, options.group_size)
+    factors = leading_svd(change, options.energy) if rank is None else truncated_svd(change, rank)
+    moments = None if moments is None else moments.to(change.device)
+    return encode_lowrank(factors, options.bit_bands, options.group_size, moments)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is known of one parameter before its energy is: its bytes if that is all, else its spectrum."""
+
+    shape: tuple[int, ...]
+    known: int
+    spectrum: Tensor | None = None  # singular values, descending
+
+    def nbytes(self, energy: float, options: PackOptions) -> int:
+        """Return how many bytes its payload takes when that much energy is kept."""
+        if self.spectrum is None:
+            return self.known
+        return lowrank_nbytes(self.shape, rank_for_energy(self.spectrum, energy), options.bit_bands, options.group_size)
+
+
+def sizes(base: Tensor, tuned: Tensor, change: Tensor, role: Role, options: PackOptions) -> Sizes:
+    """Return what is known of one parameter that changed; arguments as for `encode_published`."""
+    shape = tuple(base.shape)
+    if is_matrix(shape) and role not in PRUNED:
+        return Sizes(shape, 0, singular_values(change).cpu())
+    return Sizes(shape, encode_published(base, tuned, change, role, options, None, None)[1].nbytes)

@@ -1,0 +1,251 @@
+"""The units that packing is made of: one look at one tensor, or one coding of it.
+
+A unit is a function of the checkpoints, the options, what calibration measured and the unit itself, and
+of nothing else. Its result is a file in the workspace, so any process can do it, and none does it
+twice. Which units there are, and what is made of them, is for `strategy` to say.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors import safe_open
+from torch import Tensor
+
+from graftllm.checkpoint import DTYPE_NAMES, DTYPES, TensorSpec, raw_bytes, write_safetensors
+from graftllm.compression.allocation import Outlook, outlook
+from graftllm.compression.automatic import encode_matrix, source_of
+from graftllm.compression.encoded import EncodedTensor, Operator, Unchanged
+from graftllm.compression.exact import encode_exact
+from graftllm.compression.matrix import MatrixOperator, Source, matrix_shape
+from graftllm.compression.measures import Measures, load_measures
+from graftllm.compression.published import Sizes, encode_published, sizes
+from graftllm.compression.roles import Role, role_of
+from graftllm.compression.workspace import Workspace
+from graftllm.delta import Delta, difference
+from graftllm.generation import resolve_device
+from graftllm.recipe import PackOptions
+
+SERVED: tuple[Role, ...] = ("attention", "mlp", "expert")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all units of a packing share. It is small: workers read tensors from the checkpoints themselves."""
+
+    delta: Delta
+    options: PackOptions
+    device: str
+    workspace: Workspace
+
+    @property
+    def measures_file(self) -> Path:
+        """Where what calibration measured is."""
+        return self.workspace.directory / "measures.safetensors"
+
+    def measures(self) -> Measures:
+        """Return what calibration measured; tensors are mapped when they are asked for."""
+        return load_measures(self.measures_file) if self.measures_file.exists() else Measures()
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One thing to do with one tensor.
+
+    Attributes:
+        name: of the tensor.
+        kind: `look` and `code` for the strategy `auto`, `spectrum` and `publish` for the others.
+        at: the step that `code` uses, or the rank of `publish`.
+    """
+
+    name: str
+    kind: Literal["look", "code", "spectrum", "publish"]
+    at: float | None = None
+
+    def file(self, job: Job) -> Path:
+        """Return where the result is, or will be."""
+        place = "" if self.at is None else f".{float(self.at).hex()}"
+        return job.workspace.directory / f"{hashlib.sha256(self.name.encode()).hexdigest()[:24]}.{self.kind}{place}"
+
+
+def carry_out(job: Job, unit: Unit) -> None:
+    """Do a unit unless it is done.
+
+    Raises:
+        CheckpointError: the delta holds NaN or infinity.
+    """
+    if not unit.file(job).exists():
+        _KINDS[unit.kind](job, unit)
+
+
+class Facts(BaseModel):
+    """What is said of a coded parameter; its payload is in the same file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    operator: Operator
+    base_digest: str
+    nbytes: int
+    payload_digest: str
+    error: float  # ||decoded - delta|| / ||delta||
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """One parameter of a delta, encoded; its payload stays in the workspace until it is asked for."""
+
+    name: str
+    role: Role
+    spec: TensorSpec
+    facts: Facts
+    job: Job
+    unit: Unit
+
+    @property
+    def payload(self) -> np.ndarray:
+        """The payload, flat uint8."""
+        with safe_open(self.unit.file(self.job), framework="np") as file:
+            return file.get_tensor("payload") if self.facts.nbytes else np.empty(0, np.uint8)
+
+    @property
+    def encoded(self) -> EncodedTensor:
+        """The operator and the payload."""
+        return EncodedTensor(self.facts.operator, self.payload)
+
+
+def found_outlook(job: Job, name: str) -> Outlook | None:
+    """Return what the look at a tensor found; None where it settled the matter."""
+    with safe_open(Unit(name, "look").file(job), framework="np") as file:
+        facts = json.loads((file.metadata() or {}).get("outlook", "null"))
+        if facts is None:
+            return None
+        places, bits, cost, strengths = (file.get_tensor(part) for part in ("places", "bits", "cost", "strengths"))
+    known = facts["known"] | {"shape": tuple(facts["known"]["shape"])}
+    return Outlook(sampled=(places, bits, cost), strengths=strengths, **known)
+
+
+def found_sizes(job: Job, name: str) -> Sizes:
+    """Return what a `spectrum` unit found."""
+    with safe_open(Unit(name, "spectrum").file(job), framework="pt") as file:
+        known = json.loads((file.metadata() or {})["known"])
+        spectrum = file.get_tensor("spectrum") if "spectrum" in file.keys() else None
+    return Sizes(job.delta.tuned.specs[name].shape, known, spectrum)
+
+
+def found_code(job: Job, unit: Unit) -> Compressed:
+    """Return a coded parameter."""
+    with safe_open(unit.file(job), framework="np") as file:
+        facts = Facts.model_validate_json((file.metadata() or {})["facts"])
+    spec = job.delta.base.specs[unit.name]
+    return Compressed(unit.name, role_of(unit.name, job.delta.tuned.specs[unit.name].shape), spec, facts, job, unit)
+
+
+def _look(job: Job, unit: Unit) -> None:
+    """Settle what is unchanged or no matrix; find the outlook of all else."""
+    delta, name = job.delta, unit.name
+    spec = delta.tuned.specs[name]
+    floating = DTYPES[spec.dtype].is_floating_point
+    if delta.unchanged(name):
+        _write_code(job, unit, Unchanged(), np.empty(0, np.uint8), 0.0)
+    elif min(matrix_shape(spec.shape)) == 1 or not floating:
+        _write_code(job, unit, *encode_exact(*delta.pair(name)), 0.0)
+    else:
+        served = role_of(name, spec.shape) in SERVED and len(spec.shape) == 2
+        measures = job.measures()
+        rank = job.options.servable if served else None
+        _write_outlook(job, unit, outlook(_source(job, name, measures), measures.metric(name, spec.shape), rank))
+
+
+def _code(job: Job, unit: Unit) -> None:
+    """Code a matrix at a step."""
+    known, measures = found_outlook(job, unit.name), job.measures()
+    assert known is not None and unit.at is not None
+    source, metric = (
+        _source(job, unit.name, measures),
+        measures.metric(unit.name, job.delta.tuned.specs[unit.name].shape),
+    )
+    operator, payload, error = encode_matrix(lambda: job.delta.pair(unit.name), source, metric, known, unit.at)
+    if measures.transposed(unit.name) and isinstance(operator, MatrixOperator):
+        operator = operator.model_copy(update={"transposed": True})
+    _write_code(job, unit, operator, payload, error)
+
+
+def _source(job: Job, name: str, measures: Measures) -> Source:
+    return source_of(job.delta, name, transposed=measures.transposed(name), device=resolve_device(job.device))
+
+
+def _spectrum(job: Job, unit: Unit) -> None:
+    """Find how many bytes a parameter takes in the strategy `paper`, or on what that depends."""
+    found = Sizes((), 0)
+    if not job.delta.unchanged(unit.name):
+        base, tuned, change, role = _changed(job, unit.name)
+        found = sizes(base, tuned, change, role, job.options)
+    arrays = {} if found.spectrum is None else {"spectrum": found.spectrum}
+    _write(unit.file(job), arrays, "known", json.dumps(found.known))
+
+
+def _publish(job: Job, unit: Unit) -> None:
+    """Code a parameter in the strategy `paper` or `exact`."""
+    if job.delta.unchanged(unit.name):
+        return _write_code(job, unit, Unchanged(), np.empty(0, np.uint8), 0.0)
+    base, tuned, change, role = _changed(job, unit.name)
+    calibration = job.measures().calibration
+    moments = None if calibration is None else calibration.moments.get(unit.name)
+    rank = None if unit.at is None else int(unit.at)
+    encoded = EncodedTensor(*encode_published(base, tuned, change, role, job.options, rank, moments))
+    change = change.cpu()
+    error, norm = float((encoded.decode(base) - change).norm()), float(change.norm())
+    return _write_code(job, unit, encoded.operator, encoded.payload, error / norm if norm else 0.0)
+
+
+def _changed(job: Job, name: str) -> tuple[Tensor, Tensor, Tensor, Role]:
+    base, tuned = job.delta.pair(name)
+    change = difference(base, tuned, where=job.delta.where(name)).to(resolve_device(job.device))
+    return base, tuned, change, role_of(name, tuple(base.shape))
+
+
+_KINDS = {"look": _look, "code": _code, "spectrum": _spectrum, "publish": _publish}
+
+
+def _write_code(job: Job, unit: Unit, operator: Operator, payload: np.ndarray, error: float) -> None:
+    facts = Facts(
+        operator=operator,
+        base_digest=_base_digest(job, unit),
+        nbytes=payload.nbytes,
+        payload_digest=payload_digest(payload),
+        error=error,
+    )
+    _write(unit.file(job), {"payload": torch.from_numpy(payload.copy())}, "facts", facts.model_dump_json())
+
+
+def _base_digest(job: Job, unit: Unit) -> str:
+    """Return the digest of the base value; the look at a matrix has found it already."""
+    if unit.kind != "code":
+        return job.delta.base_digest(unit.name)
+    with safe_open(Unit(unit.name, "look").file(job), framework="np") as file:
+        return json.loads((file.metadata() or {})["outlook"])["base_digest"]
+
+
+def _write_outlook(job: Job, unit: Unit, found: Outlook) -> None:
+    places, bits, cost = found.sampled
+    arrays = {"places": places, "bits": bits, "cost": cost, "strengths": found.strengths}
+    known = {
+        part.name: getattr(found, part.name) for part in fields(found) if part.name not in ("sampled", "strengths")
+    }
+    facts = {"known": known, "base_digest": job.delta.base_digest(unit.name)}
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    _write(unit.file(job), tensors, "outlook", json.dumps(facts))
+
+
+def _write(path: Path, tensors: dict[str, Tensor], name: str, facts: str) -> None:
+    layout = {part: TensorSpec(DTYPE_NAMES[value.dtype], tuple(value.shape)) for part, value in tensors.items()}
+    write_safetensors(path, layout, lambda part: raw_bytes(tensors[part]), metadata={name: facts})
+
+
+def payload_digest(payload: np.ndarray) -> str:
+    """Return the first 16 hexadecimal digits of a payload's SHA-256."""
+    return hashlib.sha256(payload.data).hexdigest()[:16]

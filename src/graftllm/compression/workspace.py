@@ -1,0 +1,93 @@
+"""Where a packing keeps its finished work: a directory of small files, each whole or not there.
+
+The directory belongs to one packing, told by a key over everything that its results depend on. Work
+that was killed is found again under the same key; under another key the directory starts empty.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from weakref import finalize
+
+from graftllm.checkpoint import Checkpoint
+from graftllm.delta import Delta
+from graftllm.errors import StorageError
+from graftllm.recipe import PackOptions
+from graftllm.records import Prompt
+from graftllm.storage import only_writer, write_text
+
+_KEY = "packing.key"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A directory of finished work."""
+
+    directory: Path
+
+    @classmethod
+    def temporary(cls) -> "Workspace":
+        """Return a new one that goes with its last user."""
+        directory = tempfile.TemporaryDirectory(prefix="packing-")
+        made = cls(Path(directory.name))
+        finalize(made, directory.cleanup)
+        return made
+
+    def remove(self) -> None:
+        """Delete the directory: what was packed is saved."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+@contextmanager
+def open_workspace(directory: Path, key: str) -> Iterator[Workspace]:
+    """Hold a directory for a packing; what another one left there is deleted.
+
+    Raises:
+        StorageError: another process packs there now, or the directory holds something else.
+    """
+    with only_writer(directory):
+        marker, found = directory / _KEY, list(directory.iterdir())
+        if found and not marker.exists():
+            raise StorageError(
+                f"{directory}: expected nothing or an unfinished packing there, found {found[0].name}. "
+                "Choose another place."
+            )
+        if not marker.exists() or marker.read_text(encoding="utf-8") != key:
+            for path in found:
+                if path != marker:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            write_text(marker, key)
+        yield Workspace(directory)
+
+
+def packing_key(delta: Delta, options: PackOptions, calibration: Sequence[Prompt], device: str) -> str:
+    """Return a digest of everything that finished work depends on; a budget only says which work there is."""
+    parts = [
+        options.model_copy(update={"budget": None}).model_dump(mode="json"),
+        *map(_identity, (delta.base, delta.tuned)),
+        [asdict(row) for row in calibration],
+        device,
+        _code(),
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _identity(checkpoint: Checkpoint) -> list[object]:
+    """Return what a change of the weights would change."""
+    files = [checkpoint.path / name for name in sorted({*checkpoint.shards.values(), "config.json"})]
+    return [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+@cache
+def _code() -> list[str]:
+    """Return a digest of our code, and the versions of what calculates: other code may give other bits."""
+    home = Path(__file__).parent.parent
+    sources = b"".join(path.read_bytes() for path in sorted(home.rglob("*.py")))
+    return [hashlib.sha256(sources).hexdigest(), *map(version, ("torch", "numpy", "constriction", "transformers"))]

@@ -1,0 +1,98 @@
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from graftllm.checkpoint import Checkpoint, TensorSpec
+from graftllm.compression import crew
+from graftllm.compression.crew import default_workers
+from graftllm.delta import Delta
+from graftllm.errors import CheckpointError, CompressionError
+from graftllm.recipe import PackOptions
+from graftllm.records import Prompt
+from graftllm.skillpack import compress
+from tests.models import perturb
+
+
+@pytest.mark.parametrize(
+    ("options", "calibrated"),
+    [(PackOptions(budget="40%"), True), (PackOptions(strategy="paper"), False)],
+)
+def test_any_number_of_workers_gives_the_same_bytes(
+    delta: Delta, prompts: list[Prompt], tmp_path: Path, options: PackOptions, calibrated: bool
+) -> None:
+    threads = torch.get_num_threads()
+    for workers in (1, 2):
+        made = compress(delta, options, calibration=prompts[:6] if calibrated else (), workers=workers)
+        made.save(tmp_path / str(workers))
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+    assert torch.get_num_threads() == threads
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_in_a_worker_is_told_as_it_is(base_dir: Path, base: Checkpoint, tmp_path: Path) -> None:
+    tuned = perturb(base_dir, tmp_path / "tuned", seed=3)
+    tensors = load_file(tuned / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="'model.layers.0.mlp.up_proj.weight': 1 of 2048 differences"):
+        compress(Delta(base, Checkpoint.open(tuned)), workers=2)
+    assert not multiprocessing.active_children()
+
+
+def _first(monkeypatch: pytest.MonkeyPatch, happens: str) -> None:
+    """Let something happen when work has been given to the workers."""
+
+    def follow(finished: Iterator[None], count: int, label: str) -> None:
+        assert multiprocessing.active_children()
+        if happens == "interrupt":
+            raise KeyboardInterrupt
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid or 0, signal.SIGKILL)
+        list(finished)
+
+    monkeypatch.setattr(crew, "_follow", follow)
+
+
+def test_a_killed_worker_ends_packing_with_a_way_on(delta: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
+    _first(monkeypatch, "kill")
+    with pytest.raises(CompressionError, match="a worker process died, perhaps of too little memory for 2 of them"):
+        compress(delta, workers=2)
+
+
+def test_an_interrupt_leaves_no_worker_behind(delta: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
+    _first(monkeypatch, "interrupt")
+    with pytest.raises(KeyboardInterrupt):
+        compress(delta, workers=2)
+    assert not multiprocessing.active_children()
+
+
+def test_small_models_are_packed_in_one_process(delta: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3), raising=False)
+    assert default_workers(delta, "cpu") == 1
+    grown = replace(delta.tuned, specs={**delta.tuned.specs, "more": TensorSpec("BF16", (60_000, 1_000))})
+    large = object.__new__(Delta)
+    object.__setattr__(large, "tuned", grown)
+    assert default_workers(large, "cpu") == min(3, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 31)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_ray_cluster_gives_the_same_bytes(delta: Delta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="needs graftllm[ray]")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    compress(delta, PackOptions(budget="40%"), workers=1).save(tmp_path / "here")
+    compress(delta, PackOptions(budget="40%"), workers=2, engine="ray").save(tmp_path / "ray")
+    assert (tmp_path / "here").read_bytes() == (tmp_path / "ray").read_bytes()
+
+
+def test_without_ray_its_engine_says_how_to_get_it(delta: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(CompressionError, match=r"ray is not installed; pip install 'graftllm\[ray\]'"):
+        compress(delta, engine="ray")

@@ -1,0 +1,138 @@
+"""Packing that is killed, for real, and started again."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from graftllm.checkpoint import Checkpoint
+from graftllm.delta import Delta
+from graftllm.errors import StorageError
+from graftllm.recipe import PackOptions
+from graftllm.skillpack import compress, compress_to
+from tests.models import rows
+
+_BUDGET = "40%"
+_PACK = """
+import sys
+from pathlib import Path
+from graftllm.checkpoint import Checkpoint
+from graftllm.compression import crew
+from graftllm.delta import Delta
+from graftllm.recipe import PackOptions
+from graftllm.skillpack import compress_to
+from tests.models import rows
+
+base, tuned, out, strategy, budget, units, calibrated, workers = sys.argv[1:]
+done, carry_out, follow = [], crew.carry_out, crew._follow
+
+def stop():
+    print("stopped", flush=True)
+    sys.stdin.read()  # until killed
+
+def counted(job, unit):
+    if len(done) == int(units):
+        stop()
+    carry_out(job, unit)
+    done.append(unit)
+
+def watched(finished, count, label):
+    next(finished)
+    stop()
+
+crew.carry_out = counted
+if workers != "1":
+    crew._follow = watched
+options = PackOptions(strategy=strategy, budget=budget or None)
+delta = Delta(Checkpoint.open(base), Checkpoint.open(tuned))
+given = rows(6) if calibrated == "yes" else ()
+compress_to(Path(out), delta, options, calibration=given, device="cpu", workers=int(workers))
+"""
+
+
+def _kill_after(
+    units: int, delta: Delta, out: Path, options: PackOptions, *, calibrated: bool = False, workers: int = 1
+) -> None:
+    """Pack in another process and kill it when it has done some units."""
+    told = [options.strategy, options.budget or "", str(units), "yes" if calibrated else "no", str(workers)]
+    command = [sys.executable, "-c", _PACK, str(delta.base.path), str(delta.tuned.path), str(out), *told]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]) as one:
+        assert one.stdout is not None
+        assert one.stdout.readline() == b"stopped\n"
+        one.send_signal(signal.SIGKILL)
+        assert one.stdout.read() == b""  # ends when the last of its workers has gone
+        assert one.wait(60) == -signal.SIGKILL
+
+
+def _results(out: Path) -> dict[str, tuple[int, bytes]]:
+    """Return the finished units, and when each was written."""
+    spool = out.with_name(f".{out.name}.packing")
+    kept = [path for path in spool.iterdir() if path.suffix != ".key"]
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in kept}
+
+
+@pytest.mark.parametrize(("units", "calibrated"), [(5, False), (30, True)])
+def test_a_killed_packing_goes_on_and_gives_the_same_bytes(
+    delta: Delta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, units: int, calibrated: bool
+) -> None:
+    options, calibration = PackOptions(budget=_BUDGET), rows(6) if calibrated else ()
+    out, undisturbed = tmp_path / "killed.safetensors", tmp_path / "undisturbed.safetensors"
+    _kill_after(units, delta, out, options, calibrated=calibrated)
+    kept = _results(out)
+    assert len(kept) == units + calibrated  # and what calibration measured
+    assert not out.exists()
+    if calibrated:
+        monkeypatch.setattr("graftllm.skillpack.collect_moments", pytest.fail)
+    last: dict[str, tuple[int, bytes]] = {}
+    monkeypatch.setattr("graftllm.skillpack.shutil.rmtree", lambda *_, **__: last.update(_results(out)))
+    compress_to(out, delta, options, calibration=calibration, device="cpu")
+    assert kept.items() <= last.items()
+    monkeypatch.undo()
+    compress_to(undisturbed, delta, options, calibration=calibration, device="cpu")
+    assert out.read_bytes() == undisturbed.read_bytes()
+    assert not undisturbed.with_name(f".{undisturbed.name}.packing").exists()
+
+
+@pytest.mark.parametrize("strategy", ["paper", "exact"])
+def test_the_other_strategies_go_on_too(delta: Delta, tmp_path: Path, strategy: str) -> None:
+    options = PackOptions(strategy=strategy)
+    _kill_after(3, delta, tmp_path / "killed.safetensors", options)
+    assert len(_results(tmp_path / "killed.safetensors")) == 3
+    for name in ("killed", "undisturbed"):
+        compress_to(tmp_path / f"{name}.safetensors", delta, options, device="cpu")
+    assert (tmp_path / "killed.safetensors").read_bytes() == (tmp_path / "undisturbed.safetensors").read_bytes()
+
+
+def test_workers_leave_with_a_killed_packing(delta: Delta, tmp_path: Path) -> None:
+    _kill_after(0, delta, tmp_path / "killed.safetensors", PackOptions(budget=_BUDGET), workers=2)
+    for name in ("killed", "undisturbed"):
+        compress_to(tmp_path / f"{name}.safetensors", delta, PackOptions(budget=_BUDGET), device="cpu")
+    assert (tmp_path / "killed.safetensors").read_bytes() == (tmp_path / "undisturbed.safetensors").read_bytes()
+
+
+def test_work_for_other_options_or_another_model_is_not_taken(delta: Delta, base: Checkpoint, tmp_path: Path) -> None:
+    spool = tmp_path / "spool"
+    compress(delta, PackOptions(strategy="exact"), spool=spool)
+    first = {path.name for path in spool.iterdir()}
+    compress(Delta(base, base), PackOptions(strategy="exact"), spool=spool)
+    assert {path.name for path in spool.iterdir()} == first
+    assert "unchanged" in (spool / sorted(first)[0]).read_bytes().decode(errors="replace")
+    compress(delta, PackOptions(budget=_BUDGET), spool=spool)
+    assert not first & {path.name for path in spool.iterdir()} - {"packing.key"}
+
+
+def test_another_budget_looks_no_second_time(delta: Delta, tmp_path: Path) -> None:
+    compress(delta, PackOptions(budget=_BUDGET), spool=tmp_path / "spool")
+    looks = {path: path.stat().st_mtime_ns for path in (tmp_path / "spool").glob("*.look")}
+    compress(delta, PackOptions(budget="60%"), spool=tmp_path / "spool")
+    assert len(looks) == len(delta)
+    assert looks == {path: path.stat().st_mtime_ns for path in (tmp_path / "spool").glob("*.look")}
+
+
+def test_a_directory_of_something_else_is_left_alone(delta: Delta, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("ten years")
+    with pytest.raises(StorageError, match="expected nothing or an unfinished packing there, found thesis.tex"):
+        compress(delta, PackOptions(), spool=tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "ten years"

@@ -180,7 +180,8 @@ def digest(tensor: Tensor) -> str:
 
 def raw_bytes(tensor: Tensor) -> np.ndarray:
     """Return a tensor's values as a flat array of bytes, without a copy where it is contiguous on CPU."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
 
 
 def row_blocks(shape: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -209,13 +210,7 @@ def write_safetensors(
         data: gives the bytes of a tensor when its turn comes (flat uint8).
         metadata: the file's `__metadata__`, in this order.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, spec in layout.items():
-        header[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [end, end + spec.nbytes]}
-        end += spec.nbytes
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    encoded = safetensors_header(layout, metadata)
     with whole_file(path) as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, spec in layout.items():
@@ -223,6 +218,17 @@ def write_safetensors(
             if chunk.nbytes != spec.nbytes:
                 raise ValueError(f"{name}: expected {spec.nbytes} bytes, found {chunk.nbytes}")
             file.write(chunk.data)
+
+
+def safetensors_header(layout: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """Return the JSON that opens a safetensors file, padded to 8 bytes; in the file its length comes first."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, spec in layout.items():
+        header[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [end, end + spec.nbytes]}
+        end += spec.nbytes
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return encoded + b" " * (-len(encoded) % 8)
 
 
 def write_checkpoint(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 from safetensors import SafetensorError, safe_open
 
-from graftllm.checkpoint import DTYPES, TensorSpec
+from graftllm.checkpoint import DTYPES, TensorSpec, safetensors_header
 from graftllm.compression.encoded import Operator
 from graftllm.compression.roles import Role
 from graftllm.delta import convertible, growable, is_setting
@@ -191,6 +191,12 @@ def _parse_header(path: Path, text: bytes) -> Header:
 def layout(header: Header) -> dict[str, TensorSpec]:
     """Return the file's tensors: one run of bytes for each parameter that has a payload."""
     return {name: TensorSpec("U8", (entry.nbytes,)) for name, entry in header.tensors.items() if entry.nbytes}
+
+
+def file_bytes(header: Header) -> int:
+    """Return how many bytes the file with this header has."""
+    stored = layout(header)
+    return 8 + len(safetensors_header(stored, metadata(header))) + sum(spec.nbytes for spec in stored.values())
 
 
 def metadata(header: Header) -> dict[str, str]:

@@ -4,7 +4,6 @@ Build, save, load, decode and check against a base. The format is described in
 docs/skillpack-format.md; `header` reads what a file says of itself.
 """
 
-import hashlib
 import json
 import math
 import shutil
@@ -21,9 +20,7 @@ from graftllm.checkpoint import DTYPE_NAMES, Checkpoint, TensorSpec, digest, fin
 from graftllm.compression.calibration import SEQUENCES, Calibration, collect_moments
 from graftllm.compression.crew import Crew, Engine, default_workers, open_crew
 from graftllm.compression.encoded import EncodedTensor
-from graftllm.compression.lowrank import LowRank
 from graftllm.compression.measures import Measures, save_measures
-from graftllm.compression.roles import role_of
 from graftllm.compression.sensitivity import fits_in_memory, measure_sensitivity
 from graftllm.compression.strategy import encode_job
 from graftllm.compression.units import Compressed, Job, payload_digest
@@ -31,7 +28,7 @@ from graftllm.compression.workspace import Workspace, open_workspace, packing_ke
 from graftllm.delta import Delta, align
 from graftllm.errors import CompressionError, PackError
 from graftllm.generation import resolve_device
-from graftllm.header import BaseInfo, Card, Header, TensorEntry, layout, metadata, read_header
+from graftllm.header import BaseInfo, Card, Header, TensorEntry, file_bytes, layout, metadata, read_header
 from graftllm.recipe import PackOptions, budget_bytes, kl_target
 from graftllm.records import Prompt
 
@@ -350,47 +347,26 @@ def _build(job: Job, crew: Crew, budget: int | None, *, card: Card, calibration:
             unseen=calibration is not None and part.name in calibration.unseen,
         )
 
-    def entry_bytes(part: Compressed) -> int:
-        """Return about how many bytes the file spends on a parameter beside its payload, rather too many."""
-        stored = {"dtype": "U8", "shape": [part.facts.nbytes], "data_offsets": [delta.tuned.nbytes] * 2}
-        return len(json.dumps(stored, separators=(",", ":"))) + len(part.name) + 4 + _COMPRESSED_ENTRY
+    def entry_bytes(name: str, nbytes: int) -> int:
+        """Return about how many bytes the file spends on a parameter beside its payload."""
+        stored = {"dtype": "U8", "shape": [nbytes], "data_offsets": [delta.tuned.nbytes] * 2}
+        return len(json.dumps(stored, separators=(",", ":"))) + len(name) + 4 + _COMPRESSED_ENTRY
 
-    room = None if budget is None else budget - _overhead(header, delta)
-    parts = {part.name: part for part in encode_job(job, crew, payload_budget=room, entry_bytes=entry_bytes)}
-    entries = {name: entry(part) for name, part in parts.items()}
-    found = fingerprint((name, entry.spec, entry.base_digest) for name, entry in entries.items())
-    base = header.base.model_copy(update={"fingerprint": found})
-    return SkillPack(
-        header.model_copy(update={"base": base, "tensors": entries}),
-        "an unsaved pack",
-        lambda name: parts[name].payload,
-    )
-
-
-def _overhead(header: Header, delta: Delta) -> int:
-    """Return at least as many bytes as the file will have beside its payloads, or in `auto` beside the parameters."""
-    if header.options.strategy == "auto":
-        return len(json.dumps({"__metadata__": metadata(header)})) + 64
-    most = LowRank(
-        bands=tuple((bits, 99_999) for bits, _ in header.options.bit_bands), group_size=header.options.group_size
-    )
-    entries = {
-        name: TensorEntry(
-            role=role_of(name, spec.shape),
-            dtype=spec.dtype,
-            shape=spec.shape,
-            base_digest=hashlib.sha256(name.encode()).hexdigest()[:16],
-            how=most,
-            nbytes=spec.nbytes,
-            payload_digest=hashlib.sha256(name.encode()).hexdigest()[16:32],
-            error=0.123456,
-            tuned_shape=tuned.shape if (tuned := delta.tuned.specs[name]).shape != spec.shape else None,
-            tuned_dtype=tuned.dtype if tuned.dtype != spec.dtype else None,
-            unseen=role_of(name, spec.shape) == "expert",
-        )
-        for name, spec in delta.base.specs.items()
-    }
-    fullest = header.model_copy(update={"tensors": entries})
-    end = sum(spec.nbytes for spec in delta.base.specs.values())
-    places = {name: {"dtype": "U8", "shape": [end], "data_offsets": [end, end]} for name in entries}
-    return len(json.dumps({"__metadata__": metadata(fullest), **places}, separators=(",", ":"))) + 16
+    beside = len(json.dumps({"__metadata__": metadata(header)})) + 64
+    while True:
+        room = None if budget is None else budget - beside
+        parts = {part.name: part for part in encode_job(job, crew, payload_budget=room, entry_bytes=entry_bytes)}
+        entries = {name: entry(part) for name, part in parts.items()}
+        found = fingerprint((name, entry.spec, entry.base_digest) for name, entry in entries.items())
+        base = header.base.model_copy(update={"fingerprint": found})
+        whole = header.model_copy(update={"base": base, "tensors": entries})
+        size = file_bytes(whole)
+        if budget is None or size <= budget:
+            break
+        short = size - beside - sum(one.nbytes + entry_bytes(name, one.nbytes) for name, one in entries.items())
+        if short <= 0:
+            raise CompressionError(
+                f"budget: expected at least {size:,} bytes for this delta, found {budget:,}. Raise it."
+            )
+        beside += short  # the estimate was that much too low
+    return SkillPack(whole, "an unsaved pack", lambda name: parts[name].payload)

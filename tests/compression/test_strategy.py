@@ -58,7 +58,7 @@ def test_auto_keeps_what_changed_in_few_bits_exactly_when_there_is_room(
 @pytest.mark.parametrize("share", [0.05, 0.2])
 def test_auto_fills_its_budget_and_never_more(delta: Delta, share: float) -> None:
     budget = round(share * delta.tuned.nbytes)
-    parts = list(encode_delta(delta, PackOptions(), payload_budget=budget, entry_bytes=lambda part: 7))
+    parts = list(encode_delta(delta, PackOptions(), payload_budget=budget, entry_bytes=lambda name, nbytes: 7))
     taken = sum(part.encoded.nbytes + 7 for part in parts)
     assert 0.9 * budget < taken <= budget
 

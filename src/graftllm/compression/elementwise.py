@@ -96,19 +96,22 @@ def encode_elementwise(
     rows, columns = shape
     height = max(1, BLOCK // columns)
     grid = grid_for(metric, step, shape)
-    blocks = []
+    slope, parts = -1, []
     for start in range(0, rows, height):
         part = Grid(grid.step, grid.row_exponents[start : start + height], grid.column_exponents)
-        codes = part.codes(read(start, min(start + height, rows)), metric)
-        blocks.append((part.row_exponents, codes.to(torch.int32).cpu().numpy()))
-    shifts = {slope: -slope * grid.column_exponents for slope in (_SLOPES if grid.column_exponents.any() else (0,))}
-    slope = min(shifts, key=lambda slope: sum(code_bits(codes, shifts[slope]) for _, codes in blocks))
-    parts = []
-    for row_exponents, codes in blocks:
+        codes = part.codes(read(start, min(start + height, rows)), metric).to(torch.int32).cpu().numpy()
+        if slope < 0:  # the first block tells: keeping all of a vocabulary's codes would take gigabytes
+            slope = _best_slope(codes, grid.column_exponents)
         writer = CodeWriter()
-        writer.vector(row_exponents)
+        writer.vector(part.row_exponents)
         writer.vector(grid.column_exponents)
-        writer.matrix(codes, shifts[slope])
+        writer.matrix(codes, -slope * grid.column_exponents)
         payload = writer.payload()
         parts += [np.array([len(payload)], "<u4").view(np.uint8), payload]
     return Elementwise(step=grid.step, slope=slope, height=height), np.concatenate(parts)
+
+
+def _best_slope(codes: np.ndarray, column_exponents: np.ndarray) -> int:
+    """Return the slope whose tables take the fewest bits."""
+    slopes = _SLOPES if column_exponents.any() else (0,)
+    return min(slopes, key=lambda slope: code_bits(codes, -slope * column_exponents)) if len(slopes) > 1 else 0

@@ -28,9 +28,17 @@ class Unchanged(BaseModel):
         Raises:
             ValueError: there is a payload.
         """
+        self.check(payload)
+        return torch.zeros(base.shape)
+
+    def check(self, payload: np.ndarray) -> None:
+        """Refuse a payload.
+
+        Raises:
+            ValueError: there is one.
+        """
         if payload.nbytes:
             raise ValueError(f"expected no payload, found {payload.nbytes} bytes")
-        return torch.zeros(base.shape)
 
 
 Operator = Annotated[
@@ -70,5 +78,7 @@ class EncodedTensor:
         """
         if isinstance(self.operator, Exact | MatrixOperator):
             return self.operator.restore(self.payload, base)
-        change = self.decode(base)
-        return base.clone() if isinstance(self.operator, Unchanged) else (base.float() + change).to(base.dtype)
+        if isinstance(self.operator, Unchanged):
+            self.operator.check(self.payload)
+            return base.clone()
+        return (base.float() + self.decode(base)).to(base.dtype)

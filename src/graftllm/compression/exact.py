@@ -51,7 +51,7 @@ class Exact(BaseModel):
                 raise ValueError(f"expected {base.nbytes} raw bytes, found {payload.nbytes}")
             return torch.from_numpy(payload.copy()).view(base.dtype).reshape(base.shape)
         if self.coding == "predicted":
-            return _pattern(self._predicted(payload, base), base)
+            return self._predicted(payload, base)
         difference = unfold(decode_integers(payload, base.numel(), np.dtype(f"u{base.element_size()}")))
         return _pattern(_ordered(base) + difference, base)
 
@@ -59,15 +59,15 @@ class Exact(BaseModel):
         """Return tuned - base in float32."""
         return self.restore(payload, base).float() - base.float()
 
-    def _predicted(self, payload: np.ndarray, base: Tensor) -> np.ndarray:
-        parts, position = [], 0
-        for part in base.reshape(-1).split(_BLOCK):
+    def _predicted(self, payload: np.ndarray, base: Tensor) -> Tensor:
+        tuned, position = torch.empty(base.shape, dtype=base.dtype), 0
+        for before, after in zip(base.reshape(-1).split(_BLOCK), tuned.view(-1).split(_BLOCK), strict=True):
             size = int.from_bytes(payload[position : position + 4].tobytes(), "little")
-            parts.append(self._block(payload[position + 4 : position + 4 + size], part))
+            after.copy_(_pattern(self._block(payload[position + 4 : position + 4 + size], before), before))
             position += 4 + size
         if position != len(payload):
             raise ValueError(f"expected {position} bytes of coded values, found {len(payload)}")
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        return tuned
 
     def _block(self, payload: np.ndarray, base: Tensor) -> np.ndarray:
         if base.dtype not in _PRECISION or abs(self.exponent) > 200:

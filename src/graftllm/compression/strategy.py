@@ -28,7 +28,7 @@ def encode_delta(
     *,
     measures: Measures | None = None,
     payload_budget: int | None = None,
-    entry_bytes: Callable[[Compressed], int] | None = None,
+    entry_bytes: Callable[[str, int], int] | None = None,
     device: str = "auto",
 ) -> list[Compressed]:
     """Return every parameter of a delta in compressed form, made in this process; as `encode_job` otherwise.
@@ -50,16 +50,15 @@ def encode_delta(
 
 
 def encode_job(
-    job: Job, crew: Crew, *, payload_budget: int | None, entry_bytes: Callable[[Compressed], int]
+    job: Job, crew: Crew, *, payload_budget: int | None, entry_bytes: Callable[[str, int], int]
 ) -> list[Compressed]:
     """Return every parameter of a delta in compressed form. Payloads stay in the job's workspace.
 
     Args:
         job: what to compress, and how.
         crew: who does it.
-        payload_budget: bytes that all payloads together may take, and in the strategy `auto` what is said of
-            each parameter beside its payload, too.
-        entry_bytes: how many bytes the latter is.
+        payload_budget: bytes that all payloads together may take, with what is said of each parameter beside them.
+        entry_bytes: how many bytes the latter is, by a parameter's name and its payload's bytes.
 
     Raises:
         CompressionError: the budget cannot be met.
@@ -67,12 +66,15 @@ def encode_job(
     """
     if job.options.strategy == "auto":
         return _automatic(job, crew, payload_budget, entry_bytes)
-    ranks = {} if payload_budget is None else _ranks_for_budget(job, crew, payload_budget)
+    ranks: dict[str, int] = {}
+    if payload_budget is not None:
+        said = sum(entry_bytes(name, job.delta.tuned.specs[name].nbytes) for name in job.delta)
+        ranks = _ranks_for_budget(job, crew, payload_budget - said)
     return _coded(job, crew, [Unit(name, "publish", ranks.get(name)) for name in job.delta])
 
 
 def _automatic(
-    job: Job, crew: Crew, payload_budget: int | None, entry_bytes: Callable[[Compressed], int]
+    job: Job, crew: Crew, payload_budget: int | None, entry_bytes: Callable[[str, int], int]
 ) -> list[Compressed]:
     """Return every parameter in compressed form at the step that fills the budget."""
     looks = {name: Unit(name, "look") for name in job.delta}
@@ -80,7 +82,7 @@ def _automatic(
     found = {name: found_outlook(job, name) for name in looks}
     outlooks = {name: one for name, one in found.items() if one is not None}
     parts = {name: found_code(job, looks[name]) for name, one in found.items() if one is None}
-    fixed = sum(part.facts.nbytes + entry_bytes(part) for part in parts.values())
+    fixed = sum(part.facts.nbytes + entry_bytes(part.name, part.facts.nbytes) for part in parts.values())
     if payload_budget is None:
         room = round(_DEFAULT_SHARE * sum(job.delta.tuned.specs[name].nbytes for name in outlooks))
         entry_bytes = _nothing
@@ -92,7 +94,7 @@ def _automatic(
         if step is None:
             break
         tried = _coded(job, crew, [Unit(name, "code", step) for name in outlooks])
-        total = sum(part.facts.nbytes + entry_bytes(part) for part in tried)
+        total = sum(part.facts.nbytes + entry_bytes(part.name, part.facts.nbytes) for part in tried)
         least = min(least or total, total)
         if fullest < total <= room:
             parts, fullest = parts | {part.name: part for part in tried}, total
@@ -110,7 +112,7 @@ def _coded(job: Job, crew: Crew, units: Sequence[Unit]) -> list[Compressed]:
     return [found_code(job, unit) for unit in units]
 
 
-def _nothing(part: Compressed) -> int:
+def _nothing(name: str, nbytes: int) -> int:
     return 0
 
 

@@ -5,8 +5,9 @@ nothing of packs: whatever weights the model holds are the ones that answer.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, cast
 
 import torch
@@ -44,8 +45,13 @@ def resolve_device(device: str) -> torch.device:
         ) from error
 
 
-def load_model(path: str | Path, *, device: str = "auto") -> PreTrainedModel:
+def load_model(path: str | Path, *, device: str = "auto", device_map: str | None = None) -> PreTrainedModel:
     """Load a causal language model for inference: float32 on CPU, its own dtype on a GPU.
+
+    Args:
+        path: checkpoint directory or Hub id.
+        device: `auto` takes a GPU when there is one.
+        device_map: spread the model over devices as accelerate does (`auto`, `balanced`, ...) instead.
 
     Raises:
         CheckpointError: it is not there, not whole, or transformers cannot load it.
@@ -54,12 +60,13 @@ def load_model(path: str | Path, *, device: str = "auto") -> PreTrainedModel:
     path = Checkpoint.open(path).path
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32 if where.type == "cpu" else "auto")
+        dtype = torch.float32 if where.type == "cpu" else "auto"
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{path}: transformers cannot load it as a causal language model ({_first_line(error)})."
         ) from error
-    return cast(Any, model).to(where).eval()
+    return (model if device_map else cast(Any, model).to(where)).eval()
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -133,6 +140,7 @@ def generate(
     *,
     seed: int = 0,
     show: Callable[[int, int], None] = lambda done, total: None,
+    around: Callable[[list[int]], AbstractContextManager[Any]] = lambda rows: nullcontext(),
 ) -> list[list[str]]:
     """Answer every conversation `options.samples` times.
 
@@ -143,6 +151,7 @@ def generate(
         options: temperature 0 is greedy.
         seed: of the draws; the same batch, model and seed give the same texts.
         show: called with the number of conversations answered so far, and of all.
+        around: entered while a batch runs; it is given the number of the conversation in each of the batch's rows.
 
     Returns:
         Per conversation its `options.samples` texts, without special tokens.
@@ -155,9 +164,15 @@ def generate(
         batch = order[start : start + options.batch_size]
         ids, mask = pad([prompts[i] for i in batch], tokenizer, model.device)
         output = cast(Any, model).generate(
-            input_ids=ids, attention_mask=mask, generation_config=_generation_config(model, tokenizer, options)
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=_generation_config(model, tokenizer, options),
+            tokenizer=tokenizer if options.stop else None,
         )
-        texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        texts = [
+            _stopped(text, options.stop)
+            for text in tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        ]
         for row, i in enumerate(batch):
             answers[i] = texts[row * options.samples : (row + 1) * options.samples]
         show(start + len(batch), len(order))
@@ -170,10 +185,11 @@ def stream(
     messages: Sequence[Message],
     options: SamplingOptions = GREEDY,
 ) -> Iterator[str]:
-    """Yield the answer to one conversation piece by piece as it is generated."""
+    """Yield the answer to one conversation piece by piece as it is generated; closed early, it stops the model."""
     ids, mask = pad([render(tokenizer, messages, answer_next=True)], tokenizer, model.device)
     streamer = TextIteratorStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
     failures: list[BaseException] = []
+    stopped = Event()
 
     def work() -> None:
         try:
@@ -182,6 +198,7 @@ def stream(
                 attention_mask=mask,
                 generation_config=_generation_config(model, tokenizer, options),
                 streamer=streamer,
+                stopping_criteria=[lambda ids, scores, **_: torch.tensor([stopped.is_set()], device=ids.device)],
             )
         except BaseException as error:  # handed to the reader, who would otherwise wait for ever
             failures.append(error)
@@ -189,8 +206,11 @@ def stream(
 
     worker = Thread(target=work, daemon=True)
     worker.start()
-    yield from streamer
-    worker.join()
+    try:
+        yield from streamer
+    finally:
+        stopped.set()
+        worker.join()
     if failures:
         raise failures[0]
 
@@ -205,8 +225,15 @@ def _generation_config(
         num_return_sequences=options.samples,
         eos_token_id=eos if eos is not None else tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        stop_strings=list(options.stop) or None,
+        repetition_penalty=options.repetition_penalty,
         **(sampled if options.temperature > 0 else {"do_sample": False}),
     )
+
+
+def _stopped(text: str, stop: Sequence[str]) -> str:
+    """Return the text up to the first of the texts that end an answer."""
+    return text[: min([len(text), *(place for word in stop if (place := text.find(word)) >= 0)])]
 
 
 def _first_line(error: Exception) -> str:

@@ -70,6 +70,26 @@ class EncodedTensor:
         """
         return self.operator.delta(self.payload, base)
 
+    def factors(self, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        """Return the factors of a matrix, float32, shapes (rows, rank) and (rank, columns), whose product is the delta.
+
+        None where the operator is no product.
+
+        Args:
+            shape: of the parameter.
+
+        Raises:
+            ValueError: the payload does not fit the operator and the shape.
+        """
+        if isinstance(self.operator, LowRank):
+            return self.operator.factors(self.payload, shape)
+        if not isinstance(self.operator, Factored):
+            return None
+        if not self.operator.transposed:
+            return self.operator.factors(self.payload, shape)
+        left, right = self.operator.factors(self.payload, (shape[1], shape[0]))
+        return right.T, left.T
+
     def restore(self, base: Tensor) -> Tensor:
         """Return the tuned values in the base's dtype; bit for bit when the operator is exact.
 

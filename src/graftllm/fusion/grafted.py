@@ -1,75 +1,84 @@
-"""GraftedModel: a base model, a shelf of packs and a router, as one directory.
+"""GraftedModel: a live base, its packs and its router; each conversation is answered with the pack it asks for."""
 
-    grafted/
-      manifest.json            base reference and fingerprint; packs by name, file and SHA-256
-      packs/NAME.safetensors   SkillPacks, linked where possible, else copied
-      router.safetensors       optional
-
-The base is referred to, not copied; a relative path keeps a moved run directory whole.
-"""
-
-import hashlib
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast
 
-from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError
-from graftllm.fusion.grafting import Graft, plug
+from graftllm.fusion.beside import Beside, Mix, mixed
+from graftllm.fusion.branches import why_merged_only
+from graftllm.fusion.directory import AUTO, base_location, open_packs, read_manifest, unknown_pack, write_grafted
+from graftllm.fusion.grafting import Graft, decode
 from graftllm.fusion.routing import BASE, Route, Router, fit_router, prompt_features
+from graftllm.fusion.rules import Rule
+from graftllm.fusion.shelf import Shelf
+from graftllm.fusion.turns import Turn
 from graftllm.generation import GREEDY, generate, load_model, load_tokenizer, stream
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Message, Prompt, read_prompts
 from graftllm.skillpack import SkillPack
-from graftllm.storage import whole_directory, write_text
 
-AUTO = "auto"
-MANIFEST = "manifest.json"
 Conversation = str | Sequence[Message]
+Wanted = str | Mapping[str, float] | None  # a pack, several with weights, or the base
+Way = Literal["auto", "merged", "beside"]
+_SMALL = 1 << 30  # bytes of decoded packs that are kept of any model
 
 
-class ShelvedPack(BaseModel):
-    """One pack of a grafted model: its file, relative to the directory, and the file's SHA-256."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    file: str
-    sha256: str
-
-
-class Manifest(BaseModel):
-    """What a grafted model consists of. `base` is a path relative to the directory, or a Hub id."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    format: Literal["graftllm/grafted"] = "graftllm/grafted"
-    version: Literal[1] = 1
-    base: str
-    fingerprint: str
-    packs: dict[str, ShelvedPack]
-    router: str | None = None
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class GraftedModel:
     """A live base model that answers with any of its packs.
 
-    One thread at a time: a pack is plugged in while it answers.
+    Threads take turns: one answers, streams or is inside `using` at a time, the others wait.
+
+    Attributes:
+        model: the live base.
+        tokenizer: the base's.
+        packs: by name, memory-mapped.
+        router: None where `auto` cannot be asked for.
+        rules: prompts that go to a pack whatever the router says.
+        unrouted: packs that came, or changed, after the router was trained.
+        shelf: what is decoded of the packs; by default as large as the base, or 1 GiB for a small one.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     packs: Mapping[str, SkillPack]
-    router: Router | None
-    _checked: set[str] = field(default_factory=set)
+    router: Router | None = None
+    rules: Sequence[Rule] = ()
+    unrouted: Sequence[str] = ()
+    shelf: Shelf | None = None
+    _turn: Turn = field(default_factory=Turn, repr=False)
+    _checked: set[str] = field(default_factory=set, repr=False)
+
+    def __post_init__(self) -> None:
+        """Start with the bare base."""
+        if self.shelf is None:
+            weights = sum(value.nbytes for value in self.model.parameters())
+            self.shelf = Shelf(max(weights, _SMALL))
+        self.beside = Beside(self.model, self.packs, self.shelf)
+        self._graft, self._mix, self._streaming = Graft(self.model, {}), cast(Mix, ()), False
 
     @classmethod
-    def load(cls, directory: str | Path, *, device: str = "auto") -> "GraftedModel":
+    def load(
+        cls,
+        directory: str | Path,
+        *,
+        device: str = "auto",
+        model: PreTrainedModel | None = None,
+        memory_bytes: int | None = None,
+    ) -> "GraftedModel":
         """Load the base and open the packs of a grafted directory.
+
+        Args:
+            directory: as `graftllm fuse` writes it.
+            device: `auto` takes a GPU when there is one.
+            model: the base, if you loaded it yourself, such as over several devices or quantized.
+            memory_bytes: how much of decoded packs may be kept; see `shelf`.
 
         Raises:
             FusionError: the directory is no grafted model, or a file of it was changed.
@@ -78,131 +87,173 @@ class GraftedModel:
         """
         directory = Path(directory)
         manifest = read_manifest(directory)
-        packs = {name: _open_pack(directory, name, shelved) for name, shelved in manifest.packs.items()}
-        base = Checkpoint.open(_base_location(directory, manifest.base))
+        packs = open_packs(directory, manifest)
+        base = Checkpoint.open(base_location(directory, manifest.base))
         for pack in packs.values():
             pack.check_base(base)
-        router = Router.load(directory / manifest.router) if manifest.router else None
-        if router is not None and (missing := set(router.classes) - {BASE, *packs}):
-            raise FusionError(
-                f"{directory}: the router knows the pack {min(missing)!r}, which the shelf lacks. "
-                "Run `graftllm fuse` again."
-            )
-        return cls(load_model(base.path, device=device), load_tokenizer(base.path), packs, router)
+        return cls(
+            load_model(base.path, device=device) if model is None else model,
+            load_tokenizer(base.path),
+            packs,
+            router=Router.load(directory / manifest.router.file) if manifest.router else None,
+            rules=manifest.rules,
+            unrouted=manifest.unrouted() if manifest.router else (),
+            shelf=None if memory_bytes is None else Shelf(memory_bytes),
+        )
 
-    def using(self, name: str) -> Graft:
-        """Plug the pack of that name (or nothing, for `base`) in for a `with` block.
+    @contextmanager
+    def using(self, pack: Wanted) -> Iterator[PreTrainedModel]:
+        """Merge a pack, or several with weights, into the model for a `with` block; afterwards it is what it was.
 
         Raises:
-            FusionError: there is no such pack.
+            FusionError: there is no such pack, or this thread has a stream open.
             PackError: the pack does not fit the base model.
         """
-        if name == BASE:
-            return plug(self.model)
-        if name not in self.packs:
-            raise FusionError(f"pack: expected one of {', '.join([BASE, AUTO, *self.packs])}; found {name!r}.")
-        graft = plug(self.model, self.packs[name], check=name not in self._checked)
-        self._checked.add(name)
-        return graft
+        mix = self._mixed(pack)
+        with self._turn.taken():
+            if self._streaming:
+                raise FusionError("a stream of this model is still open; read it to its end, or close it, first.")
+            before = self._mix
+            self._switch(mix)
+            try:
+                yield self.model
+            finally:
+                self._switch(before)
 
     def route(self, conversations: Sequence[Conversation]) -> list[Route]:
         """Return which pack the router would let answer each conversation.
 
         Raises:
-            FusionError: this grafted model has no router.
+            FusionError: this grafted model has no router, or one that is older than a pack.
         """
         if self.router is None:
             raise FusionError(
                 f"pack: {AUTO!r} needs a router, and this grafted model has none; "
                 "name a pack, or fuse with --router-data."
             )
-        return self.router.route(prompt_features(self.model, self.tokenizer, [_messages(c) for c in conversations]))
+        if self.unrouted:
+            raise FusionError(
+                f"pack: {AUTO!r} needs a router that knows every pack, and this one is older than "
+                f"{', '.join(self.unrouted)}; name a pack, or fuse again with --router-data."
+            )
+        with self.using(BASE) as base:
+            features = prompt_features(base, self.tokenizer, [_messages(c) for c in conversations])
+        routes = self.router.route(features)
+        return [route if route.name in self.packs else replace(route, name=BASE) for route in routes]
 
     def generate(
         self,
         conversations: Sequence[Conversation],
-        pack: str | Sequence[str] | None = AUTO,
+        pack: Wanted | Sequence[Wanted] = AUTO,
         options: SamplingOptions = GREEDY,
         *,
+        way: Way = "auto",
         seed: int = 0,
     ) -> list[str]:
         """Answer conversations, each with the pack it asks for.
 
         Args:
             conversations: strings (one user message each) or lists of messages.
-            pack: a pack's name, `base` or None, `auto` (the router chooses), or one of these for each conversation.
+            pack: a pack's name, `base` or None, `auto` (the router chooses), a mapping of names to weights,
+                or one of these for each conversation.
             options: decoding; one answer each.
+            way: `merged` answers the conversations of one pack after those of another, with its weights in place;
+                `beside` answers all of them in common batches. `auto` does so when there are several packs and all can.
             seed: of the draws when the temperature is above 0.
 
         Raises:
-            FusionError: a name is unknown, or `auto` is asked for without a router.
+            FusionError: a name is unknown, `auto` is asked for without a router, or packs that can only be merged
+                shall run beside the weights.
         """
         messages = [_messages(conversation) for conversation in conversations]
-        names = [pack or BASE] * len(messages) if pack is None or isinstance(pack, str) else list(pack)
-        undecided = [i for i, name in enumerate(names) if name == AUTO]
-        if undecided:
-            for i, route in zip(undecided, self.route([messages[i] for i in undecided]), strict=True):
-                names[i] = route.name
-        answers = [""] * len(messages)
-        for name in dict.fromkeys(names):
-            mine = [i for i, chosen in enumerate(names) if chosen == name]
-            with self.using(name) as model:
+        mixes = self._chosen(messages, pack)
+        kinds = list(dict.fromkeys(mixes))
+        names = list(dict.fromkeys(name for mix in mixes for name, _ in mix))
+        if way == "beside":
+            self._refuse_merged_only(names)
+        if way == "beside" or (way == "auto" and len(kinds) > 1 and not any(map(self.merged_only, names))):
+            wanted = [dict(mix) for mix in mixes]
+            with self.using(BASE) as model:
                 texts = generate(
-                    cast(PreTrainedModel, model), self.tokenizer, [messages[i] for i in mine], options, seed=seed
-                )
+                    model, self.tokenizer, messages, options, seed=seed,
+                    around=lambda rows: self.beside.rows([wanted[i] for i in rows]),
+                )  # fmt: skip
+            return [samples[0] for samples in texts]
+        answers = [""] * len(messages)
+        for kind in kinds:
+            mine = [i for i, mix in enumerate(mixes) if mix == kind]
+            with self.using(dict(kind)) as model:
+                texts = generate(model, self.tokenizer, [messages[i] for i in mine], options, seed=seed)
             for i, samples in zip(mine, texts, strict=True):
                 answers[i] = samples[0]
         return answers
 
-    def stream(self, conversation: Conversation, pack: str = AUTO, options: SamplingOptions = GREEDY) -> Iterator[str]:
-        """Yield the answer to one conversation piece by piece.
+    def stream(
+        self, conversation: Conversation, pack: Wanted = AUTO, options: SamplingOptions = GREEDY
+    ) -> Iterator[str]:
+        """Yield the answer to one conversation piece by piece; read it to its end or close it to let others answer.
 
         Raises:
             FusionError: the pack's name is unknown, or `auto` is asked for without a router.
         """
-        name = self.route([conversation])[0].name if pack == AUTO else pack
-        with self.using(name) as model:
-            yield from stream(cast(PreTrainedModel, model), self.tokenizer, _messages(conversation), options)
+        mix = self._chosen([_messages(conversation)], [pack])[0]
+        with self.using(dict(mix)) as model:
+            self._streaming = True
+            try:
+                yield from stream(model, self.tokenizer, _messages(conversation), options)
+            finally:
+                self._streaming = False
 
+    def merged_only(self, name: str) -> str | None:
+        """Return in one line why a pack can only be merged, and what to do; None if it can run beside the weights."""
+        return why_merged_only(self.model, self.packs[name])
 
-def write_grafted(out: Path, base: str, packs: Mapping[str, Path], router: Router | None = None) -> None:
-    """Write a grafted directory: packs linked or copied, the base referred to.
+    def _refuse_merged_only(self, names: Sequence[str]) -> None:
+        reasons = {name: reason for name in names if (reason := self.merged_only(name))}
+        if reasons:
+            first = next(iter(reasons))
+            raise FusionError(
+                f"{', '.join(map(repr, reasons))}: expected packs that can run beside the weights; {reasons[first]}"
+            )
 
-    Args:
-        out: appears whole or not at all.
-        base: checkpoint directory or Hub id.
-        packs: pack files by the names they shall have.
-        router: its classes are `base` and names of packs.
+    def _chosen(self, messages: Sequence[Sequence[Message]], pack: Wanted | Sequence[Wanted]) -> list[Mix]:
+        """Return the packs of each conversation; the router chooses where that is wanted."""
+        wanted: list[Wanted]
+        if pack is None or isinstance(pack, str | Mapping):
+            wanted = [cast(Wanted, pack)] * len(messages)
+        else:
+            wanted = list(pack)
+        if len(wanted) != len(messages):
+            raise FusionError(f"pack: expected one for each of {len(messages)} conversations, found {len(wanted)}.")
+        for one in wanted:
+            if one != AUTO:
+                self._mixed(one)
+        undecided = [i for i, one in enumerate(wanted) if one == AUTO]
+        if undecided:
+            for i, route in zip(undecided, self.route([messages[i] for i in undecided]), strict=True):
+                wanted[i] = route.name
+        return [self._mixed(one) for one in wanted]
 
-    Raises:
-        FusionError: a name is reserved, or packs are of different bases.
-        PackError: a pack is damaged or was made for another base.
-    """
-    checkpoint = Checkpoint.open(base)
-    shelved: dict[str, ShelvedPack] = {}
-    fingerprint = ""
-    with whole_directory(out) as partial:
-        (partial / "packs").mkdir()
-        for name, path in packs.items():
-            if name in (BASE, AUTO) or "/" in name or name.startswith("."):
-                raise FusionError(f"pack {name!r}: expected a plain name other than base and auto; choose another.")
-            pack = SkillPack.load(path)
-            pack.check_base(checkpoint)
-            if fingerprint not in ("", pack.header.base.fingerprint):
-                raise FusionError(f"{path}: made for another base than the packs before it; fuse packs of one base.")
-            fingerprint = pack.header.base.fingerprint
-            file = f"packs/{name}.safetensors"
-            _link_or_copy(path, partial / file)
-            shelved[name] = ShelvedPack(file=file, sha256=_sha256(path))
-        if router is not None:
-            router.save(partial / "router.safetensors")
-        manifest = Manifest(
-            base=base if not Path(base).is_dir() else os.path.relpath(Path(base).resolve(), out.resolve()),
-            fingerprint=fingerprint,
-            packs=shelved,
-            router="router.safetensors" if router is not None else None,
-        )
-        write_text(partial / MANIFEST, manifest.model_dump_json(indent=1))
+    def _mixed(self, pack: Wanted) -> Mix:
+        mix = mixed(pack)
+        for name, _ in mix:
+            if name not in self.packs:
+                raise unknown_pack(name, self.packs)
+        return mix
+
+    def _switch(self, mix: Mix) -> None:
+        """Put the merged weights of these packs in the place of others; what is hot on the shelf costs nothing."""
+        if mix == self._mix:
+            return
+        self._graft.unplug()
+        self._mix = ()
+        if mix:
+            packs = [(self.packs[name], weight) for name, weight in mix]
+            check = any(name not in self._checked for name, _ in mix)
+            assert self.shelf is not None
+            merged = self.shelf.get(("merged", mix), lambda: decode(self.model, *packs, check=check))
+            self._checked |= {name for name, _ in mix}
+            self._graft, self._mix = merged.plug(self.model), mix
 
 
 def fuse_packs(
@@ -234,55 +285,5 @@ def fuse_packs(
     write_grafted(out, base, packs, router)
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """Read what a grafted directory consists of.
-
-    Raises:
-        FusionError: there is no such directory, or its manifest is not one.
-    """
-    try:
-        return Manifest.model_validate_json((directory / MANIFEST).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FusionError(
-            f"{directory}: expected a grafted model, found no {MANIFEST} in it; make one with `graftllm fuse`."
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise FusionError(
-            f"{directory / MANIFEST}: {'.'.join(map(str, first['loc']))}: {first['msg']}. Run `graftllm fuse` again."
-        ) from error
-
-
-def _open_pack(directory: Path, name: str, shelved: ShelvedPack) -> SkillPack:
-    path = directory / shelved.file
-    if not path.is_file():
-        raise FusionError(
-            f"{directory}: the manifest names {shelved.file}, which is not there. Run `graftllm fuse` again."
-        )
-    if (found := _sha256(path)) != shelved.sha256:
-        raise FusionError(
-            f"{path}: expected SHA-256 {shelved.sha256[:12]}..., found {found[:12]}...; "
-            "the file was changed. Run `graftllm fuse` again."
-        )
-    return SkillPack.load(path)
-
-
-def _base_location(directory: Path, base: str) -> str | Path:
-    beside = Path(os.path.normpath(directory.resolve() / base))
-    return beside if beside.is_dir() or base.startswith(".") else base
-
-
 def _messages(conversation: Conversation) -> Sequence[Message]:
     return [Message(role="user", content=conversation)] if isinstance(conversation, str) else conversation
-
-
-def _link_or_copy(source: Path, place: Path) -> None:
-    try:
-        os.link(source, place)
-    except OSError:
-        shutil.copyfile(source, place)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

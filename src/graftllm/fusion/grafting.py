@@ -4,7 +4,7 @@ theta = theta_base + sum_i w_i * delta_i (arXiv 2505.18502). Plugging replaces t
 and keeps the base's, so unplugging gives the old model back bit for bit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,35 +42,51 @@ class Graft:
         self.unplug()
 
 
+@dataclass(frozen=True)
+class Replacement:
+    """Live parameters as packs make them, by name, in the dtype and on the device that the model has."""
+
+    values: Mapping[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory the parameters take, in bytes."""
+        return sum(value.nbytes for value in self.values.values())
+
+    def plug(self, model: nn.Module) -> Graft:
+        """Put the parameters into the model that they were decoded for; costs no time worth speaking of."""
+        parameters = named_values(model)
+        graft = Graft(model, {name: parameters[name].data for name in self.values})
+        for name, value in self.values.items():
+            parameters[name].data = value
+        return graft
+
+
 def plug(model: nn.Module, *packs: SkillPack | Weighted, check: bool = True) -> Graft:
     """Replace the weights that the packs touch, until the returned graft is unplugged.
 
     Not thread-safe: whoever uses the model meanwhile sees weights change one by one.
 
     Args:
-        model: a transformers model of the base, in the base's dtype or a wider one, on any device.
+        model: a transformers model of the base, in the base's dtype or a wider one, on any devices.
         packs: packs of the same base; alone with weight 1, or `(pack, weight)`. Their order does not matter.
         check: compare every touched base weight with the pack's digest first.
 
     Raises:
-        FusionError: the model has no such parameter, or holds the base in a narrower dtype.
+        FusionError: the model has no such parameter, or holds it quantized, offloaded or in a narrower dtype.
         PackError: a pack is damaged or was made for another base; the model is then unchanged.
     """
+    return decode(model, *packs, check=check).plug(model)
+
+
+def decode(model: nn.Module, *packs: SkillPack | Weighted, check: bool = True) -> Replacement:
+    """Return what `plug` would put into the model; arguments and errors are the same."""
     weighted = [pack if isinstance(pack, tuple) else (pack, 1.0) for pack in packs]
-    graft = Graft(model, {})
-    if not weighted:
-        return graft
-    parameters = named_values(model)
-    try:
-        for binding in _touched_bindings(model, weighted):
-            values = _plugged({name: parameters[name].data for name in binding.live}, binding, weighted, check=check)
-            for name, value in values.items():
-                graft.base_values[name] = parameters[name].data
-                parameters[name].data = value
-    except BaseException:
-        graft.unplug()
-        raise
-    return graft
+    parameters, found = named_values(model), {}
+    for binding in touched_bindings(model, weighted) if weighted else ():
+        values = {name: parameters[name].data for name in binding.live}
+        found |= _plugged(values, binding, weighted, check=check)
+    return Replacement(found)
 
 
 def _plugged(
@@ -79,6 +95,8 @@ def _plugged(
     """Return live parameters with the packs' deltas, in the dtype and on the device that they have."""
     source = packs[0][0].source
     like = values[binding.live[0]]
+    for name, value in values.items():
+        check_whole(name, value, packs[0][0], binding)
     stored = binding.to_stored({name: value.detach().cpu() for name, value in values.items()})
     for name, live in stored.items():
         if agreed_spec(name, packs).shape != tuple(live.shape):
@@ -86,7 +104,7 @@ def _plugged(
                 f"{source}: adds vocabulary rows to {name!r}, which a live model of {live.shape[0]:,} rows "
                 "has no room for. Write a checkpoint with `graftllm apply` and load that instead."
             )
-        base = _in_base_dtype(live, name, packs[0][0])
+        base = in_base_dtype(live, name, packs[0][0])
         if check:
             for pack, _ in packs:
                 pack.check_tensor(name, base)
@@ -114,8 +132,8 @@ def combined(name: str, base: Tensor, packs: Sequence[Weighted], *, dtype: torch
     if alone and (dtype == DTYPES[spec.dtype] or pack.header.tensors[name].how.operator == "exact"):
         return pack.restore(name, base).to(dtype)
     total = torch.zeros(spec.shape)
-    for pack, weight in sorted(packs, key=lambda pair: (pair[0].source, pair[1])):  # one order of summing
-        total += weight * pack.delta(name, base)
+    for pack, weight in sorted(packs, key=lambda one: (one[0].header.tensors[name].payload_digest, one[1])):
+        total += weight * pack.delta(name, base)  # in one order of summing, however the packs are given
     return (align(base, spec).float() + total).to(dtype)
 
 
@@ -135,14 +153,16 @@ def agreed_spec(name: str, packs: Sequence[Weighted]) -> TensorSpec:
     return specs[0]
 
 
-def _touched_bindings(model: nn.Module, packs: Sequence[Weighted]) -> list[Binding]:
-    """Return the places of the live model that the packs change, in the order of the pack's names."""
+def touched_bindings(model: nn.Module, packs: Sequence[Weighted]) -> list[Binding]:
+    """Return the places of the live model that the packs change, in the order of the pack's names.
+
+    Raises:
+        FusionError: the model lacks one.
+    """
     found = {name: binding for binding in bindings(model, _base_specs(packs[0][0])) for name in binding.stored}
     touched: dict[int, Binding] = {}
     for pack, _ in packs:
-        for name, entry in pack.header.tensors.items():
-            if entry.how.operator == "unchanged" and entry.tuned_spec == entry.spec:
-                continue
+        for name in touched_names(pack):
             if name not in found:
                 raise FusionError(
                     f"{pack.source}: touches {name!r}, which the live model does not have under that name. "
@@ -152,12 +172,42 @@ def _touched_bindings(model: nn.Module, packs: Sequence[Weighted]) -> list[Bindi
     return list(touched.values())
 
 
+def touched_names(pack: SkillPack) -> Iterator[str]:
+    """Yield the names of the base's parameters that a pack changes."""
+    for name, entry in pack.header.tensors.items():
+        if entry.how.operator != "unchanged" or entry.tuned_spec != entry.spec:
+            yield name
+
+
 def _base_specs(pack: SkillPack) -> dict[str, TensorSpec]:
     return {name: entry.spec for name, entry in pack.header.tensors.items()}
 
 
-def _in_base_dtype(value: Tensor, name: str, pack: SkillPack) -> Tensor:
-    """Return a live value as the base checkpoint stores it, on CPU: exactly, or not at all."""
+def check_whole(name: str, value: Tensor, pack: SkillPack, binding: Binding) -> None:
+    """Refuse a live parameter that is not there as numbers which could be replaced.
+
+    Raises:
+        FusionError: it is offloaded by a device map, or quantized.
+    """
+    if value.is_meta:
+        raise FusionError(
+            f"{pack.source}: the live model keeps {name!r} off its device until it runs (offloaded by device_map), so "
+            "it cannot be replaced. Load the model without offloading, or write a checkpoint with `graftllm apply`."
+        )
+    dtype = DTYPES[pack.header.tensors[binding.stored[0]].dtype]
+    if dtype.is_floating_point and dtype.itemsize > 1 and (not value.is_floating_point() or value.itemsize < 2):
+        raise FusionError(
+            f"{pack.source}: the live model holds {name!r} quantized ({value.dtype}), and a merged pack replaces whole "
+            "weights. Load the base without quantization, or use the pack beside it (way='beside')."
+        )
+
+
+def in_base_dtype(value: Tensor, name: str, pack: SkillPack) -> Tensor:
+    """Return a live value as the base checkpoint stores it, on CPU: exactly, or not at all.
+
+    Raises:
+        FusionError: the live model is in a narrower dtype.
+    """
     dtype = DTYPES[pack.header.tensors[name].dtype]
     stored = value.to(dtype)
     floats = dtype.is_floating_point and value.dtype.is_floating_point

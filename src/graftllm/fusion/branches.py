@@ -1,0 +1,181 @@
+"""A pack as branches beside a live model's weights: what it adds to each module, in factors where it has them.
+
+Nothing is approximated. A matrix of a linear layer needs the two factors whose product is its delta;
+a vocabulary matrix may also be whole, to be looked up for an embedding and multiplied for a head;
+vectors (norms, biases) are differences. What is stored otherwise can only be merged, and is refused here.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from graftllm.errors import FusionError, PackError
+from graftllm.fusion.grafting import check_whole, in_base_dtype, touched_bindings, touched_names
+from graftllm.live import Binding, named_values
+from graftllm.skillpack import SkillPack
+
+Factors = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What one pack adds to one module, on CPU.
+
+    Attributes:
+        weight: the delta of a linear layer's or an embedding's weight: factors of shapes (rows, rank) and
+            (rank, columns), or all of it; rows are outputs of a linear layer, tokens of an embedding.
+        vectors: the delta of each parameter that is a vector, float32, by the parameter's own name.
+    """
+
+    weight: Factors | Tensor | None
+    vectors: Mapping[str, Tensor]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all that it holds."""
+        yield from self.weight if isinstance(self.weight, tuple) else () if self.weight is None else (self.weight,)
+        yield from self.vectors.values()
+
+
+@dataclass(frozen=True)
+class Branches:
+    """What one pack adds to a live model, by the name of the module."""
+
+    modules: Mapping[str, Branch]
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory they take, in bytes; the delta of a tied embedding counts once."""
+        tensors = {one.data_ptr(): one for branch in self.modules.values() for one in branch.tensors()}
+        return sum(one.nbytes for one in tensors.values())
+
+
+def why_merged_only(model: nn.Module, pack: SkillPack) -> str | None:
+    """Return in one line why a pack can only be merged into a model, and what to do; None if it can run beside it.
+
+    Reads no payload.
+    """
+    try:
+        _places(model, pack)
+    except FusionError as error:
+        return str(error)
+    return None
+
+
+def decode_branches(model: nn.Module, pack: SkillPack, *, check: bool = True) -> Branches:
+    """Return what a pack adds beside the weights of a live model.
+
+    Args:
+        model: a causal language model of the pack's base, without packs in its weights.
+        pack: one whose linear layers are stored as factors.
+        check: compare every touched base weight that is not quantized with the pack's digest first.
+
+    Raises:
+        FusionError: the pack can only be merged, or the model lacks a parameter that it touches.
+        PackError: the pack is damaged or was made for another base.
+    """
+    values = named_values(model)
+    found: dict[str, Branch] = {}
+    for name, (binding, owners) in _places(model, pack).items():
+        live = values[binding.live[0]]
+        if check and not _quantized(live):
+            check_whole(binding.live[0], live, pack, binding)
+            pack.check_tensor(name, in_base_dtype(live.detach().cpu(), name, pack))
+        if live.dim() == 1:
+            check_whole(binding.live[0], live, pack, binding)
+            delta = pack.delta(name, in_base_dtype(live.detach().cpu(), name, pack))
+            for module_name, _, key in owners:
+                branch = found.get(module_name, Branch(None, {}))
+                found[module_name] = Branch(branch.weight, {**branch.vectors, key: delta})
+            continue
+        weight = _factors(name, pack, _dtype(model, live))
+        if weight is None:
+            check_whole(binding.live[0], live, pack, binding)
+            weight = pack.delta(name, in_base_dtype(live.detach().cpu(), name, pack)).to(live.dtype)
+        for module_name, module, _ in owners:
+            vectors = found[module_name].vectors if module_name in found else {}
+            found[module_name] = Branch(_transposed(weight) if isinstance(module, Conv1D) else weight, vectors)
+    return Branches(found)
+
+
+_Owner = tuple[str, nn.Module, str]  # a module's name, the module, and its own name of a parameter
+
+
+def _places(model: nn.Module, pack: SkillPack) -> dict[str, tuple[Binding, list[_Owner]]]:
+    """Return for each parameter that the pack touches the modules that use it, or refuse the pack."""
+    if (
+        not isinstance(model, PreTrainedModel)
+        or not model.can_generate()
+        or getattr(model.config, "is_encoder_decoder", False)
+    ):
+        raise FusionError(
+            f"{pack.source}: {type(model).__name__} is no language model that only continues its input, so packs "
+            "cannot run beside its weights. Use this pack merged, one pack for a batch."
+        )
+    owners: dict[int, list[_Owner]] = {}
+    for module_name, module in model.named_modules():
+        for key, value in (*module._parameters.items(), *module._buffers.items()):
+            owners.setdefault(id(value), []).append((module_name, module, key))
+    values = named_values(model)
+    bindings = {name: binding for binding in touched_bindings(model, [(pack, 1.0)]) for name in binding.stored}
+    vocabulary = (model.get_input_embeddings(), model.get_output_embeddings())
+    found: dict[str, tuple[Binding, list[_Owner]]] = {}
+    for name in touched_names(pack):
+        here = owners.get(id(values[bindings[name].live[0]]), [])
+        if not bindings[name].plain or not here:
+            raise _only_merged(name, pack, "which transformers keeps in another form, as it does stacked experts")
+        for _, module, key in here:
+            _check_place(name, pack, module, key, whole=module in vocabulary or isinstance(module, nn.Embedding))
+        found[name] = bindings[name], here
+    return found
+
+
+def _check_place(name: str, pack: SkillPack, module: nn.Module, key: str, *, whole: bool) -> None:
+    """Refuse a parameter that no branch can stand for; a vocabulary's may be stored `whole`, in any way."""
+    entry = pack.header.tensors[name]
+    if entry.tuned_spec != entry.spec:
+        raise _only_merged(name, pack, "whose tuned model has another dtype or vocabulary")
+    if len(entry.shape) == 1 and not any(True for _ in module.children()):
+        return
+    if key != "weight" or not isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+        raise _only_merged(name, pack, f"a parameter of {type(module).__name__}")
+    if not whole and entry.how.operator not in ("factored", "lowrank"):
+        raise FusionError(
+            f"{pack.source}: stores {name!r} by the operator {entry.how.operator!r}, not in factors, so it can only be "
+            "merged. Rebuild it with `graftllm pack --servable RANK`, or use it merged, one pack for a batch."
+        )
+
+
+def _only_merged(name: str, pack: SkillPack, what: str) -> FusionError:
+    return FusionError(
+        f"{pack.source}: touches {name!r}, {what}; this cannot run beside the weights. "
+        "Use this pack merged, one pack for a batch."
+    )
+
+
+def _factors(name: str, pack: SkillPack, dtype: torch.dtype) -> Factors | None:
+    rows, columns = pack.header.tensors[name].shape
+    try:
+        factors = pack.encoded(name).factors((rows, columns))
+    except ValueError as error:
+        raise PackError(
+            f"{pack.source}: the payload of {name!r} cannot be decoded ({error}). The file is damaged."
+        ) from error
+    return None if factors is None else (factors[0].to(dtype).contiguous(), factors[1].to(dtype).contiguous())
+
+
+def _transposed(weight: Factors | Tensor) -> Factors | Tensor:
+    """Return the delta of a weight that is stored as (inputs, outputs) with outputs as rows."""
+    return (weight[1].T, weight[0].T) if isinstance(weight, tuple) else weight.T
+
+
+def _quantized(live: Tensor) -> bool:
+    return not live.is_floating_point() or live.itemsize < 2
+
+
+def _dtype(model: PreTrainedModel | nn.Module, live: Tensor) -> torch.dtype:
+    """Return the dtype to multiply factors in: the weight's, or of a quantized one the model's."""
+    return live.dtype if not _quantized(live) else getattr(model, "dtype", torch.float32)

@@ -1,0 +1,326 @@
+"""The directory of a grafted model: what is in it, and changes to it that happen whole or not at all.
+
+    grafted/
+      manifest.json            base reference and fingerprint; packs by name, file and SHA-256; router; rules
+      packs/NAME.safetensors   SkillPacks, linked where possible, else copied
+      router-HASH.safetensors  optional
+
+The base is referred to, not copied; a relative path keeps a moved run directory whole. The manifest
+alone says what belongs: files are put in place before it is replaced and taken away after, so a
+process killed at any moment leaves the old model or the new one.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from graftllm.checkpoint import Checkpoint
+from graftllm.errors import FusionError
+from graftllm.fusion.routing import BASE, Router
+from graftllm.fusion.rules import Rule
+from graftllm.skillpack import SkillPack
+from graftllm.storage import only_writer, whole_directory, whole_file, write_text
+
+AUTO = "auto"
+MANIFEST = "manifest.json"
+
+
+class ShelvedPack(BaseModel):
+    """One pack of a grafted model: its file, relative to the directory, and the file's SHA-256."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    file: str
+    sha256: str
+
+
+class ShelvedRouter(BaseModel):
+    """The router's file, relative to the directory, and the SHA-256 of each pack that it was trained on, by name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    file: str
+    packs: dict[str, str]
+
+
+class Manifest(BaseModel):
+    """What a grafted model consists of. `base` is a path relative to the directory, or a Hub id."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format: Literal["graftllm/grafted"] = "graftllm/grafted"
+    version: Literal[1] = 1
+    base: str
+    fingerprint: str
+    packs: dict[str, ShelvedPack]
+    router: ShelvedRouter | None = None
+    rules: tuple[Rule, ...] = ()
+
+    def unrouted(self) -> list[str]:
+        """Return the packs that the router does not know, or knows as other files: it is older than they are."""
+        known = {} if self.router is None else self.router.packs
+        return [name for name, pack in self.packs.items() if known.get(name) != pack.sha256]
+
+
+def write_grafted(
+    out: Path, base: str, packs: Mapping[str, Path], router: Router | None = None, rules: Sequence[Rule] = ()
+) -> None:
+    """Write a grafted directory: packs linked or copied, the base referred to.
+
+    Args:
+        out: appears whole or not at all.
+        base: checkpoint directory or Hub id.
+        packs: pack files by the names they shall have.
+        router: its classes are `base` and names of packs.
+        rules: prompts that go to a pack whatever the router says.
+
+    Raises:
+        FusionError: a name is reserved, packs are of different bases, or a rule names no pack.
+        PackError: a pack is damaged or was made for another base.
+    """
+    checkpoint = Checkpoint.open(base)
+    manifest = Manifest(
+        base=base if not Path(base).is_dir() else os.path.relpath(Path(base).resolve(), out.resolve()),
+        fingerprint="",
+        packs={},
+    )
+    with whole_directory(out) as partial:
+        manifest = _with_packs(partial, manifest, packs, checkpoint)
+        manifest = _with_rules(out, _with_router(partial, manifest, router), rules)
+        write_text(partial / MANIFEST, manifest.model_dump_json(indent=1))
+
+
+def add_packs(directory: Path, packs: Mapping[str, Path], *, router: Router | None = None) -> Manifest:
+    """Put packs on a shelf; nothing that is there is touched.
+
+    Args:
+        directory: a grafted model.
+        packs: pack files by the names they shall have.
+        router: one that knows the new packs, too; without it the old one stays, and does not know them.
+
+    Returns:
+        The new manifest.
+
+    Raises:
+        FusionError: a name is taken or reserved, a pack is for another base, or this is no grafted model.
+        PackError: a pack is damaged or was made for another base.
+        StorageError: another process changes the directory now, or it cannot be written.
+    """
+    with _changing(directory) as manifest:
+        base = Checkpoint.open(base_location(directory, manifest.base))
+        changed = _with_packs(directory, manifest, packs, base)
+        if router is not None:
+            changed = _with_router(directory, changed, router)
+        _commit(directory, changed, manifest)
+    return changed
+
+
+def remove_pack(directory: Path, name: str) -> Manifest:
+    """Take a pack off a shelf; every other pack stays as it is, bit for bit.
+
+    The router stays, too: what it would send to the pack, the base answers.
+
+    Returns:
+        The new manifest.
+
+    Raises:
+        FusionError: there is no such pack, a rule names it, or this is no grafted model.
+        StorageError: another process changes the directory now, or it cannot be written.
+    """
+    with _changing(directory) as manifest:
+        if name not in manifest.packs:
+            raise unknown_pack(name, manifest.packs)
+        if used := [i for i, rule in enumerate(manifest.rules, 1) if rule.pack == name]:
+            raise FusionError(
+                f"{directory}: rule {used[0]} of {len(manifest.rules)} sends prompts to the pack {name!r}; "
+                "take the rule out first."
+            )
+        changed = manifest.model_copy(update={"packs": {key: p for key, p in manifest.packs.items() if key != name}})
+        if manifest.router is not None:
+            known = {key: digest for key, digest in manifest.router.packs.items() if key != name}
+            router = manifest.router.model_copy(update={"packs": known}) if known else None
+            changed = changed.model_copy(update={"router": router})
+        _commit(directory, changed, manifest)
+    return changed
+
+
+def set_router(directory: Path, router: Router | None) -> Manifest:
+    """Give a grafted model another router, or none.
+
+    Returns:
+        The new manifest.
+
+    Raises:
+        FusionError: the router knows a pack that is not there, or this is no grafted model.
+        StorageError: another process changes the directory now, or it cannot be written.
+    """
+    with _changing(directory) as manifest:
+        changed = _with_router(directory, manifest, router)
+        _commit(directory, changed, manifest)
+    return changed
+
+
+def set_rules(directory: Path, rules: Sequence[Rule]) -> Manifest:
+    """Give a grafted model other rules; the first that fits a prompt counts.
+
+    Returns:
+        The new manifest.
+
+    Raises:
+        FusionError: a rule names no pack, or this is no grafted model.
+        StorageError: another process changes the directory now, or it cannot be written.
+    """
+    with _changing(directory) as manifest:
+        changed = _with_rules(directory, manifest, rules)
+        _commit(directory, changed, manifest)
+    return changed
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read what a grafted directory consists of.
+
+    Raises:
+        FusionError: there is no such directory, or its manifest is not one.
+    """
+    try:
+        return Manifest.model_validate_json((directory / MANIFEST).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FusionError(
+            f"{directory}: expected a grafted model, found no {MANIFEST} in it; make one with `graftllm fuse`."
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise FusionError(
+            f"{directory / MANIFEST}: {'.'.join(map(str, first['loc']))}: {first['msg']}. Run `graftllm fuse` again."
+        ) from error
+
+
+def open_packs(directory: Path, manifest: Manifest) -> dict[str, SkillPack]:
+    """Open the packs of a grafted directory by name.
+
+    Raises:
+        FusionError: a file is missing or was changed.
+        PackError: a pack is damaged.
+    """
+    return {name: _open_pack(directory, shelved) for name, shelved in manifest.packs.items()}
+
+
+def base_location(directory: Path, base: str) -> str | Path:
+    """Return the checkpoint directory or Hub id that a manifest's `base` means."""
+    beside = Path(os.path.normpath(directory.resolve() / base))
+    return beside if beside.is_dir() or base.startswith(".") else base
+
+
+def unknown_pack(name: str, packs: Mapping[str, object]) -> FusionError:
+    """Return the error that says which packs there are."""
+    return FusionError(f"pack: expected one of {', '.join([BASE, AUTO, *packs])}; found {name!r}.")
+
+
+@contextmanager
+def _changing(directory: Path) -> Iterator[Manifest]:
+    """Yield the manifest while no other process may change the directory."""
+    read_manifest(directory)  # before a lock makes a directory of a name that was mistyped
+    with only_writer(directory):
+        yield read_manifest(directory)
+
+
+def _commit(directory: Path, changed: Manifest, old: Manifest) -> None:
+    """Make a manifest the directory's, then take away the files that only the old one names."""
+    write_text(directory / MANIFEST, changed.model_dump_json(indent=1))
+    for file in _files(old) - _files(changed):
+        (directory / file).unlink(missing_ok=True)
+
+
+def _files(manifest: Manifest) -> set[str]:
+    routers = set() if manifest.router is None else {manifest.router.file}
+    return {pack.file for pack in manifest.packs.values()} | routers
+
+
+def _with_packs(directory: Path, manifest: Manifest, packs: Mapping[str, Path], base: Checkpoint) -> Manifest:
+    """Put pack files into a directory; return its manifest with them."""
+    (directory / "packs").mkdir(exist_ok=True)
+    shelved, fingerprint = dict(manifest.packs), manifest.fingerprint
+    for name, path in packs.items():
+        if name in (BASE, AUTO) or not re.fullmatch(r"[\w-][\w.-]*", name):
+            raise FusionError(
+                f"pack {name!r}: expected a plain name other than base and auto "
+                "(letters, digits, '.', '-' and '_'); choose another."
+            )
+        if name in manifest.packs:
+            raise FusionError(
+                f"pack {name!r}: this grafted model has one of that name; choose another name, or remove the old one "
+                f"first (`graftllm remove {directory} {name}`)."
+            )
+        pack = SkillPack.load(path)
+        pack.check_base(base)
+        if fingerprint not in ("", pack.header.base.fingerprint):
+            raise FusionError(f"{path}: made for another base than the packs before it; fuse packs of one base.")
+        fingerprint = pack.header.base.fingerprint
+        file = f"packs/{name}.safetensors"
+        _link_or_copy(path, directory / file)
+        shelved[name] = ShelvedPack(file=file, sha256=_sha256(directory / file))
+    return manifest.model_copy(update={"packs": shelved, "fingerprint": fingerprint})
+
+
+def _with_router(directory: Path, manifest: Manifest, router: Router | None) -> Manifest:
+    """Put a router's file into a directory; return its manifest with it."""
+    if router is None:
+        return manifest.model_copy(update={"router": None})
+    known = [name for name in router.classes if name != BASE]
+    if missing := [name for name in known if name not in manifest.packs]:
+        raise FusionError(f"router: knows the pack {missing[0]!r}, which is not there; expected {_list(manifest)}.")
+    passing = directory / ".router.safetensors"
+    router.save(passing)
+    file = f"router-{_sha256(passing)[:12]}.safetensors"
+    os.replace(passing, directory / file)
+    packs = {name: manifest.packs[name].sha256 for name in known}
+    return manifest.model_copy(update={"router": ShelvedRouter(file=file, packs=packs)})
+
+
+def _with_rules(directory: Path, manifest: Manifest, rules: Sequence[Rule]) -> Manifest:
+    for i, rule in enumerate(rules, 1):
+        if rule.pack not in (BASE, *manifest.packs):
+            raise FusionError(
+                f"{directory}: rule {i} names the pack {rule.pack!r}, which is not there; "
+                f"expected base or {_list(manifest)}."
+            )
+    return manifest.model_copy(update={"rules": tuple(rules)})
+
+
+def _list(manifest: Manifest) -> str:
+    return ", ".join(manifest.packs) or "no pack, since there is none"
+
+
+def _open_pack(directory: Path, shelved: ShelvedPack) -> SkillPack:
+    path = directory / shelved.file
+    if not path.is_file():
+        raise FusionError(
+            f"{directory}: the manifest names {shelved.file}, which is not there. Run `graftllm fuse` again."
+        )
+    if (found := _sha256(path)) != shelved.sha256:
+        raise FusionError(
+            f"{path}: expected SHA-256 {shelved.sha256[:12]}..., found {found[:12]}...; "
+            "the file was changed. Run `graftllm fuse` again."
+        )
+    return SkillPack.load(path)
+
+
+def _link_or_copy(source: Path, place: Path) -> None:
+    """Put a file in its place whole; what a killed process may have left there is no pack of the manifest."""
+    if place.exists() and place.samefile(source):
+        return
+    place.unlink(missing_ok=True)
+    try:
+        os.link(source, place)
+    except OSError:  # another file system, or one without links
+        with open(source, "rb") as file, whole_file(place) as copy:
+            shutil.copyfileobj(file, copy)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

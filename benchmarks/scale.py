@@ -1,0 +1,212 @@
+"""Seconds and peak memory to pack and to apply a Llama-3.1-8B-shaped model, beside what the machine allows.
+
+    python benchmarks/scale.py [--layers 2] [--vocabulary 128256] [--workers N] [--dir runs/scale]
+
+Base and tuned checkpoints are synthetic, in bfloat16, a shard a layer; embedding and head are of real size,
+and so are the matrices of each layer. They are drawn once: all layers hold the values of the first. Some
+rows of the vocabulary moved, as training moves those it reads. Packing is uncalibrated, in the strategy
+`auto`. Tensors stream by, so peak memory should not grow with the layers; two depths show whether that
+is so. The real model has 32: 32 GB for the pair, and half as much again for what is applied.
+
+Each step runs in a process of its own, and its memory is the largest sum over it and its workers
+(proportional set size, mapped files included: what processes share counts once).
+
+The bound is the time to read both checkpoints from disk, and the time that the range finders' products take at
+the rate measured for such a product on one core, divided by the workers.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from pack_speed import SHAPES
+
+from graftllm.checkpoint import INDEX, LARGE, Checkpoint, TensorSpec, raw_bytes, write_safetensors
+from graftllm.compression.crew import default_workers
+from graftllm.delta import Delta
+from graftllm.fusion.merging import apply_packs
+from graftllm.recipe import PackOptions
+from graftllm.skillpack import SkillPack, compress_to
+
+WIDTH = 4096
+_ROWS = 4096  # that are drawn at a time
+_PRODUCTS = 6  # with the whole matrix in a range finder: a sketch, two power iterations of two, the rest
+_SHARE = 8  # the rank that is looked at is the smaller side divided by this
+_SAMPLING_S = 0.25
+_MADE = ("base", "tuned", "pack.safetensors", ".pack.safetensors.packing", "applied")
+
+
+def write_pair(directory: Path, layers: int, vocabulary: int) -> None:
+    """Write a base and a tuned checkpoint, shard by shard."""
+    config = {"architectures": ["LlamaForCausalLM"], "vocab_size": vocabulary, "torch_dtype": "bfloat16"}
+    words = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}
+    for part in ("base", "tuned"):
+        home, shards = directory / part, {}
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "config.json").write_text(json.dumps(config))
+        drawn = {f"{name}.weight": _values(name, shape, part == "tuned") for name, shape in SHAPES.items()}
+        for i in range(layers):
+            tensors = {f"model.layers.{i}.{name}": value for name, value in drawn.items()}
+            shards |= _write_shard(home, f"model-{i:05}.safetensors", tensors)
+        del drawn
+        for shard, name in words.items():
+            value = _values(name, (vocabulary, WIDTH), part == "tuned")
+            shards |= _write_shard(home, f"model-{shard}.safetensors", {name: value})
+        (home / INDEX).write_text(json.dumps({"weight_map": shards}))
+
+
+def _write_shard(home: Path, shard: str, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Write tensors in bfloat16; return which shard each is in."""
+    layout = {name: TensorSpec("BF16", tuple(value.shape)) for name, value in tensors.items()}
+    write_safetensors(home / shard, layout, lambda name: raw_bytes(tensors[name]), metadata={"format": "pt"})
+    return dict.fromkeys(tensors, shard)
+
+
+def _values(name: str, shape: tuple[int, int], tuned: bool) -> torch.Tensor:
+    """Return a matrix; a tuned one differs by directions of falling strength and by noise."""
+    rows, columns = shape
+    number = int.from_bytes(name.encode()[-7:], "little")
+    steer = torch.Generator().manual_seed(number)
+    strengths = torch.arange(1, 65).pow(-0.8)
+    left = torch.randn(rows, len(strengths), generator=steer) * strengths / rows**0.5
+    right = torch.randn(len(strengths), columns, generator=steer) / columns**0.5
+    read = torch.rand(rows, 1, generator=steer) < (0.2 if rows * columns > LARGE else 1.0)
+    values = torch.empty(shape, dtype=torch.bfloat16)
+    for start in range(0, rows, _ROWS):
+        draw = torch.Generator().manual_seed(number + start)
+        some = slice(start, min(start + _ROWS, rows))
+        part = (0.02 * torch.randn(some.stop - start, columns, generator=draw)).bfloat16().float()
+        if tuned:
+            part += read[some] * (left[some] @ right + 1e-5 * torch.randn(part.shape, generator=draw))
+        values[some] = part
+    return values
+
+
+def pack(directory: Path, workers: int) -> None:
+    """Pack the pair, from files to a file."""
+    delta = Delta(Checkpoint.open(directory / "base"), Checkpoint.open(directory / "tuned"))
+    compress_to(directory / "pack.safetensors", delta, PackOptions(), device="cpu", workers=workers)
+
+
+def apply(directory: Path) -> None:
+    """Write base + pack."""
+    opened = SkillPack.load(directory / "pack.safetensors")
+    apply_packs(Checkpoint.open(directory / "base"), [(opened, 1.0)], directory / "applied")
+
+
+def measured(step: str, directory: Path, workers: int) -> dict[str, float]:
+    """Run a step in a process of its own; return its seconds, those of the cores, and its peak memory, with workers."""
+    started, used, peak = time.monotonic(), _core_seconds(), 0
+    command = [sys.executable, __file__, "--step", step, "--dir", str(directory), "--workers", str(workers)]
+    with subprocess.Popen(command) as process:
+        while process.poll() is None:
+            peak = max(peak, _memory_bytes(process.pid, peak))
+            time.sleep(_SAMPLING_S)
+    if process.returncode:
+        raise SystemExit(f"{step}: ended with {process.returncode}")
+    return {
+        "seconds": round(time.monotonic() - started, 1),
+        "core_seconds": round(_core_seconds() - used, 1),
+        "peak_memory_bytes": peak,
+    }
+
+
+def _core_seconds() -> float:
+    """Return the seconds that processes which have ended had of all cores."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _memory_bytes(pid: int, least: int) -> int:
+    """Return the memory of a process and all that it started; 0 where that is surely not above `least`."""
+    try:
+        family = [found := psutil.Process(pid), *found.children(recursive=True)]
+        if sum(process.memory_info().rss for process in family) <= least:  # what is shared counts twice; quick
+            return 0
+        return sum(process.memory_full_info().pss for process in family)
+    except psutil.Error:  # one of them has just ended
+        return 0
+
+
+def bound(directory: Path, workers: int) -> dict[str, float]:
+    """Return what reading the files and the range finders' products take at the least."""
+    shards = [path for part in ("base", "tuned") for path in (directory / part).glob("*.safetensors")]
+    size, disk, rate, flops = sum(path.stat().st_size for path in shards), _read_rate(shards[0]), _product_rate(), 0
+    for spec in Checkpoint.open(directory / "base").specs.values():
+        if spec.parameters <= LARGE:  # larger ones are coded by rows alone
+            flops += 2 * _PRODUCTS * spec.parameters * (min(spec.shape) // _SHARE)
+    return {
+        "bytes_read": size,
+        "disk_bytes_per_second": round(disk),
+        "reading_seconds": round(size / disk, 1),
+        "range_finder_flops": flops,
+        "flops_per_second_and_core": round(rate),
+        "range_finder_seconds": round(flops / rate / workers, 1),
+    }
+
+
+def _read_rate(path: Path) -> float:
+    """Return bytes per second of reading a file that is not in the page cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        started, size = time.monotonic(), 0
+        while found := len(os.read(descriptor, 1 << 24)):
+            size += found
+        return size / (time.monotonic() - started)
+    finally:
+        os.close(descriptor)
+
+
+def _product_rate() -> float:
+    """Return floating-point operations per second of a range finder's product, on one core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    matrix, sketch = torch.randn(WIDTH, WIDTH), torch.randn(WIDTH, WIDTH // _SHARE)
+    seconds = []
+    for _ in range(4):
+        started = time.monotonic()
+        _ = matrix @ sketch
+        seconds.append(time.monotonic() - started)
+    torch.set_num_threads(threads)
+    return 2 * matrix.numel() * sketch.shape[1] / min(seconds)
+
+
+def main() -> None:
+    """Print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=2, help="32 in the real model")
+    parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--workers", type=int, default=0, help="processes that pack  [default: what the library takes]")
+    parser.add_argument(
+        "--dir", type=Path, default=Path("runs/scale"), help="scratch; what is made in it goes at the end"
+    )
+    parser.add_argument("--step", choices=["pack", "apply"], help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.step:
+        return pack(given.dir, given.workers) if given.step == "pack" else apply(given.dir)
+    write_pair(given.dir, given.layers, given.vocabulary)
+    try:
+        delta = Delta(Checkpoint.open(given.dir / "base"), Checkpoint.open(given.dir / "tuned"))
+        workers = given.workers or default_workers(delta, "cpu")
+        found: dict[str, object] = {"layers": given.layers, "parameters": delta.tuned.parameters, "workers": workers}
+        found["pack"] = measured("pack", given.dir, workers)
+        found["file_bytes"] = (given.dir / "pack.safetensors").stat().st_size
+        found["apply"] = measured("apply", given.dir, workers)
+        found["bound"] = bound(given.dir, workers)
+    finally:
+        for made in (given.dir / name for name in _MADE):
+            shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """The command `graftllm`: options in, one call of the library each, results out.
 
-The commands on SkillPacks are in `cli_packs`. No logic lives here. Heavy imports happen inside the
-subcommands, so that `--help` answers at once.
+Commands on SkillPacks are in `cli_packs` and `cli_merge`, those on grafted models in `cli_fusion`. No logic lives
+here. Heavy imports happen inside the subcommands, so that `--help` answers at once.
 """
 
 import os
@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from graftllm.cli_fusion import add, chat, fuse, list_shelf, remove
+from graftllm.cli_merge import merge
 from graftllm.cli_packs import apply, inspect, pack, verify
-from graftllm.errors import FusionError, GraftError
+from graftllm.errors import GraftError
 from graftllm.terminal import AsJson, Device, print_json, print_lines, print_table
 
 if TYPE_CHECKING:
@@ -31,7 +33,6 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe,
 RunDirectory = Annotated[
     Path | None, typer.Option("--dir", help="Where artifacts go.  [default: runs/NAME of the recipe]")
 ]
-GraftedDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="Grafted model directory.")]
 
 
 def main() -> None:
@@ -90,57 +91,10 @@ def train(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto")
     _each_skill(_open_work(recipe, dir, device), transfer.train)
 
 
-for _command in (pack, inspect, verify, apply):
+for _command in (pack, inspect, verify, apply, merge, fuse, add, remove):
     app.command()(_command)
-
-
-@app.command()
-def fuse(
-    base: Annotated[str, typer.Option(help="Checkpoint directory or Hub id of the base model.")],
-    pack: Annotated[list[str], typer.Option(metavar="NAME=FILE", help="SkillPack and its name; repeat for several.")],
-    out: Annotated[Path, typer.Option(help="Grafted model directory to write.")],
-    router_data: Annotated[
-        Path | None,
-        typer.Option(help="JSONL prompt rows to train a router on; a task that is no pack's name means base."),
-    ] = None,
-    device: Device = "auto",
-) -> None:
-    """Write a grafted model: a base, a shelf of packs and, from prompts, a router."""
-    from graftllm.fusion.grafted import fuse_packs
-
-    packs = dict(_name_and_file(entry) for entry in pack)
-    if len(packs) < len(pack):
-        raise FusionError("--pack: two packs have the same name; give each its own.")
-    fuse_packs(out, base, packs, router_data=router_data, device=device)
-    print(f"{out}: {base} with {', '.join(packs)}. Next: graftllm chat {out}")
-
-
-@app.command()
-def chat(
-    dir: GraftedDirectory,
-    pack: Annotated[
-        str, typer.Option(help="A pack's name, base, or auto (the router decides by the first message).")
-    ] = "auto",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.")] = 0.0,
-    device: Device = "auto",
-) -> None:
-    """Talk to a grafted model. /new starts over, /pack NAME changes the pack, Ctrl-D ends."""
-    from graftllm.fusion.chat import Chat
-    from graftllm.fusion.grafted import GraftedModel
-    from graftllm.recipe import SamplingOptions
-
-    options = SamplingOptions(samples=1, temperature=temperature, top_p=1, max_new_tokens=max_new_tokens)
-    conversation = Chat(GraftedModel.load(dir, device=device), pack, options)
-    prompt = "> " if sys.stdin.isatty() else ""
-    while True:
-        try:
-            line = input(prompt).strip()
-        except EOFError:
-            return
-        for piece in conversation.say(line):
-            print(piece, end="", flush=True)
-        print()
+app.command("list")(list_shelf)
+app.command()(chat)
 
 
 @app.command()
@@ -212,13 +166,6 @@ def _each_skill(work: "Work", stage: Any) -> None:
         for skill in work.recipe.skills:
             stage(work, skill)
             print(f"{work.skill(skill)}: {stage.__name__} done")
-
-
-def _name_and_file(entry: str) -> tuple[str, Path]:
-    name, equals, file = entry.partition("=")
-    if not (name and equals and file):
-        raise FusionError(f"--pack: expected NAME=FILE, such as math=packs/math.safetensors; found {entry!r}.")
-    return name, Path(file)
 
 
 def _print_report(report: "Report", directory: Path, *, as_json: bool) -> None:

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from graftllm.fusion.grafted import AUTO, GraftedModel
+from graftllm.fusion.directory import AUTO
+from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.routing import BASE
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Message

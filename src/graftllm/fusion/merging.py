@@ -1,16 +1,102 @@
-"""Several packs -> one set of weights, written as an ordinary checkpoint.
+"""Several tuned models -> one set of weights, or one each: checkpoints or packs, one parameter in memory at a time.
 
-theta = theta_base + sum_i w_i * delta_i, one parameter in memory at a time.
+theta = theta_base + merged delta, by a row of `methods.table`. `apply_packs` is the plain sum of packs.
 """
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from graftllm.checkpoint import DTYPES, Checkpoint, write_checkpoint
+from graftllm.compression.calibration import Calibration, collect_moments
+from graftllm.delta import Delta
+from graftllm.errors import FusionError
 from graftllm.fusion.grafting import Weighted, agreed_spec, combined
+from graftllm.fusion.inputs import Stacks, Tuned, stacked
+from graftllm.fusion.methods.table import Method
+from graftllm.fusion.methods.tasks import Knobs, Merge, Tasks
+from graftllm.fusion.search import answer_loss, search_weights
+from graftllm.header import Card
 from graftllm.progress import progress
+from graftllm.recipe import PackOptions
+from graftllm.records import Prompt
+from graftllm.skillpack import compress_to
+from graftllm.storage import only_writer
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge wrote.
+
+    Attributes:
+        outputs: checkpoint directories or pack files; by the task's name where there is one for each, else by "".
+        weights: of the tasks, by name; those found where they were searched.
+        stored_bytes: what the method's own form takes, with the base where it is needed; the outputs may take more.
+    """
+
+    outputs: Mapping[str, Path]
+    weights: Mapping[str, float]
+    stored_bytes: int
+
+
+def merge(
+    base: Checkpoint,
+    tuned: Sequence[Tuned],
+    method: Method,
+    out: str | Path,
+    *,
+    knobs: Knobs | None = None,
+    rows: Mapping[str, Sequence[Prompt]] | None = None,
+    pack: PackOptions | None = None,
+    device: str = "auto",
+) -> Merged:
+    """Merge tuned models of one base by a row of the table; their order does not matter.
+
+    Args:
+        base: what they were tuned from.
+        tuned: packs and checkpoints under different names.
+        method: a row of `METHODS`.
+        out: a checkpoint directory; a name that ends in .safetensors is a pack of the merged delta instead. A method
+            that gives one model a task writes OUT/NAME, or STEM-NAME.safetensors beside OUT. Each appears whole.
+        knobs: the method's defaults if None.
+        rows: answered prompts by task, where the method needs them.
+        pack: how an output that is a pack is compressed.
+        device: for layer inputs and searches; `auto` takes a GPU when there is one.
+
+    Raises:
+        FusionError: names are doubled, the models differ in vocabulary or dtype, or rows are missing.
+        PackError: a pack is damaged or was made for another base.
+        CheckpointError: a delta holds NaN or infinity.
+        StorageError: there is no room, or the place cannot be written.
+    """
+    out, knobs = Path(out).absolute(), knobs or method.knobs({})
+    stacks = stacked(base, tuned)
+    names = tuple(one.name for one in stacks.tuned)
+    if method.rows is not None and (missing := next((name for name in names if not (rows or {}).get(name)), None)):
+        raise FusionError(
+            f"merge: {method.name} needs answered prompts of every model; give rows of {missing!r} (--rows)."
+        )
+    weights = torch.tensor([one.weight for one in stacks.tuned])
+    calibrations: tuple[Calibration, ...] = ()
+    with _beside(out) as scratch:
+        if method.rows == "calibration":
+            calibrations = tuple(_seen(stacks, one, (rows or {})[one.name], scratch, device) for one in stacks.tuned)
+        if method.rows == "search":
+            few = [row for name in names for row in (rows or {})[name]]
+            weights = _searched(stacks, method, knobs, few, scratch, device)
+        merging = method.prepare(Tasks(names, weights, stacks, calibrations), knobs)
+        outputs = {}
+        for task, name in enumerate(names if method.per_task else ("",)):
+            place = _place(out, name)
+            _write(stacks, merging, task, place, pack or PackOptions(), scratch, device)
+            outputs[name] = place
+    stored = method.stored_bytes(stacks.specs.values(), len(names), knobs.rank)
+    return Merged(outputs, dict(zip(names, weights.tolist(), strict=True)), stored)
 
 
 def apply_packs(base: Checkpoint, packs: Sequence[Weighted], out: str | Path) -> None:
@@ -41,3 +127,71 @@ def apply_packs(base: Checkpoint, packs: Sequence[Weighted], out: str | Path) ->
             return combined(name, value, packs, dtype=DTYPES[specs[name].dtype])
 
         write_checkpoint(base, Path(out), tensor, specs=specs, config=config)
+
+
+def _write(
+    stacks: Stacks, merging: Merge, task: int, place: Path, pack: PackOptions, scratch: Path, device: str
+) -> None:
+    """Write the merged model of one task: a checkpoint, or a pack of what it adds to the base."""
+    if place.suffix != ".safetensors":
+        _write_checkpoint(stacks, merging, task, place)
+        return
+    _write_checkpoint(stacks, merging, task, scratch / "merged")
+    delta = Delta(stacks.base, Checkpoint.open(scratch / "merged"))
+    compress_to(place, delta, pack, card=Card(name=place.stem), device=device)
+
+
+def _write_checkpoint(stacks: Stacks, merging: Merge, task: int, out: Path) -> None:
+    config = {key: value for one in stacks.tuned for key, value in one.config.items()}
+    floating = set(stacks)
+    with progress("merging") as show:
+        done = 0
+
+        def tensor(name: str) -> Tensor:
+            nonlocal done
+            show(done := done + 1, len(stacks.specs))
+            if name not in floating:
+                return stacks.agreed(name)
+            stack = stacks[name]
+            return stacks.merged(name, merging(name, stack, task), stack)
+
+        write_checkpoint(stacks.base, out, tensor, specs=stacks.specs, config=config)
+
+
+def _seen(stacks: Stacks, one: Tuned, rows: Sequence[Prompt], scratch: Path, device: str) -> Calibration:
+    """Return the second moments of one tuned model's layer inputs on its own rows."""
+    if isinstance(one.origin, Delta):
+        return collect_moments(one.origin.tuned.path, rows, device=device, spool=scratch)
+    apply_packs(stacks.base, [(one.origin, 1.0)], scratch / "tuned")
+    return collect_moments(scratch / "tuned", rows, device=device, spool=scratch)
+
+
+def _searched(
+    stacks: Stacks, method: Method, knobs: Knobs, rows: Sequence[Prompt], scratch: Path, device: str
+) -> Tensor:
+    """Return the weights with which the merged model answers some rows best."""
+    names = tuple(one.name for one in stacks.tuned)
+
+    def loss(weights: Tensor) -> float:
+        _write_checkpoint(stacks, method.prepare(Tasks(names, weights, stacks), knobs), 0, scratch / "trial")
+        return answer_loss(scratch / "trial", rows, device=device)
+
+    return search_weights(loss, len(names), seed=knobs.seed)
+
+
+def _place(out: Path, name: str) -> Path:
+    """Return where the model of one task goes; `name` is empty where one model serves all."""
+    if not name:
+        return out
+    return out.with_name(f"{out.stem}-{name}.safetensors") if out.suffix == ".safetensors" else out / name
+
+
+@contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """Yield a directory beside `out` for what is only needed on the way; nobody else merges into `out` meanwhile."""
+    scratch = out.with_name(f".{out.name}.merging")
+    with only_writer(scratch):
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)

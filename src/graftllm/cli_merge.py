@@ -1,0 +1,119 @@
+"""The command `merge`: tuned models into one, by a row of the table of methods. `cli` registers it.
+
+Like there, no logic lives here and heavy imports happen inside the function.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graftllm.errors import FusionError
+from graftllm.terminal import AsJson, Base, Device, print_json, print_table
+
+Entry = str  # [NAME=]PLACE[:WEIGHT]
+
+
+def _list_methods(wanted: bool) -> None:
+    """Print the table of methods and end."""
+    if not wanted:
+        return
+    from rich.table import Table
+
+    from graftllm.fusion.methods.table import METHODS
+
+    drawn = Table("method", "what it does", "arXiv", "defaults", "gives", "needs")
+    for row in METHODS.values():
+        knobs = ", ".join(f"{key} {value:g}" for key, value in row.defaults.items())
+        drawn.add_row(
+            row.name, row.about, row.paper, knobs, "one a task" if row.per_task else "one", "rows" if row.rows else ""
+        )
+    print_table(drawn)
+    raise typer.Exit
+
+
+def merge(
+    base: Base,
+    method: Annotated[str, typer.Option(help="A row of the table that --list prints.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Checkpoint directory to write, or a .safetensors file for a SkillPack of the merged delta. "
+            "Methods that give one model a task write OUT/NAME, or STEM-NAME.safetensors."
+        ),
+    ],
+    pack: Annotated[
+        list[Entry] | None,
+        typer.Option(
+            metavar="[NAME=]FILE[:WEIGHT]",
+            help="SkillPack, its name (the file's by default) and weight (1 by default); repeat for several.",
+        ),
+    ] = None,
+    tuned: Annotated[
+        list[Entry] | None,
+        typer.Option(metavar="[NAME=]DIR[:WEIGHT]", help="The same with a checkpoint directory instead of a pack."),
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="Factor of the merged delta.  [default: the method's]")] = None,
+    density: Annotated[float | None, typer.Option(help="Share of the entries kept.  [default: the method's]")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="consensus, tall-mask: how far a task must exceed the others.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="twin, routed-lora: rank of a task's own part.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of random draws and searches.")] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option(help="regmean, lorahub: JSONL prompt rows with answers; a row's task is the name of its model."),
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Size of a SkillPack that is written, as for `pack`.")] = None,
+    list_methods: Annotated[
+        bool, typer.Option("--list", is_eager=True, callback=_list_methods, help="Print the methods and end.")
+    ] = False,
+    device: Device = "auto",
+    json: AsJson = False,
+) -> None:
+    """Merge tuned models of one base into a checkpoint or a SkillPack."""
+    from graftllm.checkpoint import Checkpoint
+    from graftllm.fusion import merging
+    from graftllm.fusion.inputs import open_tuned
+    from graftllm.fusion.methods import table
+    from graftllm.recipe import PackOptions
+    from graftllm.records import read_prompts
+
+    row = table.method(method)
+    given = {"scale": scale, "density": density, "threshold": threshold, "rank": rank, "seed": seed}
+    knobs = row.knobs(given)
+    opened = Checkpoint.open(base)
+    models = [
+        open_tuned(opened, place, name=name, weight=row.weight(weight))
+        for name, place, weight in map(_entry, [*(pack or []), *(tuned or [])])
+    ]
+    by_task: dict[str, list] = {}
+    for prompt in read_prompts(rows) if rows else []:
+        by_task.setdefault(prompt.task, []).append(prompt)
+    options = PackOptions(budget=budget)
+    made = merging.merge(opened, models, row, out, knobs=knobs, rows=by_task, pack=options, device=device)
+    if json:
+        outputs = {name: str(path) for name, path in made.outputs.items()}
+        print_json({"outputs": outputs, "weights": dict(made.weights), "stored_bytes": made.stored_bytes})
+        return
+    for path in made.outputs.values():
+        print(f"{path}: {base} with {', '.join(made.weights)} by {method}")
+    print(f"What {method} keeps takes {made.stored_bytes:,} bytes, the base included where it is needed.")
+
+
+def _entry(text: str) -> tuple[str, str, float | None]:
+    """Return the name, place and weight of [NAME=]PLACE[:WEIGHT].
+
+    >>> _entry("packs/math.safetensors:0.7"), _entry("math=runs/tuned")
+    (('math', 'packs/math.safetensors', 0.7), ('math', 'runs/tuned', None))
+    """
+    name, equals, rest = text.partition("=")
+    place, colon, last = (rest if equals else text).rpartition(":")
+    try:
+        weight = float(last) if colon else None
+    except ValueError:
+        place, weight = f"{place}:{last}", None
+    place = place if colon else last
+    if not place or (equals and not name):
+        raise FusionError(f"--pack: expected [NAME=]FILE[:WEIGHT], such as math.safetensors:0.7; found {text!r}.")
+    return (name if equals else Path(place).name.removesuffix(".safetensors")), place, weight

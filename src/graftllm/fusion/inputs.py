@@ -1,0 +1,132 @@
+"""Tuned models of one base, each a SkillPack or a checkpoint, as the stacks of deltas that are merged."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftllm.checkpoint import DTYPES, Checkpoint, TensorSpec
+from graftllm.delta import Delta, align
+from graftllm.errors import FusionError
+from graftllm.skillpack import SkillPack
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A tuned model to merge: its name among the others, where its delta is, and its weight."""
+
+    name: str
+    origin: SkillPack | Delta
+    weight: float = 1.0
+
+    @property
+    def source(self) -> str:
+        """What errors call it."""
+        return self.origin.source if isinstance(self.origin, SkillPack) else str(self.origin.tuned.path)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What its `config.json` says otherwise than the base's, by dotted key."""
+        return self.origin.header.config if isinstance(self.origin, SkillPack) else self.origin.config_changes()
+
+    def spec(self, name: str) -> TensorSpec:
+        """Return the shape and dtype that it has of a parameter."""
+        if isinstance(self.origin, SkillPack):
+            return self.origin.header.tensors[name].tuned_spec
+        return self.origin.tuned.specs[name]
+
+    def delta(self, name: str, base: Tensor) -> Tensor:
+        """Return its delta of a parameter in float32.
+
+        Raises:
+            PackError: the pack is damaged, or was made for another base.
+            CheckpointError: the delta holds NaN or infinity.
+        """
+        if isinstance(self.origin, SkillPack):
+            self.origin.check_tensor(name, base)
+            return self.origin.delta(name, base)
+        return self.origin[name]
+
+    def value(self, name: str, base: Tensor) -> Tensor:
+        """Return its own value of a parameter."""
+        if isinstance(self.origin, SkillPack):
+            return self.origin.restore(name, base)
+        return self.origin.tuned.tensor(name)
+
+
+@dataclass(frozen=True)
+class Stacks(Mapping[str, Tensor]):
+    """A lazy mapping from the name of each floating-point parameter to its deltas, shape (n, *shape), float32."""
+
+    base: Checkpoint
+    tuned: Sequence[Tuned]
+    specs: Mapping[str, TensorSpec]
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Decode the deltas of one parameter."""
+        base = self.base.tensor(name)
+        return torch.stack([one.delta(name, base) for one in self.tuned])
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names."""
+        return (name for name, spec in self.specs.items() if DTYPES[spec.dtype].is_floating_point)
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return sum(1 for _ in self)
+
+    def merged(self, name: str, delta: Tensor, stack: Tensor) -> Tensor:
+        """Return base + merged delta in the tuned shape and dtype: a task's own bits where it is the task's delta."""
+        base = self.base.tensor(name)
+        for one, own in zip(self.tuned, stack, strict=True):
+            if torch.equal(delta, own):
+                return one.value(name, base)
+        spec = self.specs[name]
+        return (align(base, spec).float() + delta).to(DTYPES[spec.dtype])
+
+    def agreed(self, name: str) -> Tensor:
+        """Return the tuned models' value of a parameter that is no floating-point number; the base's if they differ."""
+        base = self.base.tensor(name)
+        values = [one.value(name, base) for one in self.tuned]
+        return values[0] if all(torch.equal(values[0], value) for value in values) else base
+
+
+def open_tuned(base: Checkpoint, place: str | Path, *, name: str, weight: float = 1.0) -> Tuned:
+    """Open a SkillPack file, or a checkpoint directory or Hub id, as a tuned model of `base`.
+
+    Raises:
+        PackError: the pack is damaged or was made for another model.
+        CheckpointError: the checkpoint is damaged or of another architecture.
+    """
+    if Path(place).is_file() or str(place).endswith(".safetensors"):
+        pack = SkillPack.load(place)
+        pack.check_base(base)
+        return Tuned(name, pack, weight)
+    return Tuned(name, Delta(base, Checkpoint.open(place)), weight)
+
+
+def stacked(base: Checkpoint, tuned: Sequence[Tuned]) -> Stacks:
+    """Return the deltas of tuned models, whose order does not matter.
+
+    Raises:
+        FusionError: there are none, two have one name, or they differ in vocabulary or dtype.
+    """
+    if not tuned:
+        raise FusionError("merge: expected at least one pack or tuned model, found none.")
+    names = [one.name for one in tuned]
+    if doubled := next((name for name in names if names.count(name) > 1), None):
+        raise FusionError(f"merge: two models are called {doubled!r}; a skill counts once, so give each its own name.")
+    ordered = sorted(tuned, key=lambda one: one.name)  # one order of summing
+    specs = {name: ordered[0].spec(name) for name in base.specs}
+    for one in ordered[1:]:
+        for name, spec in specs.items():
+            if (found := one.spec(name)) != spec:
+                raise FusionError(
+                    f"{one.source}: makes {name!r} {found.dtype} of shape {list(found.shape)}, but {ordered[0].source} "
+                    f"makes it {spec.dtype} of shape {list(spec.shape)}. "
+                    "Only tuned models with the same vocabulary and dtype merge."
+                )
+    return Stacks(base, ordered, specs)

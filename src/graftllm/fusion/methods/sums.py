@@ -1,0 +1,55 @@
+"""Methods that add deltas up as they are: averages, task arithmetic, regression."""
+
+import torch
+from torch import Tensor
+
+from graftllm.errors import FusionError
+from graftllm.fusion.methods.tasks import Knobs, Merge, Tasks, along
+
+_OFF_DIAGONAL = 0.9  # what is left of second moments off the diagonal; RegMean's guard against few tokens
+_RIDGE = 1e-6  # of the mean second moment; inputs that no token moved fall back to the average
+
+
+def linear(tasks: Tasks, knobs: Knobs) -> Merge:
+    """The weighted average: scale * sum_t w_t delta_t / sum_t w_t.
+
+    Raises:
+        FusionError: the weights sum to zero.
+    """
+    total = float(tasks.weights.sum())
+    if abs(total) < 1e-8:
+        raise FusionError("--weight: expected weights whose sum is not 0, because an average divides by it.")
+    return lambda name, stack, task: tasks.weighted(stack).sum(0) * (knobs.scale / total)
+
+
+def task_arithmetic(tasks: Tasks, knobs: Knobs) -> Merge:
+    """The weighted sum: scale * sum_t w_t delta_t."""
+    return lambda name, stack, task: tasks.weighted(stack).sum(0) * knobs.scale
+
+
+def regmean(tasks: Tasks, knobs: Knobs) -> Merge:
+    """The matrix whose outputs are nearest to each tuned model's on its own inputs; the average elsewhere.
+
+    delta = (sum_t w_t delta_t G_t) (sum_t w_t G_t)^-1 with G_t the second moments of the layer's input in
+    model t, off-diagonal entries times 0.9. The base cancels, so deltas do where the paper has weights.
+    """
+    average = linear(tasks, knobs)
+
+    def merge(name: str, stack: Tensor, task: int) -> Tensor:
+        if stack.ndim != 3 or any(name not in seen.moments for seen in tasks.calibrations):
+            return average(name, stack, task)
+        transposed = name in tasks.calibrations[0].transposed
+        matrices = (stack.mT if transposed else stack).double()  # (n, d_out, d_in)
+        grams = torch.stack([_guarded(seen.moments[name].double()) for seen in tasks.calibrations])
+        grams *= along(tasks.weights.double(), grams)
+        merged = torch.linalg.solve(grams.sum(0), (matrices @ grams).sum(0), left=False)
+        return knobs.scale * (merged.mT if transposed else merged).float()
+
+    return merge
+
+
+def _guarded(gram: Tensor) -> Tensor:
+    """Return second moments with smaller off-diagonal entries and a ridge."""
+    diagonal = gram.diagonal()
+    ridge = _RIDGE * diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny)
+    return _OFF_DIAGONAL * gram + torch.diag((1 - _OFF_DIAGONAL) * diagonal + ridge)

@@ -1,0 +1,83 @@
+"""LoraHub (arXiv 2307.13269): mixing weights by a derivative-free search on a few answered prompts."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from graftllm.errors import FusionError
+from graftllm.generation import load_model, load_tokenizer, pad, render_answered
+from graftllm.records import Message, Prompt
+
+EVALUATIONS = 40  # as published
+_BOUND = 1.5  # of each weight, as published
+_PENALTY = 0.05  # of the sum of absolute weights, as published
+_FIRST_STEP = 0.5
+_BATCH = 64
+
+
+def search_weights(loss: Callable[[Tensor], float], tasks: int, *, seed: int, evaluations: int = EVALUATIONS) -> Tensor:
+    """Return the weights of least loss + 0.05 * sum |w| that a (1+1) evolution strategy finds.
+
+    It starts at equal weights that sum to 1, and its step grows by half with each success and shrinks
+    otherwise so that one success in five keeps it. (The paper uses nevergrad's; any such search does.)
+
+    Args:
+        loss: of mixing weights, shape (n,).
+        tasks: n.
+        seed: of the trials.
+        evaluations: how often `loss` is called.
+
+    Returns:
+        Shape (n,), each between -1.5 and 1.5.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def cost(weights: Tensor) -> float:
+        return loss(weights) + _PENALTY * float(weights.abs().sum())
+
+    best = torch.full((tasks,), 1 / tasks)
+    least, step = cost(best), _FIRST_STEP
+    for _ in range(evaluations - 1):
+        trial = (best + step * torch.randn(tasks, generator=draw)).clamp(-_BOUND, _BOUND)
+        found = cost(trial)
+        if found < least:
+            best, least, step = trial, found, step * 1.5
+        else:
+            step *= 1.5**-0.25
+    return best
+
+
+@torch.inference_mode()
+def answer_loss(model: Path, rows: Sequence[Prompt], *, device: str = "auto") -> float:
+    """Return the mean negative log-likelihood of the rows' answers under a checkpoint, in nats a token.
+
+    A row without an assistant message is answered by its reference.
+
+    Raises:
+        FusionError: a row has neither.
+    """
+    live, tokenizer = load_model(model, device=device), load_tokenizer(model)
+    total, count = 0.0, 0
+    for start in range(0, len(rows), _BATCH):
+        rendered = [render_answered(tokenizer, _answered(row)) for row in rows[start : start + _BATCH]]
+        ids, mask = pad([tokens for tokens, _ in rendered], tokenizer, live.device)
+        longest = ids.shape[1]
+        log_p = live(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
+        found = log_p.gather(2, ids[:, 1:, None])[..., 0]  # (rows, longest - 1)
+        answers = torch.zeros_like(found, dtype=torch.bool)
+        for row, (tokens, first) in enumerate(rendered):
+            answers[row, longest - len(tokens) + first - 1 :] = True
+        total -= float(found[answers].sum())
+        count += int(answers.sum())
+    return total / max(1, count)
+
+
+def _answered(row: Prompt) -> Prompt:
+    if row.answer is not None:
+        return row
+    if row.reference is None:
+        raise FusionError(f"--rows: row {row.id!r} has neither an assistant message nor a reference; add one.")
+    messages = (*row.messages, Message(role="assistant", content=row.reference))
+    return Prompt(row.id, messages, row.task, row.reference)

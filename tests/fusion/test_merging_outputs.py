@@ -1,0 +1,210 @@
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from graftllm.checkpoint import INDEX, Checkpoint
+from graftllm.cli import app
+from graftllm.delta import Delta
+from graftllm.errors import FusionError, GraftError, PackError
+from graftllm.fusion.inputs import Tuned, open_tuned
+from graftllm.fusion.merging import merge
+from graftllm.fusion.methods.table import METHODS
+from graftllm.fusion.search import answer_loss
+from graftllm.recipe import PackOptions
+from graftllm.records import write_rows
+from graftllm.skillpack import SkillPack, compress
+from tests.models import perturb, rows, save_llama, with_vocabulary
+
+PLAIN = {"density": 1.0, "scale": 1.0}
+
+
+@pytest.fixture(scope="module")
+def tuned_dirs(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    home = tmp_path_factory.mktemp("tuned")
+    return {name: perturb(base_dir, home / name, seed=seed) for seed, name in enumerate(("code", "math"), start=11)}
+
+
+@pytest.fixture(scope="module")
+def models(base: Checkpoint, tuned_dirs: dict[str, Path]) -> list[Tuned]:
+    return [open_tuned(base, path, name=name) for name, path in tuned_dirs.items()]
+
+
+def knobs(name: str, **given: float):
+    row = METHODS[name]
+    return row.knobs({key: value for key, value in given.items() if key in row.defaults})
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["merge", *map(str, arguments)], catch_exceptions=True)
+    if isinstance(result.exception, GraftError):
+        return f"error: {result.exception}"
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", ["task-arithmetic", "ties", "sce", "emr"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_model_with_everything_kept_comes_back_bit_for_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    base = Checkpoint.open(save_llama(tmp_path / "base", dtype=dtype))
+    tuned = Checkpoint.open(save_llama(tmp_path / "one", dtype=dtype, seed=1))
+    for origin in (Delta(base, tuned), compress(Delta(base, tuned), PackOptions(strategy="exact"))):
+        made = merge(base, [Tuned("one", origin)], METHODS[name], tmp_path / "out", knobs=knobs(name, **PLAIN))
+        (place,) = made.outputs.values()
+        assert Checkpoint.open(place).fingerprint == tuned.fingerprint
+
+
+def test_a_merged_checkpoint_loads_with_its_tokenizer(
+    base: Checkpoint, models: Sequence[Tuned], tmp_path: Path
+) -> None:
+    made = merge(base, models, METHODS["ties"], tmp_path / "out")
+    assert made.outputs == {"": tmp_path / "out"} and made.stored_bytes == sum(s.nbytes for s in base.specs.values())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.rows is None])
+def test_the_order_of_models_does_not_change_a_bit(
+    name: str, base: Checkpoint, models: Sequence[Tuned], tmp_path: Path
+) -> None:
+    one = merge(base, models, METHODS[name], tmp_path / "one").outputs
+    other = merge(base, models[::-1], METHODS[name], tmp_path / "other").outputs
+    assert list(one) == list(other) == (["code", "math"] if METHODS[name].per_task else [""])
+    for task, place in one.items():
+        assert Checkpoint.open(place).fingerprint == Checkpoint.open(other[task]).fingerprint
+
+
+def test_packs_and_checkpoints_merge_with_each_other(
+    base: Checkpoint, tuned_dirs: dict[str, Path], models: Sequence[Tuned], tmp_path: Path
+) -> None:
+    pack = compress(Delta(base, Checkpoint.open(tuned_dirs["code"])), PackOptions(strategy="exact"))
+    pack.save(tmp_path / "code.safetensors")
+    mixed = [open_tuned(base, tmp_path / "code.safetensors", name="code"), models[1]]
+    found = [merge(base, some, METHODS["dare-ties"], tmp_path / "out").outputs[""] for some in (models, mixed)]
+    assert Checkpoint.open(found[0]).fingerprint == Checkpoint.open(found[1]).fingerprint
+
+
+def test_a_merge_becomes_a_pack(base: Checkpoint, models: Sequence[Tuned], tmp_path: Path) -> None:
+    whole = merge(base, models, METHODS["linear"], tmp_path / "whole").outputs[""]
+    out = tmp_path / "out.safetensors"
+    options = PackOptions(strategy="exact")
+    assert merge(base, models, METHODS["linear"], out, pack=options).outputs == {"": out}
+    pack = SkillPack.load(out)
+    assert pack.header.card.name == "out"
+    expected = Checkpoint.open(whole)
+    assert all(torch.equal(pack.restore(n, base.tensor(n)), expected.tensor(n)) for n in base.names())
+    each = merge(base, models, METHODS["emr"], out, pack=options).outputs
+    assert each == {name: tmp_path / f"out-{name}.safetensors" for name in ("code", "math")}
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "out-code.safetensors", "out-math.safetensors", "out.safetensors", "whole",
+    ]  # fmt: skip
+
+
+def test_regmean_leaves_one_model_as_it_is_and_draws_two_together(
+    base: Checkpoint, models: Sequence[Tuned], tmp_path: Path
+) -> None:
+    prompts = {name: rows(6, seed=seed) for seed, name in enumerate(("code", "math"))}
+    alone = merge(base, models[:1], METHODS["regmean"], tmp_path / "one", rows=prompts).outputs[""]
+    both = merge(base, models, METHODS["regmean"], tmp_path / "both", rows=prompts).outputs[""]
+    average = merge(base, models, METHODS["linear"], tmp_path / "average").outputs[""]
+    name, vector = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
+    one, two, mean = (load_file(place / "model.safetensors") for place in (alone, both, average))
+    assert isinstance(models[0].origin, Delta)
+    assert torch.allclose(one[name].float(), models[0].origin.tuned.tensor(name).float(), atol=2e-3)
+    assert torch.equal(two[vector], mean[vector]) and not torch.equal(two[name], mean[name])
+    with pytest.raises(FusionError, match=r"merge: regmean needs answered prompts of every model; give rows of 'math'"):
+        merge(base, models, METHODS["regmean"], tmp_path / "out", rows={"code": prompts["code"]})
+
+
+def test_lorahub_finds_weights_that_answer_no_worse_than_equal_ones(
+    base: Checkpoint, models: Sequence[Tuned], tmp_path: Path
+) -> None:
+    prompts = {name: rows(4, seed=seed) for seed, name in enumerate(("code", "math"))}
+    few = [*prompts["code"], *prompts["math"]]
+    made = merge(base, models, METHODS["lorahub"], tmp_path / "found", rows=prompts)
+    merge(base, models, METHODS["linear"], tmp_path / "equal")
+    assert set(made.weights) == {"code", "math"} and all(abs(weight) <= 1.5 for weight in made.weights.values())
+    cost = answer_loss(tmp_path / "found", few) + 0.05 * sum(map(abs, made.weights.values()))
+    assert cost <= answer_loss(tmp_path / "equal", few) + 0.05 + 1e-6
+
+
+def test_buffers_that_are_no_numbers_to_average_are_kept_where_models_agree(base_dir: Path, tmp_path: Path) -> None:
+    for seed, name in enumerate(("base", "one", "two")):
+        perturb(base_dir, tmp_path / name, seed=seed)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        tensors["model.steps"] = torch.tensor([min(seed, 1), 5])
+        tensors["model.disputed"] = torch.tensor(seed)
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    base = Checkpoint.open(tmp_path / "base")
+    models = [open_tuned(base, tmp_path / name, name=name) for name in ("one", "two")]
+    merge(base, models, METHODS["ties"], tmp_path / "out")
+    out = Checkpoint.open(tmp_path / "out")
+    assert out.tensor("model.steps").tolist() == [1, 5] and out.tensor("model.disputed").item() == 0
+
+
+def test_shards_and_added_vocabulary_are_written(tmp_path: Path) -> None:
+    save_llama(tmp_path / "whole")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype="auto")
+    model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    base = Checkpoint.open(tmp_path / "base")
+    grown = with_vocabulary(tmp_path / "whole", tmp_path / "grown", 80)
+    merge(base, [open_tuned(base, grown, name="grown")], METHODS["task-arithmetic"], tmp_path / "out")
+    out = Checkpoint.open(tmp_path / "out")
+    assert out.config["vocab_size"] == 80 and out.specs == Checkpoint.open(grown).specs
+    total = json.loads((out.path / INDEX).read_text())["metadata"]["total_size"]
+    assert total == sum(spec.nbytes for spec in out.specs.values())
+    same = open_tuned(base, tmp_path / "whole", name="same")
+    with pytest.raises(FusionError, match=r"same vocabulary and dtype merge"):
+        merge(base, [open_tuned(base, grown, name="grown"), same], METHODS["ties"], tmp_path / "no")
+
+
+def test_bad_input_is_refused_and_nothing_is_written(base: Checkpoint, models: Sequence[Tuned], tmp_path: Path) -> None:
+    with pytest.raises(FusionError, match="two models are called 'code'"):
+        merge(base, [models[0], models[0]], METHODS["ties"], tmp_path / "out")
+    with pytest.raises(FusionError, match="expected at least one pack or tuned model"):
+        merge(base, [], METHODS["ties"], tmp_path / "out")
+    other = Checkpoint.open(save_llama(tmp_path / "other", seed=9))
+    foreign = compress(Delta(other, base), PackOptions(strategy="exact"))
+    with pytest.raises(PackError, match="but the pack was made for"):
+        merge(base, [Tuned("foreign", foreign)], METHODS["ties"], tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other"]
+
+
+def test_the_command_merges_and_lists(base_dir: Path, tuned_dirs: dict[str, Path], tmp_path: Path) -> None:
+    listed = run("--list")
+    assert all(name in listed for name in METHODS) and "2306.01708" in listed
+    common = ["--base", base_dir, "--out", tmp_path / "out"]
+    models = ["--tuned", tuned_dirs["code"], "--tuned", f"prose={tuned_dirs['math']}:0.5"]
+    said = run(*common, *models, "--method", "ties", "--density", "0.4")
+    assert f"{tmp_path / 'out'}: {base_dir} with code, prose by ties" in said
+    found = json.loads(run(*common, *models, "--method", "linear", "--json"))
+    assert found["weights"] == {"code": 1.0, "prose": 0.5}
+    write_rows(tmp_path / "rows.jsonl", [*rows(4, task="code"), *rows(4, task="prose")])
+    run(*common, *models, "--method", "regmean", "--rows", tmp_path / "rows.jsonl")
+    run("--base", base_dir, "--out", tmp_path / "a.safetensors", *models, "--method", "linear", "--budget", "40%")
+    run("--base", base_dir, "--out", tmp_path / "b", "--pack", f"{tmp_path / 'a.safetensors'}:2", "--method", "linear")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "tie"], "error: --method: expected one of linear"),
+        (["--method", "ties", "--rank", "4"], "error: --rank: ties has no such knob"),
+        (
+            ["--method", "sce", "--pack", "p.safetensors:2"],
+            "error: --pack: sce takes no weights, found 2; leave it out.",
+        ),
+        (["--method", "ties", "--pack", "=p.safetensors"], "error: --pack: expected [NAME=]FILE[:WEIGHT]"),
+        (["--method", "ties"], "error: merge: expected at least one pack or tuned model, found none."),
+        (["--method", "ties", "--pack", "absent.safetensors"], "error: absent.safetensors: "),
+    ],
+)
+def test_the_command_says_what_is_wrong(arguments: list[str], message: str, base_dir: Path, tmp_path: Path) -> None:
+    assert run("--base", base_dir, "--out", tmp_path / "out", *arguments).startswith(message)
+    assert not (tmp_path / "out").exists()

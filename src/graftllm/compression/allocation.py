@@ -20,7 +20,7 @@ from graftllm.compression.codes import code_bits
 from graftllm.compression.elementwise import encode_elementwise, grid_for
 from graftllm.compression.factored import MatrixCode, encode_factored, encode_hybrid, weighted_svd
 from graftllm.compression.matrix import Source
-from graftllm.compression.metric import DEADZONE, Metric
+from graftllm.compression.metric import Metric
 
 Kind = Literal["zero", "elementwise", "factored", "hybrid"]
 BITS_WORTH = 2 * math.log(2) / 12  # lambda a bit, in squared steps: the slope of an entropy-coded uniform quantiser
@@ -237,7 +237,7 @@ def _coded(spreads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _quantizer() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return log2 of spreads, and the entropy and error of the quantiser with its dead zone at each of them."""
+    """Return log2 of spreads, and the entropy and error of the quantiser at each of them."""
     at = np.arange(-4, 13, 0.125)
     x = torch.linspace(-8, 8, 4001, dtype=torch.float64)
     mass = torch.exp(-x.square() / 2)
@@ -249,7 +249,7 @@ def _quantizer() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             cost.append(1 / 12)
             continue
         values = x * 2.0**place
-        codes = values.sign() * (values.abs() + 0.5 - DEADZONE).floor()
+        codes = values.round()
         chances = torch.zeros(2 * int(codes.abs().max()) + 1, dtype=torch.float64)
         chances.index_add_(0, (codes - codes.min()).long(), mass)
         chances = chances[chances > 0]

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 DAMPING = 0.01  # share of the mean of the diagonal that is added to `right`
-DEADZONE = 0.0
 _LARGEST = float((1 << 24) - 1)  # codes stay whole numbers in float32
 _BLOCK = 64  # columns whose cancellation is batched
 
@@ -109,5 +108,5 @@ def quantize(values: Tensor, row_steps: Tensor, column_steps: Tensor, lower: Ten
 
 
 def _rounded(steps: Tensor) -> Tensor:
-    """Return the nearest whole numbers, a little towards zero, which is cheaper to code."""
-    return steps.sign() * (steps.abs() + (0.5 - DEADZONE)).floor().clamp(max=_LARGEST)
+    """Return the nearest whole numbers."""
+    return steps.round().clamp(-_LARGEST, _LARGEST)

@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,17 @@ def _logits(model: PreTrainedModel) -> torch.Tensor:
         return model(input_ids=torch.arange(4, 30)[None]).logits.float()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+_BF16, _F16, _F32, _F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [(_BF16, _BF16), (_BF16, _F32), (_F16, _F16), (_F16, _F32), (_F32, _F32), (_F32, _F64)]
+)
 @pytest.mark.parametrize("tied", [True, False])
-def test_unplugging_gives_the_base_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype, tied: bool) -> None:
-    base = save_llama(tmp_path / "base", tie_word_embeddings=tied)
+def test_unplugging_gives_the_base_back_bit_for_bit(
+    tmp_path: Path, stored: torch.dtype, dtype: torch.dtype, tied: bool
+) -> None:
+    base = save_llama(tmp_path / "base", dtype=stored, tie_word_embeddings=tied)
     delta = Delta(Checkpoint.open(base), Checkpoint.open(perturb(base, tmp_path / "tuned", seed=1)))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     before, logits = _digests(model), _logits(model)
@@ -96,6 +104,37 @@ def test_weights_scale_the_delta_and_packs_add_up_in_any_order(
     with plug(model, (other, -2.0), (exact, 0.5)):
         assert torch.equal(model.state_dict()[name], first)
     assert torch.allclose(first, start + 0.5 * delta[name] - 2 * other_delta[name], atol=1e-6)
+
+
+def test_the_order_of_three_packs_does_not_change_a_bit(base_dir: Path, base: Checkpoint, tmp_path: Path) -> None:
+    packs = []
+    for seed in (5, 6, 7):
+        tuned = Checkpoint.open(perturb(base_dir, tmp_path / str(seed), seed=seed))
+        packs.append((compress(Delta(base, tuned), PackOptions(strategy="paper", energy=0.5)), 0.1 * seed))
+    model = load_model(base.path)
+    found = []
+    for order in itertools.permutations(packs):
+        with plug(model, *order):
+            found.append(_digests(model))
+    assert all(one == found[0] for one in found)
+
+
+def test_a_model_that_a_device_map_spread_takes_packs(base: Checkpoint, exact: SkillPack) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32, device_map={"": "cpu"})
+    before = _digests(model)
+    with plug(model, exact):
+        assert _digests(model) != before
+    assert _digests(model) == before
+
+
+def test_offloaded_weights_are_refused(base: Checkpoint, exact: SkillPack, tmp_path: Path) -> None:
+    places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(
+        base.path, dtype=torch.float32, device_map=places, offload_folder=tmp_path
+    )
+    with pytest.raises(FusionError, match=r"keeps 'model.layers.1.* off its device until it runs \(offloaded by devi"):
+        plug(model, exact)
 
 
 def test_a_model_of_another_base_is_refused_and_left_as_it_was(tmp_path: Path, lossy: SkillPack) -> None:

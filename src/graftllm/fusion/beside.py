@@ -76,6 +76,11 @@ class Beside:
         finally:
             self._batch = None
 
+    @property
+    def stacked(self) -> tuple[str, ...]:
+        """The packs whose factors are on the model's devices now."""
+        return self._stack.packs
+
     def close(self) -> None:
         """Take everything out of the model again; it is the base alone, as it always was between batches."""
         for handle in self._handles:

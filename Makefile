@@ -25,7 +25,7 @@ demo: install
 	$(BIN)/graftllm demo --dir runs/demo
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses logical --dist loadgroup
 
 check: install
 	$(BIN)/ruff format --check .

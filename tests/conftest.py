@@ -7,6 +7,7 @@ os.environ |= {
     "CUDA_VISIBLE_DEVICES": "",
     "TQDM_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",  # a test process a core: more threads only wait for each other
 }
 
 from collections.abc import Iterator
@@ -29,6 +30,14 @@ from tests.zoo import RECIPE, TINY
 
 settings.register_profile("graftllm", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("graftllm")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests that share models in one process: those of the tiny run, else those of a file."""
+    for item in items:
+        shares = "tiny_run" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("tiny_run" if shares else str(item.path)))
 
 
 @pytest.fixture(autouse=True)

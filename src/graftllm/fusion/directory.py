@@ -257,9 +257,12 @@ def _with_packs(directory: Path, manifest: Manifest, packs: Mapping[str, Path], 
             )
         pack = SkillPack.load(path)
         pack.check_base(base)
-        if fingerprint not in ("", pack.header.base.fingerprint):
-            raise FusionError(f"{path}: made for another base than the packs before it; fuse packs of one base.")
-        fingerprint = pack.header.base.fingerprint
+        fingerprint = fingerprint or base.fingerprint
+        if (made_for := pack.header.base).fingerprint != fingerprint:
+            raise FusionError(
+                f"{path}: made for the base {made_for.name} ({made_for.fingerprint[:12]}), but {base.path} is "
+                f"{fingerprint[:12]}. Use that base or rebuild the pack."
+            )
         file = f"packs/{name}.safetensors"
         _link_or_copy(path, directory / file)
         shelved[name] = ShelvedPack(file=file, sha256=_sha256(directory / file))

@@ -1,0 +1,221 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from graftllm.checkpoint import Checkpoint
+from graftllm.delta import Delta
+from graftllm.errors import FusionError, PackError, StorageError
+from graftllm.fusion.directory import (
+    add_packs,
+    open_packs,
+    read_manifest,
+    remove_pack,
+    set_router,
+    set_rules,
+    write_grafted,
+)
+from graftllm.fusion.inventory import take_inventory
+from graftllm.fusion.rules import Rule
+from graftllm.header import Card
+from graftllm.recipe import PackOptions
+from graftllm.skillpack import compress
+from graftllm.storage import only_writer
+from tests.models import perturb, save_llama
+
+
+class _Router:
+    """A router as the directory sees it: classes, and a file."""
+
+    def __init__(self, *packs: str) -> None:
+        self.classes = ("base", *packs)
+
+    def save(self, path: Path) -> None:
+        path.write_text(" ".join(self.classes))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and packs of it: `one` and `three` exact, `two` in factors, and `other` for another base."""
+    home = tmp_path_factory.mktemp("home")
+    base = save_llama(home / "base")
+    for seed, name in enumerate(("one", "two", "three"), 1):
+        delta = Delta(Checkpoint.open(base), Checkpoint.open(perturb(base, home / f"{name}-tuned", seed=seed)))
+        options = PackOptions(strategy="paper" if name == "two" else "exact")
+        compress(delta, options, card=Card(name=name, description=f"Skill {name}")).save(home / f"{name}.safetensors")
+    other = save_llama(home / "other", seed=8)
+    delta = Delta(Checkpoint.open(other), Checkpoint.open(perturb(other, home / "other-tuned", seed=1)))
+    compress(delta, PackOptions(strategy="exact")).save(home / "other.safetensors")
+    return home
+
+
+@pytest.fixture
+def grafted(home: Path, tmp_path: Path) -> Path:
+    """A grafted model with the packs `one` and `two`."""
+    write_grafted(tmp_path / "g", str(home / "base"), {name: home / f"{name}.safetensors" for name in ("one", "two")})
+    return tmp_path / "g"
+
+
+def _contents(directory: Path) -> dict[str, tuple[int, bytes]]:
+    files = [file for file in sorted(directory.rglob("*")) if file.is_file()]
+    return {str(file.relative_to(directory)): (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
+
+
+def test_adding_touches_nothing_but_the_manifest(home: Path, grafted: Path) -> None:
+    before = _contents(grafted)
+    add_packs(grafted, {"three": home / "three.safetensors"})
+    after = _contents(grafted)
+    assert set(after) - set(before) == {"packs/three.safetensors"}
+    assert [name for name in before if before[name] != after[name]] == ["manifest.json"]
+    assert (grafted / "packs" / "three.safetensors").samefile(home / "three.safetensors")
+    assert list(read_manifest(grafted).packs) == ["one", "two", "three"]
+
+
+def test_adding_and_removing_again_gives_the_old_directory_back(home: Path, grafted: Path) -> None:
+    before = {name: data for name, (_, data) in _contents(grafted).items()}
+    add_packs(grafted, {"three": home / "three.safetensors"})
+    remove_pack(grafted, "three")
+    assert {name: data for name, (_, data) in _contents(grafted).items()} == before
+
+
+def test_where_files_cannot_be_linked_they_are_copied(home: Path, grafted: Path, monkeypatch) -> None:
+    def link(*_: object) -> None:
+        raise OSError("another file system")
+
+    monkeypatch.setattr(os, "link", link)
+    add_packs(grafted, {"three": home / "three.safetensors"})
+    assert not (grafted / "packs" / "three.safetensors").samefile(home / "three.safetensors")
+    assert list(open_packs(grafted, read_manifest(grafted))) == ["one", "two", "three"]
+
+
+def test_removing_every_pack_leaves_the_base(grafted: Path) -> None:
+    for name in ("one", "two"):
+        remove_pack(grafted, name)
+    assert read_manifest(grafted).packs == {}
+    assert list((grafted / "packs").iterdir()) == []
+
+
+_KILLED = """
+import os, sys
+from pathlib import Path
+from graftllm.fusion.directory import add_packs, open_packs, read_manifest, remove_pack
+directory, pack, change = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+steps = {"os.rename", "os.link", "os.remove", "os.mkdir", "os.truncate"}
+
+def child(last):
+    seen = 0
+    def watch(event, arguments):
+        nonlocal seen
+        if event in steps or (event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT):
+            seen += 1
+            if seen > last:
+                os._exit(9)
+    sys.addaudithook(watch)
+    if change == "add":
+        add_packs(directory, {"three": pack})
+    else:
+        remove_pack(directory, "two")
+    os._exit(0)
+
+states = []
+for last in range(100):
+    process = os.fork()
+    if not process:
+        child(last)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    packs = list(open_packs(directory, read_manifest(directory)))
+    states.append(packs)
+    if code == 0:
+        break
+    if packs != states[0] and change == "add":
+        remove_pack(directory, "three")
+    elif packs != states[0]:
+        add_packs(directory, {"two": pack})
+print(len(states), states[0], states[-1], all(one in (states[0], states[-1]) for one in states))
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "file", "left"), [("add", "three", "['one', 'two', 'three']"), ("remove", "two", "['one']")]
+)
+def test_a_process_killed_at_any_step_leaves_the_old_model_or_the_new(
+    home: Path, grafted: Path, change: str, file: str, left: str
+) -> None:
+    shutil.copy(home / f"{file}.safetensors", grafted.parent / "pack.safetensors")
+    arguments = [sys.executable, "-W", "ignore", "-c", _KILLED, grafted, grafted.parent / "pack.safetensors", change]
+    done = subprocess.run([*map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    steps, rest = done.stdout.split(" ", 1)
+    assert int(steps) > 3
+    assert rest.strip() == f"['one', 'two'] {left} True"
+
+
+def test_two_writers_do_not_mix(home: Path, grafted: Path) -> None:
+    with only_writer(grafted), pytest.raises(StorageError, match="another process is writing here now"):
+        add_packs(grafted, {"three": home / "three.safetensors"})
+
+
+def test_bad_changes_change_nothing(home: Path, grafted: Path, tmp_path: Path) -> None:
+    set_rules(grafted, [Rule(pack="one", tag="TAG"), Rule(pack="two", pattern="x")])
+    before = _contents(grafted)
+    for name, file, error, message in (
+        ("one", "three", FusionError, r"pack 'one': this grafted model has one of that name; choose another name, or"),
+        ("base", "three", FusionError, r"pack 'base': expected a plain name other than base and auto"),
+        ("a/b", "three", FusionError, r"pack 'a/b': expected a plain name"),
+        (
+            "three",
+            "other",
+            FusionError,
+            r"other.safetensors: made for the base other \(\w{12}\), but .*base is \w{12}. Use that",
+        ),
+        ("three", "none", PackError, r"cannot be read"),
+    ):
+        with pytest.raises(error, match=message):
+            add_packs(grafted, {name: home / f"{file}.safetensors"})
+    with pytest.raises(FusionError, match="pack: expected one of base, auto, one, two; found 'three'"):
+        remove_pack(grafted, "three")
+    with pytest.raises(FusionError, match=r"rule 2 of 2 sends prompts to the pack 'two'; take the rule out first."):
+        remove_pack(grafted, "two")
+    with pytest.raises(
+        FusionError, match=r"rule 1 names the pack 'three', which is not there; expected base or one, t"
+    ):
+        set_rules(grafted, [Rule(pack="three", tag="x")])
+    with pytest.raises(FusionError, match="router: knows the pack 'three', which is not there; expected one, two."):
+        set_router(grafted, _Router("one", "three"))  # type: ignore
+    with pytest.raises(FusionError, match="expected a grafted model, found no manifest.json in it"):
+        add_packs(tmp_path / "nothing", {"three": home / "three.safetensors"})
+    assert not (tmp_path / "nothing").exists()
+    assert _contents(grafted) == before
+
+
+def test_a_router_that_is_older_than_a_pack_is_known_as_such(home: Path, grafted: Path) -> None:
+    assert set_router(grafted, _Router("one", "two")).unrouted() == []  # type: ignore
+    added = add_packs(grafted, {"three": home / "three.safetensors"})
+    assert added.unrouted() == ["three"]
+    assert set_router(grafted, _Router("one", "two", "three")).unrouted() == []  # type: ignore
+    assert len(list(grafted.glob("router-*"))) == 1
+
+
+def test_a_router_comes_with_the_packs_that_it_knows(home: Path, grafted: Path) -> None:
+    set_router(grafted, _Router("one", "two"))  # type: ignore
+    manifest = add_packs(grafted, {"three": home / "three.safetensors"}, router=_Router("one", "two", "three"))  # type: ignore
+    assert manifest.unrouted() == []
+    assert [file.name for file in grafted.glob("router-*")] == [manifest.router.file]
+
+
+def test_the_inventory_tells_what_each_pack_can_do(grafted: Path) -> None:
+    set_router(grafted, _Router("one"))  # type: ignore
+    set_rules(grafted, [Rule(pack="one", tag="TAG")])
+    found = take_inventory(grafted)
+    figures = json.loads(json.dumps(found.figures()))
+    assert figures["packs"]["one"] | {"sha256": ""} == {
+        "file_bytes": (grafted / "packs" / "one.safetensors").stat().st_size,
+        "sha256": "", "description": "Skill one", "factors": False, "routed": True,
+    }  # fmt: skip
+    assert figures["rules"] == [{"pack": "one", "tag": "TAG"}]
+    assert [row[3:5] for row in found.rows()] == [("merged", "yes"), ("merged, beside", "no")]
+    assert "router  older than two" in found.sentences()

@@ -163,12 +163,13 @@ def generate(
     for start in range(0, len(order), options.batch_size):
         batch = order[start : start + options.batch_size]
         ids, mask = pad([prompts[i] for i in batch], tokenizer, model.device)
-        output = cast(Any, model).generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=_generation_config(model, tokenizer, options),
-            tokenizer=tokenizer if options.stop else None,
-        )
+        with around([i for i in batch for _ in range(options.samples)]):
+            output = cast(Any, model).generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=_generation_config(model, tokenizer, options),
+                tokenizer=tokenizer if options.stop else None,
+            )
         texts = [
             _stopped(text, options.stop)
             for text in tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)

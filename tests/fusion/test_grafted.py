@@ -1,13 +1,15 @@
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from graftllm.checkpoint import Checkpoint
+from graftllm.checkpoint import Checkpoint, digest
 from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError
 from graftllm.fusion.chat import Chat
-from graftllm.fusion.grafted import GraftedModel, fuse_packs, write_grafted
+from graftllm.fusion.directory import add_packs, remove_pack, write_grafted
+from graftllm.fusion.grafted import GraftedModel, fuse_packs
 from graftllm.generation import GREEDY, generate, load_model, load_tokenizer
 from graftllm.recipe import PackOptions, SamplingOptions
 from graftllm.records import Message, Prompt, write_rows
@@ -83,6 +85,120 @@ def test_a_conversation_stays_with_the_pack_of_its_first_message(grafted: Grafte
     assert list(chat.say("/pack base")) == ["(new conversation with base)"]
     assert "".join(chat.say("31676 4")) == grafted.generate(["31676 4"], "base", SHORT)[0]
     assert list(chat.say("")) == []
+
+
+@pytest.fixture(scope="module")
+def served(base_dir: Path, delta: Delta, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A grafted model with the packs `one` and `two` in factors, and `three`, which can only be merged."""
+    home = tmp_path_factory.mktemp("served")
+    for seed, name in enumerate(("one", "two", "three"), 11):
+        change = Delta(delta.base, Checkpoint.open(perturb(base_dir, home / name, seed=seed)))
+        compress(change, PackOptions(strategy="exact" if name == "three" else "paper")).save(home / f"{name}.st")
+    write_grafted(home / "g", str(base_dir), {name: home / f"{name}.st" for name in ("one", "two", "three")})
+    return home / "g"
+
+
+def test_a_mixed_batch_answers_as_packs_merged_one_by_one_do(served: Path) -> None:
+    model = GraftedModel.load(served)
+    questions = [f"question {i}" for i in range(6)]
+    packs = ["one", None, {"one": 0.5, "two": 0.5}, "two", "base", "one"]
+    merged = model.generate(questions, packs, SHORT, way="merged")
+    assert model.beside.stacked == ()
+    assert model.generate(questions, packs, SHORT) == merged  # in one batch, beside the weights
+    assert model.beside.stacked == ("one", "two")
+    in_twos = SHORT.model_copy(update={"batch_size": 2})
+    assert model.generate(questions, packs, in_twos, way="beside") == merged
+    assert len(set(merged)) > 2
+
+
+def test_a_batch_with_a_pack_that_can_only_be_merged_is_answered_pack_by_pack(served: Path) -> None:
+    model = GraftedModel.load(served)
+    questions = ["question 1", "question 2"]
+    assert model.generate(questions, ["one", "three"], SHORT) == [
+        *model.generate(questions[:1], "one", SHORT),
+        *model.generate(questions[1:], "three", SHORT),
+    ]
+    assert model.beside.stacked == ()
+    with pytest.raises(
+        FusionError,
+        match=r"^'three': expected packs that can run beside the weights; .* by the operator 'exact', not in factors",
+    ):
+        model.generate(questions, ["one", "three"], SHORT, way="beside")
+
+
+def test_one_pack_or_mapping_for_each_conversation_is_needed(served: Path) -> None:
+    model = GraftedModel.load(served)
+    with pytest.raises(FusionError, match="pack: expected one for each of 2 conversations, found 3."):
+        model.generate(["a", "b"], ["one"] * 3, SHORT)
+    with pytest.raises(FusionError, match="expected one of base, auto, one, two, three; found 'four'"):
+        model.generate(["a"], {"one": 1, "four": 0.1}, SHORT)
+
+
+def test_inside_using_the_model_has_the_pack_and_afterwards_what_it_had(served: Path) -> None:
+    model = GraftedModel.load(served)
+
+    def state() -> dict[str, str]:
+        return {name: digest(value) for name, value in model.model.state_dict().items()}
+
+    base = state()
+    with model.using("one"):
+        one = state()
+        with model.using({"one": 1.0, "two": -1.0}):
+            assert state() not in (base, one)
+            assert model.generate(["hi"], "base", SHORT) == GraftedModel.load(served).generate(["hi"], None, SHORT)
+        assert state() == one != base
+    assert state() == base
+
+
+def test_a_shelf_of_one_pack_decodes_again_what_it_let_go(served: Path) -> None:
+    model = GraftedModel.load(served)
+    with model.using("one"):
+        size = model.shelf.nbytes
+    small = GraftedModel.load(served, memory_bytes=size)
+    for name in ("one", "two", "one"):
+        assert small.generate(["hi"], name, SHORT) == model.generate(["hi"], name, SHORT)
+        assert small.shelf.hot == [("merged", ((name, 1.0),))]
+
+
+def test_a_stream_that_is_closed_early_stops_and_leaves_the_base(served: Path) -> None:
+    model = GraftedModel.load(served)
+    before = model.generate(["hi"], "base", SHORT)
+    pieces = model.stream("hi", "one", SHORT.model_copy(update={"max_new_tokens": 200}))
+    next(pieces)
+    with pytest.raises(FusionError, match="a stream of this model is still open; read it to its end, or close it"):
+        model.generate(["hi"], "two", SHORT)
+    pieces.close()
+    assert model.generate(["hi"], "base", SHORT) == before
+
+
+def test_threads_take_turns(served: Path) -> None:
+    model = GraftedModel.load(served)
+    names = ["one", "two", "base", "one", "three", "two"]
+    expected = [model.generate(["hi"], name, SHORT) for name in names]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda name: model.generate(["hi"], name, SHORT), names)) == expected
+
+
+def test_auto_needs_a_router_that_knows_every_pack(shelf: Path, tmp_path: Path) -> None:
+    shutil.copytree(shelf.parent, tmp_path / "home")
+    directory = tmp_path / "home" / "grafted"
+    add_packs(directory, {"late": directory / "packs" / "one.safetensors"})
+    with pytest.raises(FusionError, match="a router that knows every pack, and this one is older than late; name a"):
+        GraftedModel.load(directory).generate(["hi"])
+    remove_pack(directory, "late")
+    assert GraftedModel.load(directory).generate(["31676 4"]) == GraftedModel.load(directory).generate(
+        ["31676 4"], "one"
+    )
+
+
+def test_removing_a_pack_leaves_the_others_answers(shelf: Path, tmp_path: Path) -> None:
+    shutil.copytree(shelf.parent, tmp_path / "home")
+    directory = tmp_path / "home" / "grafted"
+    before = GraftedModel.load(directory).generate(["31676 4", "hello"], ["one", "base"], SHORT)
+    remove_pack(directory, "two")
+    after = GraftedModel.load(directory)
+    assert after.generate(["31676 4", "hello"], ["one", "base"], SHORT) == before
+    assert after.route(["?!?!"])[0].name != "two"
 
 
 def test_a_moved_run_directory_still_loads(shelf: Path, tmp_path: Path) -> None:

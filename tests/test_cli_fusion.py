@@ -1,0 +1,73 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from graftllm import cli
+from graftllm.checkpoint import Checkpoint
+from graftllm.delta import Delta
+from graftllm.recipe import PackOptions
+from graftllm.skillpack import compress
+from tests.models import perturb
+
+
+@pytest.fixture
+def graftllm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["graftllm", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def packs(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("packs")
+    for seed, name in enumerate(("one", "two"), 1):
+        delta = Delta(Checkpoint.open(base_dir), Checkpoint.open(perturb(base_dir, home / name, seed=seed)))
+        compress(delta, PackOptions(strategy="exact" if name == "one" else "paper")).save(home / f"{name}.safetensors")
+    return home
+
+
+def test_packs_come_to_a_shelf_are_listed_and_go(graftllm, base_dir: Path, packs: Path, tmp_path: Path) -> None:
+    shelf = tmp_path / "g"
+    assert graftllm("fuse", "--base", base_dir, "--pack", f"one={packs}/one.safetensors", "--out", shelf)[0] == 0
+    code, out, _ = graftllm("add", shelf, f"two={packs}/two.safetensors", f"three={packs}/one.safetensors")
+    assert (code, out) == (0, f"{shelf}: two, three added; 3 packs. Next: graftllm list {shelf}\n")
+    listed = json.loads(graftllm("list", shelf, "--json")[1])
+    assert list(listed["packs"]) == ["one", "two", "three"]
+    assert [pack["factors"] for pack in listed["packs"].values()] == [False, True, False]
+    assert listed["packs"]["one"]["sha256"] == listed["packs"]["three"]["sha256"]
+    shown = graftllm("list", shelf)[1]
+    for words in ("merged, beside", "packs   3, ", "router  none", listed["fingerprint"][:12]):
+        assert words in shown
+    code, out, _ = graftllm("remove", shelf, "three")
+    assert (code, out) == (0, f"{shelf}: three removed; left: one, two\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["add", "{s}", "one={p}/two.safetensors"], "pack 'one': this grafted model has one of that name; choose"),
+        (["add", "{s}", "x={p}/two.safetensors", "x=b"], "NAME=FILE: two packs have the same name, 'x'; give each"),
+        (["add", "{s}", "{p}/two.safetensors"], "NAME=FILE: expected NAME=FILE, such as math=packs/math.safetensors"),
+        (["add", "{p}", "x={p}/two.safetensors"], "expected a grafted model, found no manifest.json in it"),
+        (["remove", "{s}", "two"], "pack: expected one of base, auto, one; found 'two'."),
+        (["list", "{p}"], "expected a grafted model, found no manifest.json in it; make one with `graftllm fuse`."),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_1(
+    graftllm, base_dir: Path, packs: Path, tmp_path: Path, arguments: list[str], line: str
+) -> None:
+    graftllm("fuse", "--base", base_dir, "--pack", f"one={packs}/one.safetensors", "--out", tmp_path / "g")
+    code, out, err = graftllm(*(one.format(s=tmp_path / "g", p=packs) for one in arguments))
+    assert (code, out) == (1, "")
+    assert line in err
+    assert err.count("\n") == 1

@@ -5,6 +5,7 @@ import yaml
 
 from graftllm.errors import RecipeError
 from graftllm.recipe import PackOptions, Recipe, budget_bytes, dump_recipe, load_recipe, pack_options
+from graftllm.transfer_options import PromptSet
 
 SMALL = """
 name: small
@@ -27,9 +28,13 @@ def test_paths_start_at_the_recipe_and_dir_is_the_runs_directory(tmp_path: Path)
     recipe, directory = load_recipe(_write(tmp_path, SMALL), tmp_path / "out")
     assert directory == tmp_path / "out"
     assert recipe.target == str(tmp_path / "out" / "target")
-    assert recipe.skills["math"].sources == ("org/model", str(tmp_path / "local"))
-    assert recipe.skills["math"].prompts == str(tmp_path / "math.jsonl")
-    assert recipe.skills["math"].test == "/data/math.test.jsonl"
+    skill = recipe.skills["math"]
+    assert [(source.model, source.name) for source in skill.sources] == [
+        ("org/model", "model"),
+        (str(tmp_path / "local"), "local"),
+    ]
+    assert skill.prompts == (PromptSet(files=(str(tmp_path / "math.jsonl"),)),)
+    assert skill.test == (PromptSet(files=("/data/math.test.jsonl",)),)
 
 
 def test_the_runs_directory_is_named_after_the_recipe(tmp_path: Path) -> None:

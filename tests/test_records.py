@@ -10,7 +10,7 @@ from graftllm.records import (
     PreferencePair,
     Prompt,
     Response,
-    append_rows,
+    appending,
     read_pairs,
     read_prompts,
     read_responses,
@@ -24,7 +24,9 @@ text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 def test_responses_come_back_as_written(tmp_path_factory: pytest.TempPathFactory, responses: list[Response]) -> None:
     path = tmp_path_factory.mktemp("rows") / "responses.jsonl"
     write_rows(path, responses[:2])
-    append_rows(path, responses[2:])
+    with appending(path) as append:
+        append(responses[2:3])
+        append(responses[3:])
     assert read_responses(path) == responses
 
 
@@ -36,6 +38,19 @@ def test_a_half_written_last_response_is_left_out(tmp_path: Path) -> None:
     for cut in range(len(data.splitlines(keepends=True)[0]), len(data)):
         path.write_bytes(data[:cut])
         assert read_responses(path) == whole[:1]
+
+
+def test_a_half_written_last_response_is_mended_before_others_follow(tmp_path: Path) -> None:
+    path = tmp_path / "responses.jsonl"
+    whole = [Response("a", "s", 0, "x" * 70000), Response("b", "s", 0, "y" * 70000)]
+    write_rows(path, whole)
+    data = path.read_bytes()
+    first = data.index(b"\n") + 1
+    for cut in (len(data) - 1, len(data) - 66000, first, first - 1, 9, 0):
+        path.write_bytes(data[:cut])
+        with appending(path) as append:
+            append([Response("c", "s", 0, "z")])
+        assert [row.prompt_id for row in read_responses(path)] == (["a", "c"] if cut >= first else ["c"])
 
 
 def test_prompt_string_stands_for_one_user_message(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Every knob of a run, with its default: strict YAML in, YAML out.
 
 A recipe says what to transfer (sources, prompts, tests), into what (target) and how. Each
-section is the options object that its room takes. Unknown keys are errors.
+section is the options object that its room takes. Unknown keys are errors. The sections on
+prompts, sources, judges and pairs are in `transfer_options`.
 """
 
 import difflib
@@ -12,36 +13,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from graftllm.errors import RecipeError
+from graftllm.transfer_options import (
+    ContaminationOptions,
+    General,
+    PairOptions,
+    PromptSet,
+    RewardJudge,
+    SamplingOptions,
+    Section,
+    Skill,
+)
 
-Judge = Literal["exact", "math"]
 Strategy = Literal["auto", "paper", "exact"]
 Comparison = Literal["sequential", "summed", "lora"]
 PackName = typing.Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-
-
-class Section(BaseModel):
-    """A part of a recipe: immutable, and closed to keys that it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SamplingOptions(Section):
-    """How a source is asked."""
-
-    samples: int = Field(default=4, ge=1, description="answers per prompt")
-    temperature: float = Field(default=0.8, ge=0, description="0 is greedy")
-    top_p: float = Field(default=0.95, gt=0, le=1)
-    max_new_tokens: int = Field(default=1024, ge=1)
-    batch_size: int = Field(default=64, ge=1, description="prompts per batch")
-
-    @model_validator(mode="after")
-    def _answers_can_differ(self) -> "SamplingOptions":
-        if self.temperature == 0 and self.samples > 1:
-            raise ValueError("samples: at temperature 0 every answer is the same; ask for 1 or raise the temperature")
-        return self
 
 
 class TrainingOptions(Section):
@@ -119,28 +107,19 @@ class PackOptions(Section):
 class RouterOptions(Section):
     """How the router is trained and when it answers `base`."""
 
+    layer: int = Field(default=1, ge=1, description="after how many layers of the base its hidden states are read")
     threshold: float = Field(
         default=0.5, ge=0, lt=1, description="below this probability of the best pack, the base answers"
     )
+    false_accept: float = Field(
+        default=0.01, gt=0, lt=1, description="share of general prompts that may go to a pack; raises the threshold"
+    )
+    samples: int = Field(default=128, ge=8, description="prompts of each pack that the router keeps")
     steps: int = Field(default=300, ge=1)
-
-
-class Skill(Section):
-    """One capability to move: who has it, what to ask, how to judge and test it."""
-
-    sources: tuple[str, ...] = Field(min_length=1)
-    prompts: str
-    test: str
-    judge: Judge = "exact"
-    description: str = ""
-
-
-class General(Section):
-    """What the target can do already and must not lose."""
-
-    prompts: str
-    test: str
-    judge: Judge = "exact"
+    drift: float = Field(
+        default=0.01, ge=0, le=1, description="share of old decisions that a new pack may change; more is refused"
+    )
+    soft: int = Field(default=1, ge=1, description="packs that may answer together, weighted by their probabilities")
 
 
 class Recipe(Section):
@@ -151,7 +130,9 @@ class Recipe(Section):
     skills: dict[PackName, Skill] = Field(min_length=1)
     general: General
     seed: int = 0
+    contamination: ContaminationOptions = ContaminationOptions()
     sampling: SamplingOptions = SamplingOptions()
+    pairs: PairOptions = PairOptions()
     sft: SftOptions = SftOptions()
     dpo: DpoOptions | None = DpoOptions()
     pack: PackOptions = PackOptions()
@@ -303,11 +284,21 @@ def _keys_at(location: list[str]) -> list[str]:
     """Return the keys that the section at `location` knows."""
     section: Any = Recipe
     for part in location:
-        fields = section.model_fields if isinstance(section, type) else {}
-        annotation = fields[part].annotation if part in fields else typing.get_args(section)[-1]
-        options = [option for option in typing.get_args(annotation) if option is not type(None)]
-        section = options[0] if options and typing.get_origin(annotation) is not dict else annotation
+        annotation = section.model_fields[part].annotation if part in section.model_fields else section
+        sections = _sections(annotation)
+        section = next((option for option in sections if part in _kinds(option)), sections[0])
     return list(section.model_fields)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """Return the sections that a type holds, however deep."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for inner in typing.get_args(annotation) for section in _sections(inner)]
+
+
+def _kinds(section: type[BaseModel]) -> tuple[str, ...]:
+    return typing.get_args(section.model_fields["kind"].annotation) if "kind" in section.model_fields else ()
 
 
 def _with_paths(recipe: Recipe, home: Path, directory: Path) -> Recipe:
@@ -319,13 +310,31 @@ def _with_paths(recipe: Recipe, home: Path, directory: Path) -> Recipe:
         is_path = "{dir}" in text or text.startswith((".", "/", "~")) or (home / text).exists()
         return located(text) if is_path else text
 
-    def files(section: Any) -> Any:
-        return section.model_copy(update={"prompts": located(section.prompts), "test": located(section.test)})
+    def sets(given: tuple[PromptSet, ...]) -> tuple[PromptSet, ...]:
+        return tuple(
+            one.model_copy(
+                update={"files": tuple(map(located, one.files)), "dataset": one.dataset and model(one.dataset)}
+            )
+            for one in given
+        )
 
-    skills = {
-        name: files(skill).model_copy(update={"sources": tuple(model(source) for source in skill.sources)})
-        for name, skill in recipe.skills.items()
-    }
+    def here(section: Any) -> Any:
+        """Locate the model of a source or judge that runs on this machine."""
+        is_here = isinstance(section, RewardJudge) or getattr(section, "url", "none") is None
+        return section.model_copy(update={"model": model(section.model)}) if is_here else section
+
+    def prompts(section: Any) -> dict[str, Any]:
+        return {"prompts": sets(section.prompts), "test": sets(section.test)}
+
+    def skill(given: Skill) -> Skill:
+        judges, sources = tuple(map(here, given.judge)), tuple(map(here, given.sources))
+        return given.model_copy(update=prompts(given) | {"judge": judges, "sources": sources})
+
     return recipe.model_copy(
-        update={"target": model(recipe.target), "skills": skills, "general": files(recipe.general)}
+        update={
+            "target": model(recipe.target),
+            "skills": {name: skill(given) for name, given in recipe.skills.items()},
+            "general": recipe.general.model_copy(update=prompts(recipe.general)),
+            "contamination": recipe.contamination.model_copy(update={"against": sets(recipe.contamination.against)}),
+        }
     )

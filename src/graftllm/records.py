@@ -5,7 +5,10 @@ the assistant's), calibration text, evaluation tasks and router data.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,12 +29,23 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation to answer, or with a last assistant message, an answered one."""
+    """A conversation to answer, or with a last assistant message, an answered one.
+
+    Attributes:
+        id: unique in its file.
+        messages: the conversation.
+        task: what kind of prompt it is; scores are also given by task.
+        reference: the right answer, for judges that compare.
+        tests: Python statements that a program in the answer must survive, for the judge `code`.
+        metadata: of the entry, for the judge `reasoning_gym`.
+    """
 
     id: str
     messages: tuple[Message, ...]
     task: str = ""
     reference: str | None = None
+    tests: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] | None = None
 
     @property
     def question(self) -> tuple[Message, ...]:
@@ -47,13 +61,29 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Response:
-    """What a source answered to a prompt; `sample` counts its answers to that prompt from 0."""
+    """What a source answered to a prompt.
+
+    Attributes:
+        prompt_id: the prompt's.
+        source: the source's name.
+        sample: counts the source's answers to the prompt from 0.
+        text: the answer.
+        score: 1 for right and 0 for wrong, by rule; None when no rule has judged it.
+        grade: how good it is, by a reward model or a model with a rubric; None when none has.
+        truncated: the endpoint says that it ended at the longest answer allowed.
+        input_tokens: that the endpoint counted (once for all answers of a request).
+        output_tokens: that the endpoint counted (once for all answers of a request).
+    """
 
     prompt_id: str
     source: str
     sample: int
     text: str
     score: float | None = None
+    grade: float | None = None
+    truncated: bool = False
+    input_tokens: int = 0
+    output_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,43 +98,64 @@ class PreferencePair:
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Read prompt rows: `id`, `messages` or `prompt`, and optionally `task` and `reference`.
-
-    A `prompt` string stands for one user message. A row without `id` is named by its line number.
-    Other keys are ignored.
+    """Read prompt rows from JSONL, as `prompt_row` describes them.
 
     Raises:
         RecordError: the file is missing or empty, or a row is malformed or repeats an id.
     """
+    prompts = unique_prompts((prompt_row(row, f"{path}:{n}", n), f"{path}:{n}") for n, row in read_rows(path))
+    if not prompts:
+        raise RecordError(f"{path}: expected at least one row, found an empty file.")
+    return prompts
+
+
+def prompt_row(row: dict[str, Any], where: str, number: int) -> Prompt:
+    """Return the prompt that a row with `id`, `messages` or `prompt`, and the optional keys of `Prompt` stands for.
+
+    A `prompt` string stands for one user message, a `tests` string for one test, a number as reference for its
+    text. A row without `id` is named by its number. Other keys are ignored.
+
+    Raises:
+        RecordError: a key is missing or of the wrong type; the message begins with `where`.
+    """
+    row = {key: value for key, value in row.items() if value is not None}
+    if "messages" not in row and isinstance(row.get("prompt"), str):
+        row["messages"] = [{"role": "user", "content": row["prompt"]}]
+    if "messages" not in row:
+        raise RecordError(f"{where}: expected 'messages' or a 'prompt' string, found the keys {_listed(row)}.")
+    row["id"] = str(row.get("id", number))
+    if isinstance(row.get("reference"), int | float):
+        row["reference"] = str(row["reference"])
+    if isinstance(row.get("tests"), str):
+        row["tests"] = [row["tests"]]
+    prompt = _validate(_PROMPT, row, where)
+    if not prompt.question:
+        raise RecordError(f"{where}: 'messages' has nothing to answer; expected at least one user message.")
+    return prompt
+
+
+def unique_prompts(found: Iterable[tuple[Prompt, str]]) -> list[Prompt]:
+    """Return prompts that come with where they were found.
+
+    Raises:
+        RecordError: an id occurs twice.
+    """
     prompts: dict[str, Prompt] = {}
-    for number, row in _read_rows(path):
-        where = f"{path}:{number}"
-        if "messages" not in row and isinstance(row.get("prompt"), str):
-            row["messages"] = [{"role": "user", "content": row["prompt"]}]
-        if "messages" not in row:
-            raise RecordError(f"{where}: expected 'messages' or a 'prompt' string, found the keys {_listed(row)}.")
-        row["id"] = str(row.get("id", number))
-        if isinstance(row.get("reference"), int | float):
-            row["reference"] = str(row["reference"])
-        prompt = _validate(_PROMPT, row, where)
-        if not prompt.question:
-            raise RecordError(f"{where}: 'messages' has nothing to answer; expected at least one user message.")
+    for prompt, where in found:
         if prompt.id in prompts:
             raise RecordError(f"{where}: id {prompt.id!r} is already taken by an earlier row; ids must be unique.")
         prompts[prompt.id] = prompt
-    if not prompts:
-        raise RecordError(f"{path}: expected at least one row, found an empty file.")
     return list(prompts.values())
 
 
 def read_responses(path: Path) -> list[Response]:
     """Read responses; a last line that a killed writer left unfinished is left out."""
-    return [_validate(_RESPONSE, row, f"{path}:{number}") for number, row in _read_rows(path, unfinished=True)]
+    return [_validate(_RESPONSE, row, f"{path}:{number}") for number, row in read_rows(path, unfinished=True)]
 
 
 def read_pairs(path: Path) -> list[PreferencePair]:
     """Read preference pairs."""
-    return [_validate(_PAIR, row, f"{path}:{number}") for number, row in _read_rows(path)]
+    return [_validate(_PAIR, row, f"{path}:{number}") for number, row in read_rows(path)]
 
 
 def write_rows(path: Path, rows: Iterable[Prompt | Response | PreferencePair]) -> None:
@@ -114,11 +165,39 @@ def write_rows(path: Path, rows: Iterable[Prompt | Response | PreferencePair]) -
             file.write(_encode(row))
 
 
-def append_rows(path: Path, rows: Iterable[Response]) -> None:
-    """Append rows durably: when this returns they survive a power cut."""
+@contextmanager
+def appending(path: Path) -> Iterator[Callable[[Iterable[Response]], None]]:
+    """Yield what appends responses to a file, whose last line is mended first if a killed writer left it half-written.
+
+    Rows survive the process as soon as they are appended, and a power cut a second later or when the block ends.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with appended_file(path) as file:
-        file.write(b"".join(_encode(row) for row in rows))
+        file.truncate(_whole_lines(path))
+        synced = time.monotonic()
+
+        def append(rows: Iterable[Response]) -> None:
+            nonlocal synced
+            file.write(b"".join(_encode(row) for row in rows))
+            file.flush()
+            if time.monotonic() - synced > 1:
+                os.fsync(file.fileno())
+                synced = time.monotonic()
+
+        yield append
+
+
+def _whole_lines(path: Path) -> int:
+    """Return how many bytes of a file are lines with their newline."""
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - 65536)
+            file.seek(start)
+            if (last := file.read(end - start).rfind(b"\n")) >= 0:
+                return start + last + 1
+            end = start
+    return 0
 
 
 _PROMPT = TypeAdapter(Prompt)
@@ -127,8 +206,16 @@ _PAIR = TypeAdapter(PreferencePair)
 Row = TypeVar("Row")
 
 
-def _read_rows(path: str | Path, *, unfinished: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield line numbers and JSON objects; `unfinished` leaves out a last line without its newline."""
+def read_rows(path: str | Path, *, unfinished: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield line numbers and JSON objects of a JSONL file.
+
+    Args:
+        path: the file.
+        unfinished: leave out a last line without its newline.
+
+    Raises:
+        RecordError: the file is missing, or a line is no JSON object.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:

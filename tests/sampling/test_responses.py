@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -6,10 +6,10 @@ import pytest
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import CheckpointError
-from graftllm.recipe import SamplingOptions
-from graftllm.records import Message, Prompt, read_responses
-from graftllm.sampling.responses import sample_responses
-from graftllm.sampling.sources import Source, open_source
+from graftllm.records import Prompt, read_responses
+from graftllm.sampling.responses import File, Key, Source, sample_responses
+from graftllm.sampling.sources import LocalSource, open_source
+from graftllm.transfer_options import SamplingOptions, SourceOptions
 
 OPTIONS = SamplingOptions(samples=2, temperature=1.0, top_p=1.0, max_new_tokens=4, batch_size=5)
 
@@ -25,17 +25,20 @@ class StoppingSource:
         self.source, self.batches, self.name = source, batches, source.name
 
     def answer(
-        self, conversations: Sequence[Sequence[Message]], options: SamplingOptions, *, seed: int
-    ) -> list[list[str]]:
-        self.batches -= 1
-        if self.batches < 0:
-            raise Stopped
-        return self.source.answer(conversations, options, seed=seed)
+        self, prompts: Sequence[Prompt], done: Collection[Key], options: SamplingOptions, *, seed: int, file: File
+    ) -> int:
+        def counting(rows: Sequence) -> None:
+            self.batches -= 1
+            if self.batches < 0:
+                raise Stopped
+            file(rows)
+
+        return self.source.answer(prompts, done, options, seed=seed, file=counting)
 
 
 @pytest.fixture(scope="module")
 def source(base: Checkpoint) -> Source:
-    return open_source(str(base.path))
+    return open_source(SourceOptions(model=str(base.path)))
 
 
 def test_every_prompt_gets_its_answers(source: Source, prompts: list[Prompt], tmp_path: Path) -> None:
@@ -56,7 +59,7 @@ def test_a_stopped_run_ends_with_the_same_rows(source: Source, prompts: list[Pro
             sample_responses(prompts[:23], opening, OPTIONS, stopped, source_name="base", seed=3)
         stopped.write_bytes(stopped.read_bytes()[: -cut or None])  # what a killed writer leaves
     sample_responses(prompts[:23], lambda: source, OPTIONS, stopped, source_name="base", seed=3)
-    assert sorted(stopped.read_text().splitlines()) == sorted(whole.read_text().splitlines())
+    assert stopped.read_text() == whole.read_text()
 
 
 def test_a_finished_file_asks_nothing(source: Source, prompts: list[Prompt], tmp_path: Path) -> None:
@@ -71,11 +74,40 @@ def test_a_finished_file_asks_nothing(source: Source, prompts: list[Prompt], tmp
 
 def test_sources_share_a_file(source: Source, prompts: list[Prompt], tmp_path: Path) -> None:
     path = tmp_path / "responses.jsonl"
+    assert isinstance(source, LocalSource)
     for name in ("a", "b"):
-        sample_responses(prompts[:3], lambda: source, OPTIONS, path, source_name=name, seed=0)
+        named = LocalSource(name, source.model, source.tokenizer)
+        sample_responses(prompts[:3], lambda named=named: named, OPTIONS, path, source_name=name, seed=0)
     assert [row.source for row in read_responses(path)] == ["a"] * 6 + ["b"] * 6
+
+
+def test_an_answer_ends_before_a_stop_text(source: Source, prompts: list[Prompt], tmp_path: Path) -> None:
+    free, stopped = tmp_path / "free.jsonl", tmp_path / "stopped.jsonl"
+    sample_responses(prompts[:5], lambda: source, OPTIONS, free, source_name="base", seed=0)
+    word = next(row.text for row in read_responses(free) if len(row.text) == 4)[1:3]
+    options = OPTIONS.model_copy(update={"stop": (word,)})
+    sample_responses(prompts[:5], lambda: source, options, stopped, source_name="base", seed=0)
+    texts = [row.text for row in read_responses(stopped)]
+    assert not any(word in text for text in texts)
+    assert any(
+        text == row.text.split(word)[0] != row.text for text, row in zip(texts, read_responses(free), strict=True)
+    )
+
+
+def test_reasoning_of_a_local_source_is_stripped_unless_kept(source: Source) -> None:
+    assert isinstance(source, LocalSource)
+    for keep, text in (("strip", ""), ("keep", "<think>")):
+        kept = LocalSource("s", source.model, source.tokenizer, keep)
+        assert kept._kept("<think>") == text
+
+
+def test_a_local_source_may_be_spread_over_devices(base: Checkpoint, prompts: list[Prompt], tmp_path: Path) -> None:
+    spread = SourceOptions(model=str(base.path), device_map="auto")
+    path = tmp_path / "responses.jsonl"
+    sample_responses(prompts[:2], lambda: open_source(spread), OPTIONS, path, source_name="base", seed=0)
+    assert len(read_responses(path)) == 4
 
 
 def test_a_missing_source_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"none: expected a checkpoint directory, found nothing"):
-        open_source(str(tmp_path / "none"))
+        open_source(SourceOptions(model=str(tmp_path / "none")))

@@ -1,15 +1,15 @@
+from pathlib import Path
+
 import pytest
 
 from graftllm.errors import SamplingError
 from graftllm.records import Message, Prompt, Response
-from graftllm.sampling.pairs import preference_pairs, sft_rows
-from graftllm.sampling.scoring import judge_exact, judge_math, score_responses
+from graftllm.sampling.rules import RULES, judge_choice, judge_exact, judge_math
+from graftllm.sampling.scoring import judge_answers, score_responses
+from graftllm.transfer_options import JudgeOptions, RuleJudge, judge_named
 
 QUESTION = (Message(role="user", content="2 + 2?"),)
-
-
-def _responses(*scores: float, source: str = "s", prompt_id: str = "p") -> list[Response]:
-    return [Response(prompt_id, source, i, f"{source}{i}", score) for i, score in enumerate(scores)]
+EXACT = RuleJudge(kind="exact")
 
 
 @pytest.mark.parametrize(
@@ -34,36 +34,67 @@ def test_math_compares_values(answer: str, reference: str, score: float) -> None
     assert judge_math(answer, reference) == score
 
 
-def test_responses_are_scored_against_their_prompts_reference() -> None:
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"),
+    [
+        ("B", "B", 1),
+        ("(b)", "B", 0),  # a letter that is not a choice
+        ("**B**", "(B)", 1),
+        ("B. Paris, not A.", "B", 1),
+        ("The answer is A. No, the answer is B.", "B", 1),
+        ("Answer: (C)", "B", 0),
+        (r"\boxed{\text{D}}", "D", 1),
+        (r"First A. So \boxed{B}, the answer is C", "B", 1),
+        ("A long way from home", "A", 0),
+        ("I don't know", "I", 0),
+        ("", "A", 0),
+    ],
+)
+def test_choice_takes_the_letter_that_the_answer_settles_on(answer: str, reference: str, score: float) -> None:
+    assert judge_choice(answer, reference) == score
+
+
+def test_reasoning_gym_wants_full_marks() -> None:
+    reasoning_gym = pytest.importorskip("reasoning_gym")
+    judge = RULES["reasoning_gym"]
+    entry = next(iter(reasoning_gym.create_dataset("basic_arithmetic", size=1, seed=3)))
+    prompt = Prompt("p", QUESTION, reference=entry["answer"], metadata=entry["metadata"])
+    assert judge(f" {entry['answer']}\n", prompt) == 1
+    assert judge(f"I think <answer>{entry['answer']}</answer>", prompt) == 1
+    assert judge(f"it is {entry['answer']}.", prompt) == 0  # its own scorer gives a part of a mark for that
+    assert judge("", prompt) == 0
+
+
+def test_reasoning_gym_wants_to_know_the_task() -> None:
+    pytest.importorskip("reasoning_gym")
+    for metadata in (None, {"source_dataset": "no_such_task"}):
+        with pytest.raises(SamplingError, match="prompt 'p': the judge 'reasoning_gym' expects its entry's metadata"):
+            RULES["reasoning_gym"]("4", Prompt("p", QUESTION, reference="4", metadata=metadata))
+
+
+def test_responses_are_scored_against_their_prompts_reference(tmp_path: Path) -> None:
     prompt = Prompt("p", QUESTION, reference="4")
-    scored = score_responses([prompt], [Response("p", "s", 0, "4"), Response("p", "s", 1, "5")], "exact")
-    assert [response.score for response in scored] == [1, 0]
+    responses = [Response("p", "s", 0, "4"), Response("p", "s", 1, "5"), Response("p", "s", 2, "<think>5</think>4")]
+    scored = score_responses([prompt], responses, [EXACT], directory=tmp_path)
+    assert [response.score for response in scored.responses] == [1, 0, 1]
+    assert [(cost.judge, cost.dollars, cost.unjudged) for cost in scored.costs] == [("exact", None, 0)]
+    assert scored.agreement is None
 
 
-def test_a_prompt_without_a_reference_cannot_be_judged() -> None:
-    with pytest.raises(SamplingError, match="prompt 'p' has no 'reference', which the judge 'exact' compares with"):
-        score_responses([Prompt("p", QUESTION)], [Response("p", "s", 0, "4")], "exact")
+def test_an_answer_is_right_when_every_rule_says_so(tmp_path: Path) -> None:
+    prompt = Prompt("p", QUESTION, reference="4")
+    responses = [Response("p", "s", i, text) for i, text in enumerate(("4", "so 4", "5"))]
+    scored = score_responses([prompt], responses, [EXACT, RuleJudge(kind="math")], directory=tmp_path)
+    assert [response.score for response in scored.responses] == [1, 0, 0]
 
 
-def test_rows_hold_the_first_right_answer_of_each_prompt() -> None:
-    prompts = [Prompt("p", QUESTION, "sums", "4"), Prompt("q", QUESTION, "sums", "4")]
-    rows = sft_rows(prompts, [*_responses(0, 1, 1), *_responses(0, 0, prompt_id="q")], skill="sums")
-    assert [(row.id, row.answer, row.task) for row in rows] == [("p", "s1", "sums")]
-    assert rows[0].question == QUESTION
+@pytest.mark.parametrize("kind", ["exact", "math", "choice"])
+def test_a_prompt_without_a_reference_cannot_be_judged(kind: str) -> None:
+    with pytest.raises(SamplingError, match=f"prompt 'p' has no 'reference', which the judge {kind!r} compares with"):
+        judge_answers([Prompt("p", QUESTION)], ["4"], judge_named(kind))
 
 
-def test_pairs_are_best_against_worst_of_the_same_source() -> None:
-    prompts = [Prompt("p", QUESTION, reference="4")]
-    responses = [*_responses(1, 0, 0), *_responses(0, 0, source="t"), *_responses(1, 1, source="u")]
-    (pair,) = preference_pairs(prompts, responses)
-    assert (pair.chosen, pair.rejected, pair.source) == ("s0", "s1", "s")
-
-
-def test_a_source_without_a_right_answer_is_shown_with_samples() -> None:
-    prompts = [Prompt("p", QUESTION, reference="4")]
-    with pytest.raises(SamplingError) as raised:
-        sft_rows(prompts, _responses(0, 0), skill="sums")
-    assert str(raised.value) == (
-        "skill 'sums': none of 2 responses of s is right. For example: '2 + 2?' -> 's0' (expected '4'); "
-        "'2 + 2?' -> 's1' (expected '4'). Check the judge and the references, or choose a source that has the skill."
-    )
+def test_a_prompt_without_tests_cannot_be_judged_by_them() -> None:
+    code: JudgeOptions = judge_named("code")
+    with pytest.raises(SamplingError, match="prompt 'p' has no 'tests', which the judge 'code' runs; add some"):
+        judge_answers([Prompt("p", QUESTION)], ["4"], code)

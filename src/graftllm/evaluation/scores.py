@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from graftllm.errors import RecordError
 from graftllm.records import Prompt
-from graftllm.sampling.scoring import JUDGES
+from graftllm.sampling.scoring import judge_answers
+from graftllm.transfer_options import JudgeOptions, RuleJudge, judge_named
 
 Answer = Callable[[Sequence[Prompt]], Sequence[str]]  # prompts in, one text each out
 
@@ -41,22 +42,29 @@ class Evaluation:
 Measured = Mapping[str, Evaluation]  # by the name of the test set: a skill's, or `general`
 
 
-def evaluate(answer: Answer, prompts: Sequence[Prompt], judge: str) -> Evaluation:
+def evaluate(
+    answer: Answer, prompts: Sequence[Prompt], judge: str | JudgeOptions, *, device: str = "auto"
+) -> Evaluation:
     """Ask for an answer to every prompt and judge it.
 
     Args:
         answer: prompts in, one text each out.
-        prompts: with a reference each.
-        judge: a row of `JUDGES`.
+        prompts: with what the judge compares with.
+        judge: a judge, or its kind.
+        device: of a judge that is a model.
 
     Raises:
-        RecordError: a prompt has no reference.
+        RecordError: a prompt has no reference and the judge compares with one.
+        SamplingError: the judge cannot work.
     """
-    judged: dict[str, list[float]] = defaultdict(list)
-    for prompt, text in zip(prompts, answer(prompts), strict=True):
-        if prompt.reference is None:
+    judge = judge_named(judge)
+    for prompt in prompts:
+        if isinstance(judge, RuleJudge) and prompt.reference is None:
             raise RecordError(f"task row {prompt.id!r} has no 'reference' to judge by; add one.")
-        judged[prompt.task or "all"].append(JUDGES[judge](text, prompt.reference))
+    judged: dict[str, list[float]] = defaultdict(list)
+    values = judge_answers(prompts, answer(prompts), judge, device=device)
+    for prompt, value in zip(prompts, values, strict=True):
+        judged[prompt.task or "all"].append(value)
     return merged({task: Score(sum(some) / len(some), len(some)) for task, some in judged.items()})
 
 

@@ -14,11 +14,14 @@ from graftllm.evaluation.plots import spectra
 from graftllm.evaluation.scores import Answer, Measured, Score, evaluate, merged
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.generation import generate, load_model, load_tokenizer
-from graftllm.pipeline.work import GENERAL, Work, model_identity, short_name
+from graftllm.pipeline.preparing import test_of
+from graftllm.pipeline.work import GENERAL, Work, source_identity
 from graftllm.progress import track
-from graftllm.records import read_prompts
+from graftllm.records import Prompt, Response, read_prompts
+from graftllm.sampling.sources import open_source
 from graftllm.stages import Stamp
 from graftllm.training import with_adapter
+from graftllm.transfer_options import JudgeOptions, SourceOptions
 
 
 def measure_base(work: Work) -> Measured:
@@ -30,13 +33,7 @@ def measure_base(work: Work) -> Measured:
 def measure_source(work: Work, skill: str) -> Measured:
     """Score the best of a skill's sources on the skill."""
     found = [
-        measure(
-            work,
-            f"source.{skill}.{short_name(source)}",
-            [model_identity(source)],
-            [skill],
-            partial(answering, work, source),
-        )
+        measure(work, f"source.{skill}.{source.name}", source_identity(source), [skill], partial(_asking, work, source))
         for source in work.recipe.skills[skill].sources
     ]
     return max(found, key=lambda measured: measured[skill].value)
@@ -115,7 +112,7 @@ def measure(
         answer = opening()
         found = {}
         for test, (path, judge) in track(list(tests.items()), label=f"evaluating {name}"):
-            scores = evaluate(answer, read_prompts(path), judge).by_task
+            scores = evaluate(answer, read_prompts(path), judge, device=work.device).by_task
             found[test] = {task: asdict(score) for task, score in scores.items()}
         return found
 
@@ -134,10 +131,25 @@ def answering(work: Work, model: str | Path, *, adapter: Path | None = None) -> 
     ]
 
 
-def _tests(work: Work) -> dict[str, tuple[Path, str]]:
+def _asking(work: Work, source: SourceOptions) -> Answer:
+    """Return what answers prompts with a source, on this machine or behind a URL."""
+    if source.url is None:
+        return answering(work, source.model)
+    opened = open_source(source.model_copy(update={"max_failures": 0}))
+
+    def answer(prompts: Sequence[Prompt]) -> list[str]:
+        rows: list[Response] = []
+        opened.answer(prompts, (), work.greedy, seed=work.recipe.seed, file=rows.extend)
+        texts = {row.prompt_id: row.text for row in rows}
+        return [texts[prompt.id] for prompt in prompts]
+
+    return answer
+
+
+def _tests(work: Work) -> dict[str, tuple[Path, JudgeOptions]]:
     """Return the test files and judges: one for each skill, and `general`."""
     recipe = work.recipe
     return {
-        **{name: (Path(skill.test), skill.judge) for name, skill in recipe.skills.items()},
-        GENERAL: (Path(recipe.general.test), recipe.general.judge),
+        **{name: (test_of(work, name), skill.tested_by) for name, skill in recipe.skills.items()},
+        GENERAL: (test_of(work, GENERAL), recipe.general.judge),
     }

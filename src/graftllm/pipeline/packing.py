@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from graftllm.checkpoint import Checkpoint
@@ -12,7 +11,8 @@ from graftllm.evaluation.scores import Measured
 from graftllm.fusion.grafted import write_grafted
 from graftllm.fusion.routing import BASE, fit_router
 from graftllm.header import Card, Provenance
-from graftllm.pipeline.work import Work, short_name
+from graftllm.pipeline.preparing import prompts_of, test_of
+from graftllm.pipeline.work import GENERAL, Work
 from graftllm.records import read_pairs, read_prompts
 from graftllm.skillpack import SkillPack, compress_to
 from graftllm.stages import Stamp
@@ -32,7 +32,7 @@ def pack(work: Work, skill: str, trained: Stamp, scores: Mapping[str, Measured])
         rows = read_prompts(home / "sft.jsonl")
         pairs = read_pairs(home / "pairs.jsonl") if recipe.dpo else []
         provenance = Provenance(
-            sources=tuple(map(short_name, recipe.skills[skill].sources)),
+            sources=tuple(source.name for source in recipe.skills[skill].sources),
             sft_rows=len(rows),
             preference_pairs=len(pairs),
             sft=recipe.sft,
@@ -62,7 +62,7 @@ def pack(work: Work, skill: str, trained: Stamp, scores: Mapping[str, Measured])
 
 def verify(work: Work, skill: str, packed: Stamp) -> Stamp:
     """Measure how far the packed model is from the tuned one, on the skill's test prompts."""
-    test = Path(work.recipe.skills[skill].test)
+    test = test_of(work, skill)
 
     def action() -> dict[str, Any]:
         tuned = Checkpoint.open(work.tuned(skill))
@@ -74,13 +74,13 @@ def verify(work: Work, skill: str, packed: Stamp) -> Stamp:
 
 def fuse(work: Work, packed: Sequence[Stamp]) -> Stamp:
     """Train the router on the skills' SFT prompts and the general ones; write the grafted model."""
-    recipe = work.recipe
+    recipe, general = work.recipe, prompts_of(work, GENERAL)
 
     def action() -> None:
-        prompts = {BASE: read_prompts(Path(recipe.general.prompts))}
+        prompts = {BASE: read_prompts(general)}
         prompts |= {name: read_prompts(work.skill(name) / "sft.jsonl") for name in recipe.skills}
         router = fit_router(work.target.path, prompts, recipe.router, seed=recipe.seed, device=work.device)
         write_grafted(work.grafted, recipe.target, {name: work.pack(name) for name in recipe.skills}, router)
 
-    inputs = [*packed, recipe.router, recipe.seed, Path(recipe.general.prompts)]
+    inputs = [*packed, recipe.router, recipe.seed, general]
     return work.stages.run("fuse", inputs, [work.grafted], action)

@@ -1,52 +1,101 @@
 """From a source's answers to a tuned target: sample, score, train."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from graftllm.pipeline.work import Work, model_identity, short_name
+from graftllm.pipeline.own import judge_identity, own_pairs
+from graftllm.pipeline.preparing import digest_of, prepare, prompts_of
+from graftllm.pipeline.work import Work, source_identity
 from graftllm.records import read_pairs, read_prompts, read_responses, write_rows
+from graftllm.sampling.card import build_card, write_card
 from graftllm.sampling.pairs import preference_pairs, sft_rows
 from graftllm.sampling.responses import sample_responses
-from graftllm.sampling.scoring import score_responses
+from graftllm.sampling.scoring import RIGHT, score_responses
 from graftllm.sampling.sources import open_source
 from graftllm.stages import Stamp
 from graftllm.training import Training, train_dpo, train_sft
+from graftllm.transfer_options import SourceOptions
 
 
 def sample(work: Work, skill: str) -> Stamp:
     """Ask a skill's sources its prompts; each answer is a row of `responses.jsonl`."""
-    recipe, path = work.recipe, work.skill(skill) / "responses.jsonl"
-    wanted = recipe.skills[skill]
+    home, sources = work.skill(skill), work.recipe.skills[skill].sources
+    asked = [ask_source(work, skill, source) for source in sources]
 
-    def action() -> None:
-        prompts = read_prompts(Path(wanted.prompts))
-        for source in wanted.sources:
-            opening = partial(open_source, source, device=work.device)
-            sample_responses(prompts, opening, recipe.sampling, path, source_name=short_name(source), seed=recipe.seed)
+    def action() -> dict[str, int]:
+        rows = (row for source in sources for row in read_responses(_answers(work, skill, source)))
+        write_rows(home / "responses.jsonl", rows)
+        return {source.name: cast(int, stamp.result) for source, stamp in zip(sources, asked, strict=True)}
 
-    inputs = [recipe.sampling, recipe.seed, Path(wanted.prompts), *map(model_identity, wanted.sources)]
-    return work.stages.run(f"sample.{skill}", inputs, [path], action, unfinished=[path])
+    return work.stages.run(f"sample.{skill}", asked, [home / "responses.jsonl"], action)
+
+
+def ask_source(work: Work, skill: str, source: SourceOptions) -> Stamp:
+    """Ask one source a skill's prompts; the result is how many responses could not be had.
+
+    A source that is added, or other tests beside the same prompts, leave what was asked before as it is.
+    """
+    recipe, path, prompts = work.recipe, _answers(work, skill, source), prompts_of(work, skill)
+    options = source.sampling or recipe.sampling
+
+    def action() -> int:
+        opening = partial(open_source, source, device=work.device)
+        return sample_responses(
+            read_prompts(prompts), opening, options, path, source_name=source.name, seed=recipe.seed
+        )
+
+    inputs = [digest_of(prompts), options, recipe.seed, *source_identity(source)]
+    return work.stages.run(f"sample.{skill}.{source.name}", inputs, [path], action, unfinished=[path])
+
+
+def _answers(work: Work, skill: str, source: SourceOptions) -> Path:
+    return work.skill(skill) / "responses" / f"{source.name}.jsonl"
+
+
+def judge(work: Work, skill: str) -> Stamp:
+    """Judge the responses; write `scored.jsonl`. The result says what each judge took."""
+    home, wanted = work.skill(skill), work.recipe.skills[skill]
+    sampled, file = sample(work, skill), prompts_of(work, skill)
+
+    def action() -> dict[str, Any]:
+        prompts, responses = read_prompts(file), read_responses(home / "responses.jsonl")
+        scored = score_responses(prompts, responses, wanted.judge, directory=home, device=work.device)
+        write_rows(home / "scored.jsonl", scored.responses)
+        return {"judges": list(map(asdict, scored.costs)), "agreement": scored.agreement and asdict(scored.agreement)}
+
+    inputs, spool = [sampled, digest_of(file), *judge_identity(work, skill)], home / "judged.jsonl"
+    return work.stages.run(f"judge.{skill}", inputs, [home / "scored.jsonl"], action, unfinished=[spool])
 
 
 def score(work: Work, skill: str) -> Stamp:
-    """Judge the responses; write `scored.jsonl`, `sft.jsonl` and `pairs.jsonl`."""
-    home, wanted = work.skill(skill), work.recipe.skills[skill]
-    sampled = sample(work, skill)
+    """Choose rows and pairs from the judged responses; write `sft.jsonl`, `pairs.jsonl` and the data card.
+
+    With on-policy pairs, `pairs.jsonl` is written after SFT instead.
+    """
+    home, recipe = work.skill(skill), work.recipe
+    prepared, sampled, judged = prepare(work, skill), sample(work, skill), judge(work, skill)
+    on_policy = recipe.pairs.preference == "on_policy"
+    makes = [home / name for name in ("sft.jsonl", "data-card.json", "data-card.md")]
+    makes += [] if on_policy else [home / "pairs.jsonl"]
 
     def action() -> dict[str, Any]:
-        prompts = read_prompts(Path(wanted.prompts))
-        responses = score_responses(prompts, read_responses(home / "responses.jsonl"), wanted.judge)
-        rows, pairs = sft_rows(prompts, responses, skill=skill), preference_pairs(prompts, responses)
-        write_rows(home / "scored.jsonl", responses)
+        prompts, responses = read_prompts(prompts_of(work, skill)), read_responses(home / "scored.jsonl")
+        rows = sft_rows(prompts, responses, recipe.pairs, skill=skill)
+        found = preference_pairs([] if on_policy else prompts, responses, recipe.pairs)
+        about = {"prompts": prepared.result, "failed": sampled.result, **cast(dict[str, Any], judged.result)}
+        card = build_card(skill, responses, rows, found, recipe.pairs, recipe.skills[skill].sources, about)
         write_rows(home / "sft.jsonl", rows)
-        write_rows(home / "pairs.jsonl", pairs)
-        right = sum(response.score == 1 for response in responses)
-        return {"responses": len(responses), "right": right, "sft_rows": len(rows), "preference_pairs": len(pairs)}
+        if not on_policy:
+            write_rows(home / "pairs.jsonl", found.pairs)
+        write_card(card, home)
+        right = sum((row.score or 0) >= RIGHT for row in responses)
+        counts = {"responses": len(responses), "right": right}
+        return counts | {"sft_rows": len(rows), "preference_pairs": len(found.pairs)}
 
-    makes = [home / "scored.jsonl", home / "sft.jsonl", home / "pairs.jsonl"]
-    return work.stages.run(f"score.{skill}", [sampled, wanted.judge], makes, action)
+    return work.stages.run(f"score.{skill}", [prepared, judged, recipe.pairs], makes, action)
 
 
 def train(work: Work, skill: str) -> Stamp:
@@ -70,8 +119,9 @@ def tune(
         lora_rank: train a LoRA of this rank instead of all parameters.
     """
     recipe, home = work.recipe, work.skill(skill)
-    pairs = read_pairs(home / "pairs.jsonl") if recipe.dpo else []
-    after_sft = out.with_name(f"{out.name}.sft") if pairs else out
+    on_policy = recipe.dpo is not None and recipe.pairs.preference == "on_policy"
+    pairs = read_pairs(home / "pairs.jsonl") if recipe.dpo and not on_policy else []
+    after_sft = out.with_name(f"{out.name}.sft") if pairs or on_policy else out
     sft, dpo = recipe.sft, recipe.dpo
     if lora_rank is not None:
         sft = sft.model_copy(update={"learning_rate": recipe.lora.learning_rate})
@@ -82,6 +132,10 @@ def tune(
         train_sft(Training(start, after_sft, recipe.seed, f"SFT {name}", lora_rank, device=work.device), rows, sft)
 
     tuned = work.stages.run(f"sft.{name}", [*inputs, start, sft, recipe.seed, lora_rank], [after_sft], supervise)
+    if on_policy:
+        file = home / "pairs.jsonl" if out == work.tuned(skill) else after_sft.with_name(f"{out.name}.pairs.jsonl")
+        tuned = own_pairs(work, skill, tuned, file, model=after_sft, adapted=start if lora_rank else None, name=name)
+        pairs = read_pairs(file)
     if not pairs or dpo is None:
         return tuned
 

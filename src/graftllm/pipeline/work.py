@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.recipe import Recipe, SamplingOptions, load_recipe
 from graftllm.stages import Stages
+from graftllm.transfer_options import Endpoint, Section, SourceOptions
 
 GENERAL = "general"  # the name of the test set of general tasks
 
@@ -58,11 +60,20 @@ def open_work(recipe: Path, directory: Path | None = None, *, device: str = "aut
     return Work(loaded, where, Stages(where / "stages"), device)
 
 
-def short_name(source: str) -> str:
-    """Return the last part of a source's path or Hub id."""
-    return source.rstrip("/").split("/")[-1]
-
-
 def model_identity(model: str) -> Path | str:
     """Return what a stage depends on when it depends on a model: its directory, or its Hub id."""
     return Path(model) if Path(model).is_dir() else model
+
+
+def endpoint_identity(section: Endpoint) -> Section:
+    """Return a source or judge without what changes none of its answers: keys, patience, prices."""
+    without = {name: Endpoint.model_fields[name].default for name in _PATIENCE}
+    return section.model_copy(update=without)
+
+
+def source_identity(source: SourceOptions) -> list[Any]:
+    """Return what a stage depends on when it asks a source."""
+    return [endpoint_identity(source), *([] if source.url else [model_identity(source.model)])]
+
+
+_PATIENCE = ("api_key_env", "concurrency", "timeout_s", "retries", "max_failures", "price")

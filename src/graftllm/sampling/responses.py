@@ -1,17 +1,45 @@
 """Prompts x sources -> responses in a JSONL file that survives being killed.
 
-Prompts go in chunks of one batch. A chunk's draws depend on the seed, the source and the chunk
-alone, and a chunk is filed whole, so a resumed run ends with the same rows as one never stopped.
+A response is keyed by its prompt, source and sample. What the file has already is not asked again;
+an answer's draws depend on the seed and on what is asked alone, so a resumed run ends with the same
+rows as one never stopped.
 """
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Protocol
 
-from graftllm.progress import track
 from graftllm.recipe import SamplingOptions
-from graftllm.records import Prompt, Response, append_rows, read_responses, write_rows
-from graftllm.sampling.sources import Source
+from graftllm.records import Prompt, Response, appending, read_responses, write_rows
+
+Key = tuple[str, int]  # of a response among those of its source: the prompt's id and the sample
+File = Callable[[Sequence[Response]], None]
+
+
+class Source(Protocol):
+    """Whatever can answer; `name` is what its responses are filed under."""
+
+    @property
+    def name(self) -> str:
+        """The source's name, the same whenever it is opened."""
+        ...
+
+    def answer(
+        self, prompts: Sequence[Prompt], done: Collection[Key], options: SamplingOptions, *, seed: int, file: File
+    ) -> int:
+        """Answer every prompt `options.samples` times but for the responses in `done`.
+
+        Args:
+            prompts: all of them, also those that are done.
+            done: responses that are not wanted again.
+            options: how to draw.
+            seed: the same seed gives the same answers, whatever is done already.
+            file: is given responses as they come, each once, in any order.
+
+        Returns:
+            How many requests failed for good.
+        """
+        ...
 
 
 def sample_responses(
@@ -22,49 +50,30 @@ def sample_responses(
     *,
     source_name: str,
     seed: int,
-) -> None:
+) -> int:
     """Append to `path` what the source answers to the prompts that it has not answered there yet.
 
     Args:
         prompts: what to ask.
         open_source: called only when something is missing.
         options: answers per prompt, temperature and the like.
-        path: JSONL of responses; created when absent. Unfinished chunks of a killed run are redone.
+        path: JSONL of responses, of other sources too; created when absent. When the source is done, its rows
+            stand in the order of the prompts.
         source_name: the source's name, under which its responses are filed.
         seed: of the draws.
+
+    Returns:
+        How many requests failed for good.
     """
-    kept = _without_unfinished(prompts, options, path, source_name)
-    chunks = [prompts[start : start + options.batch_size] for start in range(0, len(prompts), options.batch_size)]
-    missing = [(number, chunk) for number, chunk in enumerate(chunks) if chunk[0].id not in kept]
-    if not missing:
-        return
-    source = open_source()
-    for number, chunk in track(missing, label=f"sampling {source_name}"):
-        draw = int.from_bytes(hashlib.sha256(f"{seed} {source_name} {number}".encode()).digest()[:6], "big")
-        answers = source.answer([prompt.messages for prompt in chunk], options, seed=draw)
-        append_rows(
-            path,
-            [
-                Response(prompt.id, source_name, sample, text)
-                for prompt, texts in zip(chunk, answers, strict=True)
-                for sample, text in enumerate(texts)
-            ],
-        )
-
-
-def _without_unfinished(prompts: Sequence[Prompt], options: SamplingOptions, path: Path, source_name: str) -> set[str]:
-    """Drop the rows of chunks that were not filed whole; return the prompt ids that this source has answered."""
-    if not path.exists():
-        return set()
-    responses = read_responses(path)
-    counts: dict[str, int] = {}
-    for response in responses:
-        if response.source == source_name:
-            counts[response.prompt_id] = counts.get(response.prompt_id, 0) + 1
-    whole: set[str] = set()
-    for start in range(0, len(prompts), options.batch_size):
-        ids = [prompt.id for prompt in prompts[start : start + options.batch_size]]
-        if all(counts.get(prompt_id) == options.samples for prompt_id in ids):
-            whole.update(ids)
-    write_rows(path, (row for row in responses if row.source != source_name or row.prompt_id in whole))
-    return whole
+    wanted = [(prompt.id, sample) for prompt in prompts for sample in range(options.samples)]
+    with appending(path) as append:
+        done = {(row.prompt_id, row.sample) for row in read_responses(path) if row.source == source_name}
+        failed = 0
+        if not done.issuperset(wanted):
+            failed = open_source().answer(prompts, done, options, seed=seed, file=append)
+    rows = read_responses(path)
+    found = {(row.prompt_id, row.sample): row for row in rows if row.source == source_name}
+    ordered = [row for row in rows if row.source != source_name] + [found[key] for key in wanted if key in found]
+    if ordered != rows:
+        write_rows(path, ordered)
+    return failed

@@ -1,53 +1,149 @@
-"""Answers judged by rule: 1.0 for right, 0.0 for wrong.
+"""Judges put together: rules say right or wrong, and a grade orders what they leave equal.
 
-A judge is a function of the answer and the reference; `JUDGES` is the table of them.
+An answer is right when every rule says so. Reasoning traces are not judged.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
 
-from graftllm.errors import SamplingError
 from graftllm.records import Prompt, Response
+from graftllm.sampling.reasoning import without_reasoning
+from graftllm.sampling.rules import RULES, judge_exact
+from graftllm.transfer_options import CodeJudge, JudgeOptions, LlmJudge, Price, RewardJudge, RuleJudge
 
-Judging = Callable[[str, str], float]
-
-
-def judge_exact(answer: str, reference: str) -> float:
-    r"""Return 1.0 when both texts are the same but for white space around them.
-
-    >>> judge_exact(" TREWQ\n", "TREWQ"), judge_exact("TREW", "TREWQ")
-    (1.0, 0.0)
-    """
-    return float(answer.strip() == reference.strip())
+RIGHT = 1.0  # the score of a right answer; anything below is not learnt from
 
 
-def judge_math(answer: str, reference: str) -> float:
-    r"""Return 1.0 when the last expression of the answer equals the reference's, by math-verify.
+@dataclass(frozen=True)
+class JudgeCost:
+    """What one judge took, and how many responses it said nothing readable of."""
 
-    >>> judge_math("So x is $\\frac{1}{2}$.", "0.5"), judge_math("It is 3.", "4")
-    (1.0, 0.0)
-    """
-    from math_verify import parse, verify  # imported late: it takes a while and few runs need it
-
-    return float(verify(parse(reference), parse(answer)))
-
-
-JUDGES: Mapping[str, Judging] = {"exact": judge_exact, "math": judge_math}
+    judge: str
+    seconds: float
+    input_tokens: int
+    output_tokens: int
+    dollars: float | None
+    unjudged: int
 
 
-def score_responses(prompts: Sequence[Prompt], responses: Sequence[Response], judge: str) -> list[Response]:
-    """Return the responses with their scores.
+@dataclass(frozen=True)
+class Agreement:
+    """How often a grade puts a right answer above a wrong one to the same prompt; equal grades count half."""
+
+    share: float
+    pairs: int
+    rule: str
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Responses with scores and grades, what each judge took, and whether the grades agree with the rules."""
+
+    responses: list[Response]
+    costs: list[JudgeCost]
+    agreement: Agreement | None
+
+
+def score_responses(
+    prompts: Sequence[Prompt],
+    responses: Sequence[Response],
+    judges: Sequence[JudgeOptions],
+    *,
+    directory: Path,
+    device: str = "auto",
+) -> Scored:
+    """Judge responses.
+
+    Args:
+        prompts: with what the judges compare with.
+        responses: to them.
+        judges: rules and at most one that grades.
+        directory: where what a judge behind a URL says is kept, as `judged.jsonl`; it is not asked twice.
+        device: of a reward model.
 
     Raises:
-        SamplingError: a prompt has no reference to judge by.
+        SamplingError: a prompt lacks what a judge compares with, or a judge cannot work.
     """
-    references = {prompt.id: prompt.reference for prompt in prompts}
-    scored: list[Response] = []
-    for response in responses:
-        reference = references[response.prompt_id]
-        if reference is None:
-            raise SamplingError(
-                f"prompt {response.prompt_id!r} has no 'reference', which the judge {judge!r} compares with; add one."
-            )
-        scored.append(replace(response, score=JUDGES[judge](response.text, reference)))
-    return scored
+    by_id = {prompt.id: prompt for prompt in prompts}
+    asked, answers = [by_id[row.prompt_id] for row in responses], [without_reasoning(row.text) for row in responses]
+    scores: list[float | None] = [None] * len(responses)
+    grades: list[float | None] = [None] * len(responses)
+    costs, rules = [], [judge.kind for judge in judges if isinstance(judge, RuleJudge | CodeJudge)]
+    for judge in judges:
+        started = time.monotonic()
+        values, tokens = _judged(asked, answers, judge, directory, device)
+        seconds = round(time.monotonic() - started, 2)
+        if judge.kind in rules:
+            scores = [
+                min(cast(float, new), 1.0 if old is None else old) for new, old in zip(values, scores, strict=True)
+            ]
+        else:
+            grades = values
+        price = judge.price if isinstance(judge, LlmJudge) else None
+        costs.append(JudgeCost(judge.kind, seconds, *tokens, dollars(price, *tokens), values.count(None)))
+    scored = [
+        replace(row, score=score, grade=value) for row, score, value in zip(responses, scores, grades, strict=True)
+    ]
+    return Scored(scored, costs, _agreement(asked, scored, rules))
+
+
+def judge_answers(
+    prompts: Sequence[Prompt], answers: Sequence[str], judge: JudgeOptions, *, device: str = "auto"
+) -> list[float]:
+    """Return what one judge says of one answer to each prompt; an unreadable grade counts as 0.
+
+    Raises:
+        SamplingError: a prompt lacks what the judge compares with, or the judge cannot work.
+    """
+    with tempfile.TemporaryDirectory(prefix="graftllm-") as directory:
+        values, _ = _judged(prompts, [without_reasoning(text) for text in answers], judge, Path(directory), device)
+    return [value or 0.0 for value in values]
+
+
+def dollars(price: Price | None, input_tokens: int, output_tokens: int) -> float | None:
+    """Return what tokens cost; None without a price.
+
+    >>> dollars(Price(input=1, output=4), 500_000, 1_000_000)
+    4.5
+    """
+    return None if price is None else (price.input * input_tokens + price.output * output_tokens) / 1e6
+
+
+def _judged(
+    prompts: Sequence[Prompt], answers: Sequence[str], judge: JudgeOptions, directory: Path, device: str
+) -> tuple[list[float | None], tuple[int, int]]:
+    """Return one judge's values, and the tokens that went in and came out."""
+    if isinstance(judge, RuleJudge):
+        return [RULES[judge.kind](answer, prompt) for answer, prompt in zip(answers, prompts, strict=True)], (0, 0)
+    if isinstance(judge, CodeJudge):
+        from graftllm.sampling.programs import judge_programs
+
+        return list(judge_programs(prompts, answers, judge)), (0, 0)
+    from graftllm.sampling.grades import grade, reward
+
+    if isinstance(judge, RewardJudge):
+        found = reward(prompts, answers, judge, device=device)
+    else:
+        found = grade(prompts, answers, judge, directory / "judged.jsonl")
+    return found.values, (found.input_tokens, found.output_tokens)
+
+
+def _agreement(prompts: Sequence[Prompt], responses: Sequence[Response], rules: Sequence[str]) -> Agreement | None:
+    """Compare grades with the rules; without rules with the references, where there are some."""
+    right, wrong = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
+    for prompt, row in zip(prompts, responses, strict=True):
+        score = row.score
+        if score is None and prompt.reference is not None:
+            score = judge_exact(without_reasoning(row.text), prompt.reference)
+        if score is not None and row.grade is not None:
+            (right if score >= RIGHT else wrong)[prompt.id].append(row.grade)
+    pairs = [(a, b) for prompt_id, grades in right.items() for a in grades for b in wrong[prompt_id]]
+    if not pairs:
+        return None
+    share = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs) / len(pairs)
+    return Agreement(share, len(pairs), " and ".join(rules) or "exact")

@@ -1,53 +1,70 @@
-"""A source: conversations in, several answers each out.
+"""A source by its options: a transformers checkpoint on this machine, or a model behind a URL.
 
 A source shares nothing with the target but text, so any causal language model will do.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.generation import generate, load_model, load_tokenizer
-from graftllm.recipe import SamplingOptions
-from graftllm.records import Message
-
-
-class Source(Protocol):
-    """Whatever can answer; `name` is what its responses are filed under."""
-
-    @property
-    def name(self) -> str:
-        """The source's name, the same whenever it is opened."""
-        ...
-
-    def answer(
-        self, conversations: Sequence[Sequence[Message]], options: SamplingOptions, *, seed: int
-    ) -> list[list[str]]:
-        """Return `options.samples` answers per conversation; the same seed gives the same answers."""
-        ...
+from graftllm.progress import track
+from graftllm.records import Prompt, Response
+from graftllm.sampling.endpoint import EndpointSource
+from graftllm.sampling.reasoning import without_reasoning
+from graftllm.sampling.responses import File, Key, Source
+from graftllm.transfer_options import SamplingOptions, SourceOptions
 
 
 @dataclass(frozen=True)
 class LocalSource:
-    """A transformers checkpoint on this machine."""
+    """A live transformers model."""
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    reasoning: Literal["strip", "keep"] = "strip"
 
     def answer(
-        self, conversations: Sequence[Sequence[Message]], options: SamplingOptions, *, seed: int
-    ) -> list[list[str]]:
-        """Return `options.samples` answers per conversation; the same seed gives the same answers."""
-        return generate(self.model, self.tokenizer, conversations, options, seed=seed)
+        self, prompts: Sequence[Prompt], done: Collection[Key], options: SamplingOptions, *, seed: int, file: File
+    ) -> int:
+        """Answer as `Source` says; prompts go in batches, and draws depend on the seed, name and batch."""
+        size = options.batch_size
+        batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+        missing = [
+            (number, batch)
+            for number, batch in enumerate(batches)
+            if any((prompt.id, sample) not in done for prompt in batch for sample in range(options.samples))
+        ]
+        for number, batch in track(missing, label=f"sampling {self.name}"):
+            draw = int.from_bytes(hashlib.sha256(f"{seed} {self.name} {number}".encode()).digest()[:6], "big")
+            conversations = [prompt.question for prompt in batch]
+            answers = generate(self.model, self.tokenizer, conversations, options, seed=draw)
+            file(
+                [
+                    Response(prompt.id, self.name, sample, self._kept(text))
+                    for prompt, texts in zip(batch, answers, strict=True)
+                    for sample, text in enumerate(texts)
+                    if (prompt.id, sample) not in done
+                ]
+            )
+        return 0
+
+    def _kept(self, text: str) -> str:
+        return text if self.reasoning == "keep" else without_reasoning(text)
 
 
-def open_source(path: str, *, device: str = "auto") -> Source:
-    """Load a source by directory or Hub id; its name is the last part of that.
+def open_source(options: SourceOptions, *, device: str = "auto") -> Source:
+    """Load a local source, or check that the key of one behind a URL is there.
 
     Raises:
         CheckpointError: transformers cannot load it.
+        RecipeError: the environment lacks its key.
     """
-    return LocalSource(path.rstrip("/").split("/")[-1], load_model(path, device=device), load_tokenizer(path))
+    if options.url is not None:
+        return EndpointSource(options)
+    model = load_model(options.model, device=device, device_map=options.device_map)
+    return LocalSource(options.name, model, load_tokenizer(options.model), options.reasoning)

@@ -1,0 +1,166 @@
+"""The inside of the sandbox: a script that shuts itself in, runs one program and leaves.
+
+Run by path (`python -I -S jail.py SETTINGS`), with the standard library alone. It makes its own user,
+mount, network, process and IPC namespaces, a root that holds the Python installation (read-only), an
+empty working directory (a tmpfs) and nothing else, sets limits, gives up every capability, and only
+then starts another interpreter. As root it becomes a user that owns nothing instead of needing a user
+namespace. The program comes on standard input; what it ends with goes to file descriptor 3.
+
+Linux 5.14 or newer: `mount_setattr`, and process limits that count per user namespace.
+"""
+
+import ctypes
+import json
+import os
+import platform
+import resource
+import signal
+import sys
+
+_NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = (
+    0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000,
+)  # fmt: skip
+_MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
+_ATTR_RDONLY, _ATTR_NOSUID, _ATTR_NODEV = 1, 2, 4
+_AT_FDCWD, _AT_RECURSIVE, _MNT_DETACH = -100, 0x8000, 2
+_SYS_MOUNT_SETATTR = 442  # on every architecture
+_SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "loongarch64": 41, "ppc64le": 203, "s390x": 217}
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_SECUREBITS, _PR_SET_NO_NEW_PRIVS = 1, 4, 24, 28, 38
+_NO_ROOT_LOCKED = 0x2F  # user 0 gains no capability by exec, and none of this can be undone
+_CANNOT = 125  # exit status: the platform cannot isolate
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def main() -> None:
+    """Shut this process in, run the program, and exit as it did (or with 125 where that is not possible)."""
+    settings = json.loads(sys.argv[1])
+    os.dup2(settings["verdict"], 3)
+    os.closerange(4, 1 << 16)
+    if settings["isolate"]:
+        try:
+            _shut_in(settings)
+        except (OSError, KeyError, AttributeError) as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            os._exit(_CANNOT)
+    else:
+        _limit(settings)
+        _become_interpreter(settings)
+    init = os.fork()  # the first process of the new PID namespace; when it goes, all its descendants go
+    if init:
+        _, status = os.waitpid(init, 0)
+        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+    _checked(libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
+    _drop_privileges()
+    _limit(settings)
+    program = os.fork()
+    if not program:
+        _become_interpreter(settings)
+    while True:
+        ended, status = os.wait()
+        if ended == program:
+            os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+
+
+def _shut_in(settings: dict) -> None:
+    """Enter new namespaces and a new root."""
+    user, group = os.geteuid(), os.getegid()
+    spaces = _NEWNS | _NEWNET | _NEWPID | _NEWIPC | _NEWUTS
+    _checked(libc.unshare(spaces if user == 0 else spaces | _NEWUSER), "unshare")
+    if user != 0:
+        _write("/proc/self/setgroups", "deny")
+        _write("/proc/self/uid_map", f"{user} {user} 1")
+        _write("/proc/self/gid_map", f"{group} {group} 1")
+    root = settings["root"]  # an empty directory; the tmpfs on it is seen in here only
+    _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
+    _mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={settings['disk_mb']}m,nr_inodes=4096,mode=755")
+    for path in settings["visible"]:
+        _show(path, root + path)
+    for device in ("null", "urandom"):
+        _show(f"/dev/{device}", f"{root}/dev/{device}", read_only=False)
+    os.mkdir(f"{root}/work")
+    os.chmod(f"{root}/work", 0o777)
+    os.chdir(root)
+    _checked(libc.syscall(_SYS_PIVOT_ROOT[platform.machine()], b".", b"."), "pivot_root")
+    _checked(libc.umount2(b".", _MNT_DETACH), "umount2")
+    os.chdir("/work")
+
+
+def _show(path: str, place: str, *, read_only: bool = True) -> None:
+    """Make what is at `path` visible at `place`: a symlink as such, all else as a read-only mount."""
+    os.makedirs(os.path.dirname(place), exist_ok=True)
+    if os.path.islink(path):
+        os.symlink(os.readlink(path), place)
+        return
+    if os.path.isdir(path):
+        os.makedirs(place, exist_ok=True)
+    else:
+        os.close(os.open(place, os.O_CREAT, 0o644))
+    _mount(path, place, None, _MS_BIND | _MS_REC)
+    if read_only:
+        # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
+        attributes = (ctypes.c_uint64 * 4)(_ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV, 0, 0, 0)
+        place_bytes = ctypes.c_char_p(place.encode())
+        size = ctypes.c_size_t(ctypes.sizeof(attributes))
+        done = libc.syscall(_SYS_MOUNT_SETATTR, _AT_FDCWD, place_bytes, _AT_RECURSIVE, attributes, size)
+        _checked(done, "mount_setattr")
+
+
+def _drop_privileges() -> None:
+    """Become a user that owns nothing (when root) and give up every capability for good."""
+    for capability in range(64):
+        if libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
+            break  # the first that this kernel does not know
+    _checked(libc.prctl(_PR_SET_SECUREBITS, _NO_ROOT_LOCKED, 0, 0, 0), "prctl")
+    if os.geteuid() == 0:
+        nobody = 61184 + os.getppid() % 4000 if os.getppid() else 61184 + os.getpgrp() % 4000
+        os.setgroups([])
+        os.setresgid(nobody, nobody, nobody)
+        os.setresuid(nobody, nobody, nobody)
+        _checked(libc.unshare(_NEWUSER), "unshare")  # where its processes are counted apart
+    _checked(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
+    _checked(libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")  # a new user clears it
+    _checked(libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl")
+
+
+def _limit(settings: dict) -> None:
+    """Set what a process may use: CPU seconds, memory, file sizes, open files, and processes of its namespace."""
+    memory, disk = settings["memory_mb"] << 20, settings["disk_mb"] << 20
+    seconds = max(1, round(settings["timeout_s"]))
+    limits = {
+        resource.RLIMIT_AS: memory,
+        resource.RLIMIT_CPU: seconds,
+        resource.RLIMIT_FSIZE: disk,
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_CORE: 0,
+    }
+    if settings["isolate"]:
+        limits[resource.RLIMIT_NPROC] = settings["processes"] + 1  # and the one that waits for them
+    for kind, value in limits.items():
+        resource.setrlimit(kind, (value, value))
+
+
+def _become_interpreter(settings: dict) -> None:
+    environment = {"PATH": "/usr/bin:/bin", "HOME": os.getcwd(), "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
+    python = settings["python"]
+    os.execve(python, [python, "-I", "-S", "-B", "-c", settings["driver"]], environment)
+
+
+def _mount(source: str | None, place: str, kind: str | None, flags: int, data: str | None = None) -> None:
+    given = [text.encode() if text is not None else None for text in (source, place, kind, data)]
+    _checked(libc.mount(given[0], given[1], given[2], ctypes.c_ulong(flags), given[3]), f"mount {place}")
+
+
+def _checked(result: int, call: str) -> None:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{call}: {os.strerror(number)}")
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+
+
+if __name__ == "__main__":
+    main()

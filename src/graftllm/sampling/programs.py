@@ -1,0 +1,37 @@
+"""Programs in answers, judged by their prompts' unit tests."""
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from graftllm.errors import SamplingError
+from graftllm.records import Prompt
+from graftllm.sampling.sandbox import run_tests
+from graftllm.transfer_options import CodeJudge
+
+
+def judge_programs(prompts: Sequence[Prompt], answers: Sequence[str], judge: CodeJudge) -> list[float]:
+    """Return 1.0 for each answer whose program passes every test of its prompt, else 0.0.
+
+    Raises:
+        SamplingError: a prompt has no tests, or programs cannot be isolated here.
+    """
+    for prompt in prompts:
+        if not prompt.tests:
+            raise SamplingError(f"prompt {prompt.id!r} has no 'tests', which the judge 'code' runs; add some.")
+    with ThreadPoolExecutor(judge.workers) as pool:
+        verdicts = pool.map(
+            lambda one: run_tests(program_in(one[1]), one[0].tests, judge), zip(prompts, answers, strict=True)
+        )
+        return [float(verdict.passed) for verdict in verdicts]
+
+
+def program_in(answer: str) -> str:
+    r"""Return the longest fenced block of Python in an answer, or the whole of it when there is none.
+
+    >>> program_in("Here:\n```python\ndef f():\n    return 1\n```\nUse it as\n```\nf()\n```")
+    'def f():\n    return 1\n'
+    """
+    blocks = re.findall(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", answer, flags=re.DOTALL | re.MULTILINE)
+    python = [text for language, text in blocks if language.lower() in ("python", "py", "python3")]
+    return max(python or [text for _, text in blocks] or [answer], key=len)

@@ -1,0 +1,99 @@
+"""Answers judged by rule: 1.0 for right, 0.0 for wrong.
+
+A rule is a function of the answer, without its reasoning trace, and the prompt; `RULES` is the table of them.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from graftllm.errors import SamplingError
+from graftllm.records import Prompt
+
+Rule = Callable[[str, Prompt], float]
+
+
+def judge_exact(answer: str, reference: str) -> float:
+    r"""Return 1.0 when both texts are the same but for white space around them.
+
+    >>> judge_exact(" TREWQ\n", "TREWQ"), judge_exact("TREW", "TREWQ")
+    (1.0, 0.0)
+    """
+    return float(answer.strip() == reference.strip())
+
+
+def judge_math(answer: str, reference: str) -> float:
+    r"""Return 1.0 when the last expression of the answer equals the reference's, by math-verify.
+
+    >>> judge_math("So x is $\\frac{1}{2}$.", "0.5"), judge_math("It is 3.", "4")
+    (1.0, 0.0)
+    """
+    from math_verify import parse, verify  # imported late: it takes a while and few runs need it
+
+    return float(verify(parse(reference), parse(answer)))
+
+
+def judge_choice(answer: str, reference: str) -> float:
+    r"""Return 1.0 when the answer settles on the reference's letter.
+
+    The last `\boxed{B}`, or else the last "answer is (B)" or "Answer: B", or else a letter that the answer begins
+    with ("B", "(B) because", "B. Paris").
+
+    >>> judge_choice("A is wrong, so the answer is (B).", "B"), judge_choice("C", "(C)"), judge_choice("A fox", "A")
+    (1.0, 1.0, 0.0)
+    """
+    wanted = reference.strip().strip("().").upper()
+    for pattern in _CHOICES:
+        if found := re.findall(pattern, answer.strip()):
+            return float(found[-1].upper() == wanted)
+    return 0.0
+
+
+def judge_reasoning_gym(answer: str, prompt: Prompt) -> float:
+    """Return 1.0 when reasoning-gym's own scorer gives full marks, and 0.0 for anything less.
+
+    Its scorers give partial credit and may raise on odd answers; neither is a right answer.
+
+    Raises:
+        SamplingError: reasoning-gym is not installed, or the prompt does not say which of its tasks it is of.
+    """
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise SamplingError("judge 'reasoning_gym': run pip install 'graftllm[reasoning]' first.") from error
+    metadata = dict(prompt.metadata or {})
+    try:
+        scorer: Any = reasoning_gym.get_score_answer_fn(metadata["source_dataset"])
+    except (KeyError, ValueError) as error:
+        raise SamplingError(
+            f"prompt {prompt.id!r}: the judge 'reasoning_gym' expects its entry's metadata with the name of a task as "
+            f"'source_dataset', found {metadata.get('source_dataset')!r}."
+        ) from error
+    tagged = re.findall(r"<answer>(.*?)</answer>", answer, flags=re.DOTALL)
+    entry = {"question": prompt.question[-1]["content"], "answer": prompt.reference, "metadata": metadata}
+    try:
+        return float(scorer(answer=(tagged[-1] if tagged else answer).strip(), entry=entry) >= 1.0)
+    except Exception:  # whatever a scorer trips over, the answer is not one that it can read
+        return 0.0
+
+
+RULES: Mapping[str, Rule] = {
+    "exact": lambda answer, prompt: judge_exact(answer, _reference(prompt, "exact")),
+    "math": lambda answer, prompt: judge_math(answer, _reference(prompt, "math")),
+    "choice": lambda answer, prompt: judge_choice(answer, _reference(prompt, "choice")),
+    "reasoning_gym": judge_reasoning_gym,
+}
+
+_CHOICES = (
+    r"\\boxed\{\s*(?:\\text\{)?\(?([A-Za-z])\)?\}",
+    r"(?i:answer|choice|option)(?i:\s+is)?\s*:?\s*\**\s*\(?([A-Z])\b(?!')",
+    r"^\**\(?([A-Z])(?:\)|[.:](?:\s|$)|\**$)",
+)
+
+
+def _reference(prompt: Prompt, judge: str) -> str:
+    if prompt.reference is None:
+        raise SamplingError(
+            f"prompt {prompt.id!r} has no 'reference', which the judge {judge!r} compares with; add one."
+        )
+    return prompt.reference

@@ -21,6 +21,7 @@ from graftllm.fusion.inputs import Stacks, Tuned, stacked
 from graftllm.fusion.methods.table import Method
 from graftllm.fusion.methods.tasks import Knobs, Merge, Tasks
 from graftllm.fusion.search import answer_loss, search_weights
+from graftllm.generation import load_model, load_tokenizer
 from graftllm.header import Card
 from graftllm.progress import progress
 from graftllm.recipe import PackOptions
@@ -170,11 +171,11 @@ def _searched(
     stacks: Stacks, method: Method, knobs: Knobs, rows: Sequence[Prompt], scratch: Path, device: str
 ) -> Tensor:
     """Return the weights with which the merged model answers some rows best."""
-    names = tuple(one.name for one in stacks.tuned)
+    names, tokenizer = tuple(one.name for one in stacks.tuned), load_tokenizer(stacks.base.path)
 
     def loss(weights: Tensor) -> float:
         _write_checkpoint(stacks, method.prepare(Tasks(names, weights, stacks), knobs), 0, scratch / "trial")
-        return answer_loss(scratch / "trial", rows, device=device)
+        return answer_loss(load_model(scratch / "trial", device=device), tokenizer, rows)
 
     return search_weights(loss, len(names), seed=knobs.seed)
 

@@ -1,13 +1,14 @@
 """LoraHub (arXiv 2307.13269): mixing weights by a derivative-free search on a few answered prompts."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.errors import FusionError
-from graftllm.generation import load_model, load_tokenizer, pad, render_answered
+from graftllm.generation import pad, render_answered
 from graftllm.records import Message, Prompt
 
 EVALUATIONS = 40  # as published
@@ -50,21 +51,20 @@ def search_weights(loss: Callable[[Tensor], float], tasks: int, *, seed: int, ev
 
 
 @torch.inference_mode()
-def answer_loss(model: Path, rows: Sequence[Prompt], *, device: str = "auto") -> float:
-    """Return the mean negative log-likelihood of the rows' answers under a checkpoint, in nats a token.
+def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> float:
+    """Return the mean negative log-likelihood of the rows' answers under a live model, in nats a token.
 
     A row without an assistant message is answered by its reference.
 
     Raises:
         FusionError: a row has neither.
     """
-    live, tokenizer = load_model(model, device=device), load_tokenizer(model)
     total, count = 0.0, 0
     for start in range(0, len(rows), _BATCH):
         rendered = [render_answered(tokenizer, _answered(row)) for row in rows[start : start + _BATCH]]
-        ids, mask = pad([tokens for tokens, _ in rendered], tokenizer, live.device)
+        ids, mask = pad([tokens for tokens, _ in rendered], tokenizer, model.device)
         longest = ids.shape[1]
-        log_p = live(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
+        log_p = cast(Any, model)(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
         found = log_p.gather(2, ids[:, 1:, None])[..., 0]  # (rows, longest - 1)
         answers = torch.zeros_like(found, dtype=torch.bool)
         for row, (tokens, first) in enumerate(rendered):

@@ -1,0 +1,87 @@
+"""Router accuracy, memory and tokens a second with 1 to 64 packs on one base.
+
+Packs beyond the trained ones are the same files under other names, with other prompts of the same skill to train
+the router on; a prompt is routed right when it goes to any pack of its skill.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion_rows import Bench
+
+from graftllm.fusion.grafted import GraftedModel, fuse_packs
+from graftllm.pipeline.work import GENERAL
+from graftllm.records import Prompt, read_prompts, write_rows
+from graftllm.storage import write_text
+
+_EACH = 48  # prompts that the router learns a pack from
+_BATCH = 64  # conversations in the batch that is timed
+_REPEATS = 3
+
+
+def measure_scaling(bench: Bench, directory: Path, counts: Sequence[int]) -> list[dict[str, Any]]:
+    """Measure each number of packs that is not kept in `directory` yet."""
+    found = []
+    for count in counts:
+        path = directory / f"{count}.json"
+        if not path.exists():
+            write_text(path, json.dumps(_measure(bench, directory / "grafted", count)))
+        found.append(json.loads(path.read_text(encoding="utf-8")))
+        print(f"{count} packs: {found[-1]}", flush=True)
+    return found
+
+
+def _measure(bench: Bench, place: Path, count: int) -> dict[str, Any]:
+    work, skills = bench.built.work, bench.built.skills
+    copies = {f"{skills[i % len(skills)]}-{i // len(skills)}": skills[i % len(skills)] for i in range(count)}
+    data = list(read_prompts(work.directory / "zoo" / "prompts" / "general.jsonl"))
+    for i, (name, skill) in enumerate(copies.items()):
+        start = i // len(skills) * _EACH
+        rows = read_prompts(work.skill(skill) / "sft.jsonl")
+        some = [rows[j % len(rows)] for j in range(start, start + _EACH)]
+        data += [Prompt(row.id, row.question, name, row.reference) for row in some]
+    write_rows(place.with_name("rows.jsonl"), data)
+    shutil.rmtree(place, ignore_errors=True)
+    packs = {name: work.pack(skill) for name, skill in copies.items()}
+    started = time.monotonic()
+    fuse_packs(place, str(bench.base.path), packs, router_data=place.with_name("rows.jsonl"), device=work.device)
+    fused_s = time.monotonic() - started
+    grafted = GraftedModel.load(place, device=work.device)
+    return {
+        "packs": count,
+        "routed right, %": 100 * _accuracy(bench, grafted, copies),
+        "fused in s": fused_s,
+        **_speed(bench, grafted, copies),
+        "decoded packs, MB": (grafted.shelf.nbytes if grafted.shelf else 0) / 1e6,
+    }
+
+
+def _accuracy(bench: Bench, grafted: GraftedModel, copies: Mapping[str, str]) -> float:
+    """Return the share of test prompts that go to a pack of their skill, or the base if they are general."""
+    right = total = 0
+    for test in {*copies.values(), GENERAL}:
+        for route in grafted.route([prompt.question for prompt in bench.tests[test]]):
+            right += copies.get(route.name, GENERAL) == test
+            total += 1
+    return right / total
+
+
+def _speed(bench: Bench, grafted: GraftedModel, copies: Mapping[str, str]) -> dict[str, float]:
+    """Time a batch over all packs against the same batch on the base; both by steps, as answers differ in length."""
+    names = [list(copies)[i % len(copies)] for i in range(_BATCH)]
+    questions = [bench.tests[copies[name]][i].question for i, name in enumerate(names)]
+
+    def step_seconds(pack: str | list[str]) -> float:
+        times, answers = [], []
+        for _ in range(_REPEATS + 1):  # the first one decodes the packs
+            started = time.monotonic()
+            answers = grafted.generate(questions, pack, bench.built.work.greedy)
+            times.append(time.monotonic() - started)
+        return min(times[1:]) / (1 + max(len(ids) for ids in bench.tokenizer(answers)["input_ids"]))
+
+    bare, mixed = step_seconds("base"), step_seconds(names)
+    return {"tokens/s": _BATCH / mixed, "share of the base's tokens/s": bare / mixed}

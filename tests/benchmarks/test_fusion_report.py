@@ -1,0 +1,51 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from fusion_models import SIZES, SMALL, shortened
+from fusion_report import draw, table
+from fusion_rows import Measurement, average
+from transformers import AutoModelForCausalLM
+
+SKILLS = ("sort", "next")
+
+
+def row(sort: float, general: float, size: int = 1000, note: str = "") -> Measurement:
+    return Measurement({"sort": sort, "next": 0.5, "general": general}, size, note)
+
+
+def test_a_table_has_means_and_standard_errors_over_the_seeds_that_have_a_row() -> None:
+    results = {0: {"base": row(0.0, 0.9), "ties": row(0.2, 0.6, note="scale 1")}, 1: {"base": row(0.1, 0.7)}}
+    lines = table(results, SKILLS).splitlines()
+    # sort 0 and 10: 5 with an error of 10 / 2 / ... = 5; averages 46.67 and 43.33.
+    assert lines[2] == "| base | 45.0 ± 1.7 | 5.0 ± 5.0 | 50.0 ± 0.0 | 80.0 ± 10.0 | 1,000 | 2 |  |"
+    assert lines[3] == "| ties | 43.3 | 20.0 | 50.0 | 60.0 | 1,000 | 1 | scale 1 |"
+
+
+def test_each_skill_and_the_general_tasks_together_count_once() -> None:
+    assert math.isclose(average({"sort": 0.3, "next": 0.6, "general": 0.9}, SKILLS), 0.6)
+
+
+def test_a_picture_is_drawn(tmp_path: Path) -> None:
+    results = {seed: {"base": row(0.1, 0.9), "packs, routed": row(0.9, 0.9, 2000)} for seed in (0, 1)}
+    draw(results, SKILLS, tmp_path / "bytes.png")
+    assert (tmp_path / "bytes.png").stat().st_size > 5000
+
+
+def test_the_zoo_has_six_skills_from_sources_of_six_architectures() -> None:
+    assert len(SMALL.skills) == len(SMALL.members) - 1 == 6
+    assert len({member.config(100, 0, 1).model_type for member in SMALL.members[1:]}) == 6
+
+
+@pytest.mark.parametrize("member", SIZES["large"].members, ids=lambda member: member.name)
+def test_the_large_zoo_is_of_models_that_transformers_builds(member) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(member.config(400, 0, 1))
+    assert model.num_parameters() > 4e7
+
+
+def test_a_shortened_zoo_trains_for_that_many_steps() -> None:
+    for member in shortened(SMALL, 10).members:
+        count = sum(rows for _, rows in member.lessons)
+        assert math.isclose(member.training.epochs * count / member.training.batch_size, 10)

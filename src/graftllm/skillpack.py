@@ -111,6 +111,24 @@ class SkillPack:
         """
         return self._decoded(name, base, EncodedTensor.decode)
 
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Return float32 factors, (rows, rank) and (rank, columns), whose product is a matrix's delta.
+
+        None for what is stored in another way.
+
+        Raises:
+            PackError: the payload is damaged.
+        """
+        entry = self.header.tensors[name]
+        if entry.how.operator not in ("factored", "lowrank") or len(entry.shape) != 2:
+            return None
+        try:
+            return self.encoded(name).factors((entry.shape[0], entry.shape[1]))
+        except ValueError as error:
+            raise PackError(
+                f"{self.source}: the payload of {name!r} cannot be decoded ({error}). The file is damaged."
+            ) from error
+
     def check_base(self, base: Checkpoint) -> None:
         """Compare names, shapes and dtypes with a base model, without reading its weights.
 

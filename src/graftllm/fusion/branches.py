@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from graftllm.errors import FusionError, PackError
+from graftllm.errors import FusionError
 from graftllm.fusion.grafting import check_whole, in_base_dtype, touched_bindings, touched_names
 from graftllm.live import Binding, named_values
 from graftllm.skillpack import SkillPack
@@ -157,13 +157,7 @@ def _only_merged(name: str, pack: SkillPack, what: str) -> FusionError:
 
 
 def _factors(name: str, pack: SkillPack, dtype: torch.dtype) -> Factors | None:
-    rows, columns = pack.header.tensors[name].shape
-    try:
-        factors = pack.encoded(name).factors((rows, columns))
-    except ValueError as error:
-        raise PackError(
-            f"{pack.source}: the payload of {name!r} cannot be decoded ({error}). The file is damaged."
-        ) from error
+    factors = pack.factors(name)
     return None if factors is None else (factors[0].to(dtype).contiguous(), factors[1].to(dtype).contiguous())
 
 

@@ -17,6 +17,8 @@ from graftllm.live import Binding, bindings, named_values
 from graftllm.skillpack import SkillPack
 
 Weighted = tuple[SkillPack, float]
+_CACHED = 1 << 18  # numbers that stay in a processor's cache from one step to the next
+_BLOCK = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def _plugged(
     like = values[binding.live[0]]
     for name, value in values.items():
         check_whole(name, value, packs[0][0], binding)
-    stored = binding.to_stored({name: value.detach().cpu() for name, value in values.items()})
+    stored = binding.to_stored({name: value if binding.plain else value.cpu() for name, value in values.items()})
     for name, live in stored.items():
         if agreed_spec(name, packs).shape != tuple(live.shape):
             raise FusionError(
@@ -107,7 +109,7 @@ def _plugged(
         base = in_base_dtype(live, name, packs[0][0])
         if check:
             for pack, _ in packs:
-                pack.check_tensor(name, base)
+                pack.check_tensor(name, base.cpu())
         stored[name] = combined(name, base, packs, dtype=live.dtype)
     made = binding.to_live(stored)
     if {name: value.shape for name, value in made.items()} != {name: value.shape for name, value in values.items()}:
@@ -119,22 +121,52 @@ def _plugged(
 
 
 def combined(name: str, base: Tensor, packs: Sequence[Weighted], *, dtype: torch.dtype) -> Tensor:
-    """Return base + sum of weighted deltas of one parameter in `dtype`; `base` is on CPU in the base's dtype.
+    """Return base + sum of weighted deltas of one parameter in `dtype`; `base` is in the base's dtype.
 
     One pack of weight 1 gives its own restored value, so an exact pack gives the tuned bits.
 
     Raises:
         FusionError: the packs do not agree on the tuned shape and dtype.
     """
-    pack, weight = packs[0]
-    alone = len(packs) == 1 and weight == 1
     spec = agreed_spec(name, packs)
-    if alone and (dtype == DTYPES[spec.dtype] or pack.header.tensors[name].how.operator == "exact"):
+    # In one order of summing, however the packs are given.
+    packs = sorted(packs, key=lambda one: (one[0].header.tensors[name].payload_digest, one[1]))
+    if (products := _products(name, packs)) is not None:
+        return _with_products(base, products, dtype)
+    base = base.cpu()
+    pack, weight = packs[0]
+    exact = pack.header.tensors[name].how.operator == "exact"
+    if len(packs) == 1 and weight == 1 and (exact or dtype == DTYPES[spec.dtype]):
         return pack.restore(name, base).to(dtype)
     total = torch.zeros(spec.shape)
-    for pack, weight in sorted(packs, key=lambda one: (one[0].header.tensors[name].payload_digest, one[1])):
-        total += weight * pack.delta(name, base)  # in one order of summing, however the packs are given
+    for pack, weight in packs:
+        total += weight * pack.delta(name, base)
     return (align(base, spec).float() + total).to(dtype)
+
+
+def _products(name: str, packs: Sequence[Weighted]) -> tuple[Tensor, Tensor] | None:
+    """Return factors, (rows, ranks) and (ranks, columns), of the sum of deltas; None where one is no product."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for pack, weight in packs:
+        entry, factors = pack.header.tensors[name], pack.factors(name)
+        if entry.tuned_spec != entry.spec or (factors is None and entry.how.operator != "unchanged"):
+            return None
+        if factors is not None:
+            found.append((factors[0] * weight, factors[1]))
+    if not found:
+        return None
+    return torch.cat([left for left, _ in found], dim=1), torch.cat([right for _, right in found])
+
+
+def _with_products(base: Tensor, products: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """Return base + left right in `dtype`, in one pass over the base, where the base is."""
+    left, right = (factor.to(base.device) for factor in products)
+    made = torch.empty(base.shape, dtype=dtype, device=base.device)
+    height = max(1, (_CACHED if base.device.type == "cpu" else _BLOCK) // base.shape[1])
+    for start in range(0, len(base), height):
+        part = left[start : start + height] @ right
+        made[start : start + height] = part.add_(base[start : start + height])
+    return made
 
 
 def agreed_spec(name: str, packs: Sequence[Weighted]) -> TensorSpec:

@@ -160,7 +160,7 @@ def load_recipe(path: Path, directory: Path | None = None) -> tuple[Recipe, Path
         RecipeError: the file is missing, is not YAML, or has a key or value that is not known here.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        content = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
     except FileNotFoundError as error:
         raise RecipeError(f"{path}: no such recipe; recipes/ has examples to start from.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -252,7 +252,7 @@ def kl_target(budget: str) -> float | None:
     return target
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class UniqueKeys(yaml.SafeLoader):
     """A YAML loader that refuses a key written twice, where PyYAML keeps the last one silently."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:

@@ -1,22 +1,33 @@
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError
-from graftllm.fusion.routing import Router, fit_router, prompt_features, train_router
-from graftllm.generation import load_model, load_tokenizer
+from graftllm.fusion.classifier import Calibration, judge
+from graftllm.fusion.examples import keep_examples
+from graftllm.fusion.routing import Router, fit_router, train_router
 from graftllm.recipe import RouterOptions
-from graftllm.records import Message, Prompt
+from graftllm.records import Prompt
+
+QUICK = RouterOptions(steps=60)
+NAMES = ("base", "math", "code", "law", "chess")
 
 
-def _clusters(count: int = 100, seed: int = 0) -> dict[str, torch.Tensor]:
+def _clusters(count: int = 100, seed: int = 0, names: tuple[str, ...] = NAMES[:3]) -> dict[str, torch.Tensor]:
+    """Features of prompts: a cloud for each class, the same clouds for every seed."""
     draw = torch.Generator().manual_seed(seed)
-    centers = torch.randn(3, 16, generator=torch.Generator().manual_seed(42))
+    centers = torch.randn(64, 24, generator=torch.Generator().manual_seed(42))
     return {
-        name: center * 2 + torch.randn(count, 16, generator=draw)
-        for name, center in zip(("base", "math", "code"), centers, strict=True)
+        name: center * 2 + torch.randn(count, 24, generator=draw) / 2
+        for name, center in zip(names, centers, strict=False)
     }
 
 
@@ -25,35 +36,162 @@ def _accuracy(router: Router, features: dict[str, torch.Tensor]) -> float:
     return sum(right) / len(right)
 
 
-def test_separable_prompts_are_told_apart() -> None:
-    router = train_router(_clusters(), RouterOptions(), seed=0)
-    assert _accuracy(router, _clusters(seed=1)) > 0.95
-    assert router.classes == ("base", "math", "code")
+def _same(first: Router, second: Router) -> bool:
+    states = [list(router.network.state_dict().values()) for router in (first, second)]
+    weights = all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    return weights and (first.classes, first.calibration) == (second.classes, second.calibration)
 
 
-def test_probabilities_sum_to_one_and_name_every_class() -> None:
-    route = train_router(_clusters(), RouterOptions(), seed=0).route(_clusters(3)["math"])[0]
+@pytest.fixture(scope="module")
+def router() -> Router:
+    return train_router(_clusters(), QUICK, seed=0)
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(0, 9))
+def test_kept_examples_are_rows_of_the_features_within_a_127th_of_their_largest(
+    width: int, count: int, seed: int
+) -> None:
+    features = torch.randn(30, width, generator=torch.Generator().manual_seed(seed))
+    kept = keep_examples(features, count, seed=seed)
+    assert len(kept) == min(count, 30)
+    apart = torch.cdist(kept.features, features, p=torch.inf).amin(dim=1)
+    assert (apart <= kept.scales[:, 0] * 0.51).all()
+
+
+def test_judging_leaves_unsure_and_strange_prompts_to_the_base() -> None:
+    logits = torch.tensor([[0.0, 9.0], [9.0, 0.0], [0.0, 0.1], [0.0, 9.0]])
+    strangeness = torch.tensor([[5.0, 1.0], [1.0, 5.0], [1.0, 1.0], [1.0, 3.0]])
+    verdict = judge(logits, strangeness, Calibration(1.0, 0.9, (2.0, 2.0), 0.0))
+    assert verdict.chosen.tolist() == [1, 0, 0, 0]
+    assert verdict.strange.tolist() == [False, False, False, True]
+
+
+def test_separable_prompts_are_told_apart(router: Router) -> None:
+    assert _accuracy(router, _clusters(seed=1)) > 0.98
+    assert router.accuracy > 0.98
+    assert (router.classes, router.packs) == (("base", "code", "math"), ("code", "math"))
+
+
+def test_probabilities_sum_to_one_and_name_every_class(router: Router) -> None:
+    route = router.route(_clusters(3)["math"])[0]
     assert sum(route.probabilities.values()) == pytest.approx(1)
-    assert list(route.probabilities) == ["base", "math", "code"]
+    assert list(route.probabilities) == ["base", "code", "math"]
+    assert (route.weights, route.reason) == ({"math": 1.0}, "router")
 
 
-def test_unsure_prompts_go_to_the_base() -> None:
-    certain = train_router(_clusters(), RouterOptions(threshold=0.999999), seed=0)
+def test_prompts_of_a_kind_never_seen_go_to_the_base(router: Router) -> None:
+    strangers = _clusters(names=NAMES)
+    for name in ("law", "chess"):
+        assert sum(route.name == "base" for route in router.route(strangers[name])) >= 98
+    assert {route.reason for route in router.route(strangers["law"])} <= {"unknown", "unsure", "router"}
+
+
+def test_unsure_prompts_go_to_the_base(router: Router) -> None:
     features = _clusters(seed=1)
     between = (features["math"] + features["code"]) / 2
+    certain = replace(router, calibration=replace(router.calibration, threshold=0.999999, limits=(1e9,) * 3))
     assert all(route.name == "base" for route in certain.route(between))
+    assert "unsure" in {route.reason for route in certain.route(between)}
+
+
+def test_general_prompts_are_accepted_no_more_often_than_stated() -> None:
+    features = _clusters(100) | {"math": _clusters(100, seed=8)["base"]}  # nobody can tell these from general ones
+    strict = train_router(features, RouterOptions(steps=60, threshold=0, false_accept=0.02), seed=0)
+    assert strict.calibration.false_accept <= 0.02
+    assert strict.calibration.threshold > 0
+    loose = train_router(features, RouterOptions(steps=60, threshold=0, false_accept=0.9), seed=0)
+    assert loose.calibration.threshold < strict.calibration.threshold
 
 
 def test_rare_classes_are_learnt_beside_frequent_ones() -> None:
     features = _clusters(400)
     features["code"] = features["code"][:12]
-    router = train_router(features, RouterOptions(), seed=0)
-    assert sum(route.name == "code" for route in router.route(_clusters(seed=1)["code"])) > 80
+    router = train_router(features, QUICK, seed=0)
+    assert sum(route.probabilities["code"] > 0.5 for route in router.route(_clusters(seed=1)["code"])) > 90
 
 
-def test_the_same_seed_trains_the_same_router() -> None:
-    first, second = (train_router(_clusters(), RouterOptions(), seed=3) for _ in range(2))
-    assert first.route(_clusters(5)["math"]) == second.route(_clusters(5)["math"])
+def test_soft_routes_share_an_answer_by_probability() -> None:
+    features = _clusters(100)
+    features["code"] = features["math"] + 0.1  # nobody can tell these two apart
+    options = RouterOptions(steps=60, soft=2, threshold=0.3)
+    router = train_router(features, options, seed=0)
+    shared = [route.weights for route in router.route(_clusters(seed=1)["math"]) if len(route.weights) == 2]
+    assert len(shared) > 10
+    for weights in shared:
+        assert sum(weights.values()) == pytest.approx(1)
+        assert all(round(10 * weight, 6).is_integer() for weight in weights.values())
+    assert all(route.weights == {} for route in router.route(_clusters(seed=1)["base"]) if route.name == "base")
+
+
+# Packs come and go.
+
+
+def test_a_pack_joins_without_the_old_packs_prompts_and_old_decisions_stay(router: Router) -> None:
+    features = _clusters(names=NAMES)
+    grown = router
+    for name in ("law", "chess"):
+        grown = grown.with_pack(name, features[name])
+    assert grown.packs == ("chess", "code", "law", "math")
+    assert _accuracy(grown, _clusters(seed=1, names=NAMES)) > 0.98
+    for name, rows in _clusters(seed=2).items():
+        old, new = router.route(rows), grown.route(rows)
+        changed = sum(a.name != b.name for a, b in zip(old, new, strict=True))
+        assert changed <= QUICK.drift * len(rows), name
+    assert router.drift(grown) <= QUICK.drift
+
+
+def test_the_order_in_which_packs_join_does_not_matter(router: Router) -> None:
+    features = _clusters(names=NAMES)
+    orders = (("law", "chess"), ("chess", "law"))
+    first, second = (router.with_pack(a, features[a]).with_pack(b, features[b]) for a, b in orders)
+    assert _same(first, second)
+    assert _same(first, train_router(features, QUICK, seed=0))
+
+
+def test_a_pack_that_left_leaves_the_router_from_before_it_came(router: Router, tmp_path: Path) -> None:
+    after = router.with_pack("law", _clusters(names=NAMES)["law"]).without("law")
+    assert _same(after, router)
+    for place, one in (("before", router), ("after", after)):
+        one.save(tmp_path / place)
+    assert (tmp_path / "before").read_bytes() == (tmp_path / "after").read_bytes()
+
+
+def test_a_pack_that_would_change_old_decisions_is_refused(router: Router) -> None:
+    twin = _clusters(seed=7)["math"]
+    with pytest.raises(
+        FusionError, match=r"with 'twin', .*% of the old packs' held-out prompts would go elsewhere, and "
+    ):
+        router.with_pack("twin", twin)
+    tolerant = replace(router, options=router.options.model_copy(update={"drift": 1.0}))
+    assert "twin" in tolerant.with_pack("twin", twin).packs
+
+
+def test_joining_and_leaving_name_what_is_wrong(router: Router) -> None:
+    features = _clusters()
+    with pytest.raises(FusionError, match="knows the pack 'math' already"):
+        router.with_pack("math", features["math"])
+    with pytest.raises(FusionError, match="expected at least 8 prompts of 'law', found 3; add some"):
+        router.with_pack("law", features["math"][:3])
+    with pytest.raises(FusionError, match="expected one of code, math to remove, found 'law'"):
+        router.without("law")
+    with pytest.raises(FusionError, match="expected prompts of 'base' and of at least one pack, found base"):
+        router.without("math").without("code")
+
+
+def test_sixty_four_packs_are_told_apart() -> None:
+    names = ("base", *(f"p{i:02}" for i in range(63)))
+    router = train_router(_clusters(24, names=names), RouterOptions(steps=150), seed=0)
+    assert len(router.packs) == 63
+    assert _accuracy(router, _clusters(10, seed=1, names=names)) > 0.95
+
+
+# Files and seeds.
+
+
+def test_the_same_seed_trains_the_same_router(router: Router) -> None:
+    assert _same(train_router(_clusters(), QUICK, seed=0), router)
+    assert not _same(train_router(_clusters(), QUICK, seed=1), router)
 
 
 def test_training_leaves_the_global_random_state_alone() -> None:
@@ -64,29 +202,37 @@ def test_training_leaves_the_global_random_state_alone() -> None:
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_a_saved_router_routes_the_same(tmp_path: Path) -> None:
-    router = train_router(_clusters(), RouterOptions(threshold=0.7), seed=0)
+def test_a_saved_router_routes_and_grows_the_same(router: Router, tmp_path: Path) -> None:
     router.save(tmp_path / "router.safetensors")
     loaded = Router.load(tmp_path / "router.safetensors")
     assert loaded.route(_clusters(9)["code"]) == router.route(_clusters(9)["code"])
-    assert (loaded.threshold, loaded.temperature) == (router.threshold, router.temperature)
+    assert (loaded.calibration, loaded.options, loaded.packs) == (router.calibration, router.options, router.packs)
+    law = _clusters(names=NAMES)["law"]
+    assert _same(loaded.with_pack("law", law), router.with_pack("law", law))
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\x02\0\0\0\0\0\0\0{}"])
 def test_another_file_is_no_router(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(FusionError, match="x: not a router"):
+    with pytest.raises(FusionError, match="x: not a router of this version"):
         Router.load(tmp_path / "x")
 
 
-def test_features_do_not_depend_on_the_rest_of_the_batch(base: Checkpoint, prompts: list[Prompt]) -> None:
-    model, words = load_model(base.path), load_tokenizer(base.path)
-    questions = [prompt.question for prompt in prompts[:3]]
-    questions.append((Message(role="user", content="a much longer question than the others are"),))
-    together = prompt_features(model, words, questions)
-    assert together.shape == (4, 64)
-    alone = torch.cat([prompt_features(model, words, [question]) for question in questions])
-    assert torch.allclose(together, alone, atol=1e-4)
+def test_a_router_whose_parts_do_not_fit_is_refused(router: Router, tmp_path: Path) -> None:
+    router.save(tmp_path / "whole")
+    with safe_open(tmp_path / "whole", framework="pt") as file:
+        about, state = file.metadata()["router"], {name: file.get_tensor(name) for name in file.keys()}
+
+    def refused(changed: dict[str, torch.Tensor], told: str, text: str) -> None:
+        save_file(changed, tmp_path / "x", metadata={"router": told})
+        with pytest.raises(FusionError, match=text):
+            Router.load(tmp_path / "x")
+
+    refused(state | {"codes.math": state["codes.math"][:5].clone()}, about, "the examples of 'math' have shapes")
+    refused(state | {"found.math": state["found.math"] + 9}, about, "the examples of 'math' have shapes")
+    refused({name: value for name, value in state.items() if name != "scales.code"}, about, "not a router")
+    refused(state, json.dumps(json.loads(about) | {"format": "graftllm/router 1"}), "found graftllm/router 1")
+    refused(state, json.dumps(json.loads(about) | {"classes": ["base", "math"]}), "not a router of this version")
 
 
 def test_prompts_of_one_kind_only_are_refused(base: Checkpoint, prompts: list[Prompt]) -> None:
@@ -94,3 +240,5 @@ def test_prompts_of_one_kind_only_are_refused(base: Checkpoint, prompts: list[Pr
         fit_router(base.path, {"math": prompts})
     with pytest.raises(FusionError, match="found none"):
         fit_router(base.path, {})
+    with pytest.raises(FusionError, match="expected at least 8 prompts of 'math', found 2"):
+        fit_router(base.path, {"base": prompts, "math": prompts[:2]})

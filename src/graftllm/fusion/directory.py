@@ -122,7 +122,7 @@ def add_packs(directory: Path, packs: Mapping[str, Path], *, router: Router | No
 def remove_pack(directory: Path, name: str) -> Manifest:
     """Take a pack off a shelf; every other pack stays as it is, bit for bit.
 
-    The router stays, too: what it would send to the pack, the base answers.
+    The router becomes what it would be without the pack's prompts; it needs no others for that.
 
     Returns:
         The new manifest.
@@ -140,10 +140,9 @@ def remove_pack(directory: Path, name: str) -> Manifest:
                 "take the rule out first."
             )
         changed = manifest.model_copy(update={"packs": {key: p for key, p in manifest.packs.items() if key != name}})
-        if manifest.router is not None:
-            known = {key: digest for key, digest in manifest.router.packs.items() if key != name}
-            router = manifest.router.model_copy(update={"packs": known}) if known else None
-            changed = changed.model_copy(update={"router": router})
+        if manifest.router is not None and name in manifest.router.packs:
+            router = Router.load(directory / manifest.router.file)
+            changed = _with_router(directory, changed, router.without(name) if len(router.packs) > 1 else None)
         _commit(directory, changed, manifest)
     return changed
 

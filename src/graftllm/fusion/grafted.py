@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
 
@@ -14,8 +14,8 @@ from graftllm.fusion.beside import Beside, Mix, mixed
 from graftllm.fusion.branches import why_merged_only
 from graftllm.fusion.directory import AUTO, base_location, open_packs, read_manifest, unknown_pack, write_grafted
 from graftllm.fusion.grafting import Graft, decode
-from graftllm.fusion.routing import BASE, Route, Router, fit_router, prompt_features
-from graftllm.fusion.rules import Rule
+from graftllm.fusion.routing import BASE, Route, Router, fit_router, prompt_features, ruled
+from graftllm.fusion.rules import Rule, first_fitting
 from graftllm.fusion.shelf import Shelf
 from graftllm.fusion.turns import Turn
 from graftllm.generation import GREEDY, generate, load_model, load_tokenizer, stream
@@ -121,11 +121,21 @@ class GraftedModel:
                 self._switch(before)
 
     def route(self, conversations: Sequence[Conversation]) -> list[Route]:
-        """Return which pack the router would let answer each conversation.
+        """Return which pack would answer each conversation: by the first rule that fits, else by the router.
 
         Raises:
-            FusionError: this grafted model has no router, or one that is older than a pack.
+            FusionError: no rule fits, and there is no router or one that is older than a pack.
         """
+        messages = [_messages(conversation) for conversation in conversations]
+        routes = [ruled(rule.pack) if (rule := first_fitting(self.rules, one)) else None for one in messages]
+        undecided = [i for i, route in enumerate(routes) if route is None]
+        for i, route in zip(undecided, self._routed([messages[i] for i in undecided]), strict=True):
+            routes[i] = route
+        return cast(list[Route], routes)
+
+    def _routed(self, messages: Sequence[Sequence[Message]]) -> list[Route]:
+        if not messages:
+            return []
         if self.router is None:
             raise FusionError(
                 f"pack: {AUTO!r} needs a router, and this grafted model has none; "
@@ -137,9 +147,8 @@ class GraftedModel:
                 f"{', '.join(self.unrouted)}; name a pack, or fuse again with --router-data."
             )
         with self.using(BASE) as base:
-            features = prompt_features(base, self.tokenizer, [_messages(c) for c in conversations])
-        routes = self.router.route(features)
-        return [route if route.name in self.packs else replace(route, name=BASE) for route in routes]
+            features = prompt_features(base, self.tokenizer, messages, layer=self.router.options.layer)
+        return self.router.route(features)
 
     def generate(
         self,
@@ -231,7 +240,7 @@ class GraftedModel:
         undecided = [i for i, one in enumerate(wanted) if one == AUTO]
         if undecided:
             for i, route in zip(undecided, self.route([messages[i] for i in undecided]), strict=True):
-                wanted[i] = route.name
+                wanted[i] = route.weights
         return [self._mixed(one) for one in wanted]
 
     def _mixed(self, pack: Wanted) -> Mix:

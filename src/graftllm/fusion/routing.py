@@ -1,73 +1,168 @@
 """The router: a prompt -> the pack that should answer it, or `base`.
 
-A small feed-forward classifier on the base model's own hidden states of the prompt: LayerNorm,
-Linear, GELU, Linear, softmax, with the classes `base` and one for each pack. Top-1 at unit weight,
-so a routed answer is exactly the pack's.
+A small feed-forward classifier on the base model's own hidden states of the prompt: Linear, GELU,
+Linear, softmax, with the classes `base` and one for each pack. The base answers when no pack is
+probable enough, and when a prompt is unlike those of the pack
+that it was taken for.
+
+A router keeps examples of each class and is nothing but a function of them, so that packs come and
+go without their prompts, and one that went leaves the router that was there before it came.
 """
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from graftllm.checkpoint import TensorSpec, raw_bytes, write_safetensors
+from graftllm.checkpoint import DTYPE_NAMES, TensorSpec, raw_bytes, write_safetensors
 from graftllm.errors import FusionError
-from graftllm.generation import load_model, load_tokenizer, pad, render
-from graftllm.progress import track
+from graftllm.fusion.classifier import Calibration, Classifier, classifier_of, judge, new_network, train_classifier
+from graftllm.fusion.examples import Examples, keep_examples
+from graftllm.fusion.features import prompt_features
+from graftllm.generation import load_model, load_tokenizer
 from graftllm.recipe import RouterOptions
-from graftllm.records import Message, Prompt
+from graftllm.records import Prompt
 
 BASE = "base"
-_HIDDEN = 64
-_BATCH = 32
+_FORMAT = "graftllm/router 2"
+_FEWEST = 8  # prompts of a class, so that each of four folds has two
+_GRAIN = 10  # soft weights are tenths, so that few mixtures have to be decoded
+
+Reason = Literal["router", "unsure", "unknown", "rule"]
 
 
 @dataclass(frozen=True)
 class Route:
-    """Where a prompt goes: a pack's name or `base`, and how probable each class was."""
+    """Where a prompt goes, and why.
+
+    Attributes:
+        name: a pack's name or `base`.
+        probabilities: of each class, as the classifier sees it.
+        reason: `router` decided; `base` because no pack was probable enough (`unsure`), or because the prompt is
+            unlike the pack's own (`unknown`); or a user's `rule`.
+        weights: packs that answer together; none for the base.
+    """
 
     name: str
     probabilities: Mapping[str, float]
+    reason: Reason
+    weights: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Router:
-    """A trained classifier.
+    """A trained classifier, and the examples that it was trained on.
 
     Attributes:
-        classes: `base` first, then pack names.
-        threshold: when the best pack is less probable than this, `base` answers.
-        temperature: logits are divided by it, so that probabilities match frequencies.
-        network: maps features (prompts, 2 * hidden size) to logits (prompts, classes).
+        options: how it was trained.
+        seed: of the examples' draw and the initial weights.
+        examples: by class, `base` first, then packs by name.
+        network: maps standardized features (prompts, width) to logits (prompts, classes).
+        calibration: when the base answers.
+        held_out: by class, where each example goes when the classifier has not seen it: numbers of classes, int16.
     """
 
-    classes: tuple[str, ...]
-    threshold: float
-    temperature: float
-    network: nn.Module
+    options: RouterOptions
+    seed: int
+    examples: Mapping[str, Examples]
+    network: nn.Sequential
+    calibration: Calibration
+    held_out: Mapping[str, Tensor]
 
-    @torch.inference_mode()
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """`base`, then the packs that the router was trained for."""
+        return tuple(self.examples)
+
+    @property
+    def packs(self) -> tuple[str, ...]:
+        """The packs that the router was trained for."""
+        return self.classes[1:]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of examples that went where they belong when the classifier had not seen them."""
+        right = torch.cat([self.held_out[name] == i for i, name in enumerate(self.classes)])
+        return float(right.float().mean())
+
     def route(self, features: Tensor) -> list[Route]:
         """Return one route for each row of `prompt_features`."""
-        probabilities = torch.softmax(self.network(features) / self.temperature, dim=1)
-        routes = []
-        for row in probabilities.tolist():
-            best = max(range(len(row)), key=row.__getitem__)
-            name = self.classes[best] if row[best] >= self.threshold else BASE
-            routes.append(Route(name, dict(zip(self.classes, row, strict=True))))
-        return routes
+        if not len(features):
+            return []
+        verdict = judge(*self.classifier.read(features), self.calibration)
+        rows = zip(verdict.probabilities.tolist(), verdict.chosen.tolist(), verdict.strange.tolist(), strict=True)
+        return [self._route(row, choice, strange) for row, choice, strange in rows]
+
+    def with_pack(self, name: str, features: Tensor) -> "Router":
+        """Return a router that knows one more pack; the old packs' prompts are not needed.
+
+        Args:
+            name: of the pack.
+            features: `prompt_features` of its prompts, after the layer `options.layer`.
+
+        Raises:
+            FusionError: the pack is known already or has too few prompts, or more than `options.drift` of the old
+                prompts would be sent elsewhere.
+        """
+        if name in self.examples:
+            raise FusionError(f"router: knows the pack {name!r} already; remove it first, or choose another name.")
+        _check_enough(name, len(features))
+        added = keep_examples(features, self.options.samples, seed=self.seed)
+        changed = _trained({**self.examples, name: added}, self.options, self.seed)
+        moved = self.drift(changed)
+        if moved > self.options.drift:
+            raise FusionError(
+                f"router: with {name!r}, {moved:.1%} of the old packs' held-out prompts would go elsewhere, and "
+                f"{self.options.drift:.1%} may; the prompts of {name!r} are too much like theirs. Use a rule or name "
+                "the pack instead, or raise router.drift."
+            )
+        return changed
+
+    def without(self, name: str) -> "Router":
+        """Return the router that was never trained for a pack.
+
+        Raises:
+            FusionError: the router does not know the pack, or no other.
+        """
+        if name not in self.packs:
+            raise FusionError(f"router: expected one of {', '.join(self.packs)} to remove, found {name!r}.")
+        rest = {key: kept for key, kept in self.examples.items() if key != name}
+        _check_classes(rest)
+        return _trained(rest, self.options, self.seed)
+
+    def drift(self, changed: "Router") -> float:
+        """Return the share of this router's held-out examples that another router sends elsewhere."""
+        moved = [
+            torch.tensor([self.classes[i] != changed.classes[j] for i, j in zip(old, new, strict=True)])
+            for old, new in ((self.held_out[name].tolist(), changed.held_out[name].tolist()) for name in self.classes)
+        ]
+        return float(torch.cat(moved).float().mean())
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        """The network, and where the examples lie."""
+        return classifier_of(self.network, [kept.features for kept in self.examples.values()])
 
     def save(self, path: Path) -> None:
         """Write the router as one safetensors file; it appears whole or not at all."""
-        state = self.network.state_dict()
-        layout = {name: TensorSpec("F32", tuple(value.shape)) for name, value in state.items()}
-        about = {"classes": self.classes, "threshold": self.threshold, "temperature": self.temperature}
+        state = {f"network.{name}": value.half() for name, value in self.network.state_dict().items()}
+        for name, kept in self.examples.items():
+            state |= {f"codes.{name}": kept.codes, f"scales.{name}": kept.scales, f"found.{name}": self.held_out[name]}
+        layout = {name: TensorSpec(DTYPE_NAMES[value.dtype], tuple(value.shape)) for name, value in state.items()}
+        about = {
+            "format": _FORMAT,
+            "classes": self.classes,
+            "options": self.options.model_dump(),
+            "seed": self.seed,
+            "calibration": asdict(self.calibration),
+        }
         write_safetensors(path, layout, lambda name: raw_bytes(state[name]), metadata={"router": json.dumps(about)})
 
     @classmethod
@@ -75,19 +170,34 @@ class Router:
         """Read a router that `save` wrote.
 
         Raises:
-            FusionError: the file is missing, damaged or no router.
+            FusionError: the file is missing, damaged, no router, or of another version.
         """
         try:
             with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {})["router"])
+                about = json.loads((file.metadata() or {}).get("router", "{}"))
                 state = {name: file.get_tensor(name) for name in file.keys()}
-            network = _network(state["0.weight"].shape[0], len(about["classes"]))
-            network.load_state_dict(state)
-            return cls(tuple(about["classes"]), float(about["threshold"]), float(about["temperature"]), network.eval())
+            return _restored(about, state)
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, IndexError, TypeError) as error:
             raise FusionError(
-                f"{path}: not a router ({str(error).splitlines()[0]}). Run `graftllm fuse` again."
+                f"{path}: not a router of this version ({str(error).splitlines()[0]}). Train it again with "
+                "`graftllm fuse`."
             ) from error
+
+    def _route(self, row: list[float], choice: int, strange: bool) -> Route:
+        name = self.classes[choice]
+        probabilities = dict(zip(self.classes, row, strict=True))
+        if name == BASE:
+            unsure = max(row) > row[0]
+            return Route(BASE, probabilities, "unknown" if strange else "unsure" if unsure else "router", {})
+        best = sorted(self.packs, key=lambda pack: -probabilities[pack])[: self.options.soft]
+        total = sum(probabilities[pack] for pack in best)
+        tenths = {pack: round(_GRAIN * probabilities[pack] / total) / _GRAIN for pack in best}
+        return Route(name, probabilities, "router", {pack: weight for pack, weight in tenths.items() if weight})
+
+
+def ruled(name: str) -> Route:
+    """Return the route to a pack, or to `base`, that a user's rule asks for."""
+    return Route(name, {}, "rule", {} if name == BASE else {name: 1.0})
 
 
 def fit_router(
@@ -103,90 +213,79 @@ def fit_router(
     Args:
         base: checkpoint directory of the base model.
         prompts: by the name of the pack that should answer them, or `base`; answers in them are not looked at.
-        options: threshold and training steps.
-        seed: of the initial weights and the batches.
+        options: which layer, how many examples, and when the base answers.
+        seed: of the draw of examples and the initial weights.
         device: `auto` takes a GPU when there is one.
 
     Raises:
-        FusionError: there are no general prompts, or no pack's.
+        FusionError: there are no general prompts, or no pack's, or too few of one.
         CheckpointError: the base cannot be loaded.
     """
     _check_classes(prompts)
     model, tokenizer = load_model(base, device=device), load_tokenizer(base)
     features = {
-        name: prompt_features(model, tokenizer, [row.question for row in rows], label=f"router: {name}")
-        for name, rows in prompts.items()
+        name: features_of(model, tokenizer, rows, options, label=f"router: {name}") for name, rows in prompts.items()
     }
     return train_router(features, options, seed=seed)
 
 
-@torch.inference_mode()
-def prompt_features(
+def features_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Sequence[Message]],
+    prompts: Sequence[Prompt],
+    options: RouterOptions,
     *,
     label: str = "routing",
 ) -> Tensor:
-    """Return what the router sees of each prompt: hidden states of the middle layer.
-
-    Args:
-        model: the bare base model.
-        tokenizer: the model's own.
-        conversations: each up to and including the last user message.
-        label: shown beside the progress bar.
-
-    Returns:
-        Shape (prompts, 2 * hidden size), float32 on CPU: the mean over the prompt's tokens, then the last token.
-    """
-    rows: list[Tensor] = []
-    for start in track(range(0, len(conversations), _BATCH), label=label):
-        sequences = [
-            render(tokenizer, messages, answer_next=True) for messages in conversations[start : start + _BATCH]
-        ]
-        ids, mask = pad(sequences, tokenizer, model.device)
-        states = cast(Any, model)(
-            input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
-        ).hidden_states
-        hidden = states[len(states) // 2].float()  # (rows, length, hidden size)
-        weights = mask[:, :, None] / mask.sum(dim=1)[:, None, None]
-        rows.append(torch.cat([(hidden * weights).sum(dim=1), hidden[:, -1]], dim=1).cpu())
-    return torch.cat(rows)
+    """Return `prompt_features` of the different questions among prompts, at the layer that a router reads."""
+    questions = {json.dumps(row.question): row.question for row in prompts}
+    return prompt_features(model, tokenizer, list(questions.values()), layer=options.layer, label=label)
 
 
 def train_router(features: Mapping[str, Tensor], options: RouterOptions, *, seed: int) -> Router:
-    """Train a router and calibrate its temperature on every fifth prompt, which it does not train on.
+    """Train a router, and calibrate it on prompts that it has not seen: four-fold cross-validation.
 
     Args:
         features: class name (`base` or a pack) -> `prompt_features` of its prompts.
-        options: threshold and training steps.
-        seed: of the initial weights and the batches.
+        options: how many examples are kept, and when the base answers.
+        seed: of the draw of examples and the initial weights.
 
     Raises:
-        FusionError: there are no general prompts for `base`, or no pack's.
+        FusionError: there are no general prompts for `base`, or no pack's, or too few of one.
     """
     _check_classes(features)
-    classes = (BASE, *(name for name in features if name != BASE))
-    inputs = torch.cat([features[name] for name in classes])
-    labels = torch.cat([torch.full((len(features[name]),), i) for i, name in enumerate(classes)])
-    held_out = torch.arange(len(labels)) % 5 == 4
-    draw = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = _network(inputs.shape[1], len(classes))
-    class_weights = len(labels) / (len(classes) * torch.bincount(labels[~held_out]).clamp(min=1))
-    train_inputs, train_labels = inputs[~held_out], labels[~held_out]
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.01)
-    for _ in range(options.steps):
-        batch = torch.randint(len(train_labels), (min(256, len(train_labels)),), generator=draw)
-        loss = nn.functional.cross_entropy(network(train_inputs[batch]), train_labels[batch], weight=class_weights)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    network.eval()
-    with torch.inference_mode():
-        logits = network(inputs[held_out])
-    return Router(classes, options.threshold, _temperature(logits, labels[held_out]), network)
+    for name, rows in features.items():
+        _check_enough(name, len(rows))
+    kept = {name: keep_examples(rows, options.samples, seed=seed) for name, rows in features.items()}
+    return _trained(kept, options, seed)
+
+
+def _trained(examples: Mapping[str, Examples], options: RouterOptions, seed: int) -> Router:
+    """Return the router of these examples; their order does not matter."""
+    examples = {name: examples[name] for name in (BASE, *sorted(set(examples) - {BASE}))}
+    network, calibration, found = train_classifier([kept.features for kept in examples.values()], options, seed=seed)
+    held_out = dict(zip(examples, found.split([len(kept) for kept in examples.values()]), strict=True))
+    return Router(options, seed, examples, network, calibration, held_out)
+
+
+def _restored(about: Mapping[str, Any], state: Mapping[str, Tensor]) -> Router:
+    """Return the router of a file's metadata and tensors; what does not fit together raises ValueError or KeyError."""
+    if about.get("format") != _FORMAT:
+        raise ValueError(f"expected the format {_FORMAT}, found {about.get('format')}")
+    classes, width = list(about["classes"]), state["network.0.weight"].shape[1]
+    _check_classes(classes)
+    network = new_network(width, len(classes), seed=0)
+    network.load_state_dict({name: state[f"network.{name}"].float() for name in network.state_dict()})
+    examples = {name: Examples(state[f"codes.{name}"], state[f"scales.{name}"]) for name in classes}
+    held_out = {name: state[f"found.{name}"] for name in classes}
+    for name, kept in examples.items():
+        rows = len(kept.codes)
+        shapes = [tuple(part.shape) for part in (kept.codes, kept.scales, held_out[name])]
+        if shapes != [(rows, width), (rows, 1), (rows,)] or not 0 < rows or int(held_out[name].max()) >= len(classes):
+            raise ValueError(f"the examples of {name!r} have shapes {shapes}")
+    calibration = Calibration(**{**about["calibration"], "limits": tuple(map(float, about["calibration"]["limits"]))})
+    options = RouterOptions.model_validate(about["options"])
+    return Router(options, int(about["seed"]), examples, network.requires_grad_(False).eval(), calibration, held_out)
 
 
 def _check_classes(found: Collection[str]) -> None:
@@ -197,12 +296,6 @@ def _check_classes(found: Collection[str]) -> None:
         )
 
 
-def _network(width: int, classes: int) -> nn.Sequential:
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, _HIDDEN), nn.GELU(), nn.Linear(_HIDDEN, classes))
-
-
-def _temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the temperature of least log-loss, from 0.5 (sharper) to 5 (softer)."""
-    grid = torch.logspace(-0.301, 0.699, 41)
-    losses = [float(nn.functional.cross_entropy(logits / temperature, labels)) for temperature in grid]
-    return float(grid[min(range(len(losses)), key=losses.__getitem__)])
+def _check_enough(name: str, count: int) -> None:
+    if count < _FEWEST:
+        raise FusionError(f"router: expected at least {_FEWEST} prompts of {name!r}, found {count}; add some.")

@@ -188,7 +188,8 @@ _FIRST_RANK = 64
 def _range_basis(matrix: Tensor, rank: int) -> Tensor:
     """Return an orthonormal basis, shape (d_out, rank + 16), of what `matrix` mostly maps to."""
     draw = torch.Generator(device=matrix.device).manual_seed(0)
-    sketch = torch.randn(matrix.shape[1], rank + _OVERSAMPLING, generator=draw, device=matrix.device)
+    shape = (matrix.shape[1], rank + _OVERSAMPLING)
+    sketch = torch.randn(shape, generator=draw, device=matrix.device).to(matrix.dtype)
     basis = torch.linalg.qr(matrix @ sketch).Q
     for _ in range(2):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q

@@ -30,7 +30,7 @@ from graftllm.pipeline.packing import fuse
 from graftllm.pipeline.work import GENERAL
 from graftllm.records import Prompt, read_prompts
 
-SCALES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
+SCALES = (0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5)
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6)  # of tall-mask, for each task, as published
 _TESTS, _VALIDATIONS = 200, 32  # prompts of each skill; of the general tasks together half as many, and as many
 _VALIDATION_SEED = 1000  # far from the seeds of the rows that models learn from

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from graftllm.compression.calibration import Calibration
+from graftllm.progress import track
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Tasks:
 
     def stacks(self) -> Iterator[Tensor]:
         """Yield the deltas of one parameter after the other: one look at the whole model."""
-        return iter(self.deltas.values())
+        for name in track(list(self.deltas), label="looking"):
+            yield self.deltas[name]
 
     def weighted(self, stack: Tensor) -> Tensor:
         """Return deltas times their weights."""

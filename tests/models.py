@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from graftllm.checkpoint import Checkpoint, copy_companions
 from graftllm.records import Message, Prompt
@@ -50,6 +50,21 @@ def save_llama(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16
         **(shape | changes),
     )
     LlamaForCausalLM(config).to(dtype).save_pretrained(path)
+    words.save_pretrained(path)
+    return path
+
+
+def save_reward_model(path: Path, *, labels: int = 1, template: bool = True) -> Path:
+    """Save a random sequence classifier of one layer, width 16."""
+    torch.manual_seed(0)
+    words = tokenizer()
+    if not template:
+        words.chat_template = None
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_labels=labels, pad_token_id=0, eos_token_id=3, initializer_range=0.5,
+    )  # fmt: skip
+    LlamaForSequenceClassification(config).save_pretrained(path)
     words.save_pretrained(path)
     return path
 

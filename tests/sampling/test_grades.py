@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from graftllm.errors import CheckpointError, RecipeError
 from graftllm.records import Message, Prompt, Response
@@ -13,28 +11,14 @@ from graftllm.sampling.grades import grade, reward
 from graftllm.sampling.scoring import Agreement, score_responses
 from graftllm.transfer_options import LlmJudge, Price, RewardJudge, RuleJudge
 from tests.chat_server import ChatServer, chat_server
-from tests.models import tokenizer
+from tests.models import save_reward_model
 
 PROMPTS = [Prompt(str(i), (Message(role="user", content="q" * i),), reference="4") for i in (1, 9, 4)]
 
 
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _save(tmp_path_factory.mktemp("reward") / "model")
-
-
-def _save(path: Path, labels: int = 1, *, template: bool = True) -> Path:
-    torch.manual_seed(0)
-    words = tokenizer()
-    if not template:
-        words.chat_template = None
-    config = LlamaConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_labels=labels, pad_token_id=0, eos_token_id=3, initializer_range=0.5,
-    )  # fmt: skip
-    LlamaForSequenceClassification(config).save_pretrained(path)
-    words.save_pretrained(path)
-    return path
+    return save_reward_model(tmp_path_factory.mktemp("reward") / "model")
 
 
 def test_a_grade_does_not_depend_on_the_batch(reward_model: Path) -> None:
@@ -49,7 +33,7 @@ def test_a_grade_does_not_depend_on_the_batch(reward_model: Path) -> None:
 
 
 def test_a_reward_model_without_a_template_reads_a_pair(tmp_path: Path) -> None:
-    judge = RewardJudge(kind="reward_model", model=str(_save(tmp_path / "plain", template=False)))
+    judge = RewardJudge(kind="reward_model", model=str(save_reward_model(tmp_path / "plain", template=False)))
     assert len(set(reward(PROMPTS, ["4", "5", "6"], judge, device="cpu").values)) == 3
 
 
@@ -60,7 +44,7 @@ def test_long_conversations_are_cut_on_the_left(reward_model: Path) -> None:
 
 
 def test_a_model_with_several_outputs_is_no_reward_model(tmp_path: Path, base_dir: Path) -> None:
-    two = _save(tmp_path / "two", labels=2)
+    two = save_reward_model(tmp_path / "two", labels=2)
     with pytest.raises(CheckpointError, match="two: expected a reward model with one output, found 2; choose another"):
         reward(PROMPTS, ["", "", ""], RewardJudge(kind="reward_model", model=str(two)), device="cpu")
 

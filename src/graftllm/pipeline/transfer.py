@@ -1,5 +1,6 @@
 """From a source's answers to a tuned target: sample, score, train."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -16,6 +17,7 @@ from graftllm.sampling.responses import sample_responses
 from graftllm.sampling.scoring import RIGHT, score_responses
 from graftllm.sampling.sources import open_source
 from graftllm.stages import Stamp
+from graftllm.storage import whole_directory
 from graftllm.training import Training, train_dpo, train_sft
 from graftllm.transfer_options import SourceOptions
 
@@ -136,6 +138,8 @@ def tune(
         file = home / "pairs.jsonl" if out == work.tuned(skill) else after_sft.with_name(f"{out.name}.pairs.jsonl")
         tuned = own_pairs(work, skill, tuned, file, model=after_sft, adapted=start if lora_rank else None, name=name)
         pairs = read_pairs(file)
+        if not pairs:  # nothing to prefer: all of its answers are right, or all wrong
+            return work.stages.run(f"dpo.{name}", [tuned], [out], lambda: _copy(after_sft, out))
     if not pairs or dpo is None:
         return tuned
 
@@ -147,3 +151,8 @@ def tune(
         train_dpo(training, pairs, dpo)
 
     return work.stages.run(f"dpo.{name}", [tuned, dpo, recipe.seed], [out], prefer)
+
+
+def _copy(checkpoint: Path, out: Path) -> None:
+    with whole_directory(out) as partial:
+        shutil.copytree(checkpoint, partial, dirs_exist_ok=True)

@@ -1,21 +1,23 @@
 """The command `graftllm`: options in, one call of the library each, results out.
 
-Commands on SkillPacks are in `cli_packs` and `cli_merge`, those on grafted models in `cli_fusion`. No logic lives
-here. Heavy imports happen inside the subcommands, so that `--help` answers at once.
+Commands on SkillPacks are in `cli_packs` and `cli_merge`, those on grafted models in `cli_fusion`, `cli_learning` and `cli_serve`.
+No logic lives here. Heavy imports happen inside the subcommands, so that `--help` answers at once.
 """
 
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from graftllm.cli_fusion import add, chat, fuse, list_shelf, remove
+from graftllm.cli_learning import evaluate, learn
 from graftllm.cli_merge import merge
 from graftllm.cli_packs import apply, inspect, pack, verify
+from graftllm.cli_serve import serve
 from graftllm.errors import GraftError
-from graftllm.terminal import AsJson, Device, print_json, print_lines, print_table
+from graftllm.terminal import AsJson, Device, print_lines, print_table
 
 if TYPE_CHECKING:
     from graftllm.evaluation.report import Report
@@ -91,36 +93,12 @@ def train(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto")
     _each_skill(_open_work(recipe, dir, device), transfer.train)
 
 
-for _command in (pack, inspect, verify, apply, merge, fuse, add, remove):
+for _command in (pack, inspect, verify, apply, merge, fuse, add, remove, serve):
     app.command()(_command)
 app.command("list")(list_shelf)
 app.command()(chat)
-
-
-@app.command()
-def eval(
-    dir: Annotated[Path, typer.Argument(metavar="DIR", help="Grafted model or checkpoint directory.")],
-    task: Annotated[Path, typer.Option(help="JSONL prompt rows with a reference each.")],
-    pack: Annotated[
-        str, typer.Option(help="A pack's name, base, auto (the router), or by-task (each row's task).")
-    ] = "auto",
-    judge: Annotated[
-        Literal["exact", "math"], typer.Option(help="How answers are compared with references.")
-    ] = "exact",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
-    device: Device = "auto",
-    json: AsJson = False,
-) -> None:
-    """Score a grafted model, or an ordinary checkpoint, on a file of prompts."""
-    from graftllm.evaluation.tasks import evaluate_task
-    from graftllm.recipe import SamplingOptions
-
-    options = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=max_new_tokens)
-    result = evaluate_task(dir, task, pack=pack, judge=judge, options=options, device=device)
-    if json:
-        print_json(result.figures())
-    else:
-        print_lines(*result.sentences())
+app.command("eval")(evaluate)
+app.command()(learn)
 
 
 @app.command()

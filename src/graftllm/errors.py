@@ -43,3 +43,7 @@ class CompressionError(GraftError):
 
 class FusionError(GraftError):
     """A pack, a router or a grafted directory cannot be combined as asked."""
+
+
+class ServingError(GraftError):
+    """A grafted model cannot be served or exported as asked."""

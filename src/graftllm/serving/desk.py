@@ -1,0 +1,195 @@
+"""The desk between the endpoint's event loop and the engine's thread: requests become orders, events answers."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any, cast
+
+from fastapi import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from transformers import PreTrainedTokenizerBase
+
+from graftllm.errors import GraftError
+from graftllm.generation import render
+from graftllm.records import Message
+from graftllm.serving.engine import Engine
+from graftllm.serving.lanes import Job
+from graftllm.serving.orders import Chosen, Ended, Event, Failed, Order, Piece, Refused
+from graftllm.serving.protocol import Answer, ChatRequest, Choice, CompletionRequest, error_body
+
+_DONE = "data: [DONE]\n\n"
+Asked = ChatRequest | CompletionRequest
+
+
+class ClientGone(Exception):
+    """Nobody reads the answer any more."""
+
+
+class Desk:
+    """Answers requests with an engine."""
+
+    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase, max_context: int) -> None:
+        """Serve prompts and answers of at most `max_context` tokens together."""
+        self._engine, self._tokenizer, self._max_context = engine, tokenizer, max_context
+
+    async def answer(self, asked: Asked, request: Request) -> Response:
+        """Return the answer to a request, or the stream of it.
+
+        Raises:
+            Refused: it cannot be answered as asked.
+        """
+        order = await asyncio.to_thread(self._order, asked)
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+
+        def emit(event: Event) -> None:
+            with suppress(RuntimeError):  # the loop may be closed when the server was made to stop at once
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        job = self._engine.submit(order, emit)
+        gone = asyncio.ensure_future(_leaves(request))
+        handed_over = False
+        try:
+            chosen = cast(Chosen, await _next(events, gone))
+            chat = isinstance(asked, ChatRequest)
+            answer = Answer(chat, asked.model, len(order.ids), chosen, [Choice() for _ in range(order.choices)])
+            headers = chosen_headers(chosen)
+            if asked.stream:
+                handed_over = True
+                stream = _chunks(answer, events, gone, with_usage=asked.with_usage)
+                return _Stream(stream, headers, lambda: self._leave(job, gone))
+            while not answer.whole:
+                answer.take(cast(Piece | Ended, await _next(events, gone)))
+            return JSONResponse(answer.body(), headers=headers)
+        except ClientGone:
+            return Response(status_code=499)
+        finally:
+            if not handed_over:
+                self._leave(job, gone)
+
+    def _leave(self, job: Job, gone: asyncio.Future[None]) -> None:
+        gone.cancel()
+        self._engine.cancel(job)
+
+    def _order(self, asked: Asked) -> Order:
+        """Return what a request asks of the engine; takes time for long prompts."""
+        messages, ids = self._prompt(asked)
+        if not ids:
+            raise Refused("prompt: expected at least one token, found none.", param="prompt")
+        vocabulary = len(self._tokenizer)
+        if bad := next((one for one in ids if not 0 <= one < vocabulary), None):
+            raise Refused(f"prompt: expected tokens from 0 to {vocabulary - 1}, found {bad}.", param="prompt")
+        room = self._max_context - len(ids)
+        longest = max(room, 0) if asked.longest is None else asked.longest
+        if room < max(longest, 1):
+            raise Refused(
+                f"expected prompt and answer to have at most {self._max_context} tokens together, found a prompt of "
+                f"{len(ids)} and {max(longest, 1)} asked for. Shorten the prompt or lower max_tokens.",
+                param="messages" if isinstance(asked, ChatRequest) else "prompt",
+                code="context_length_exceeded",
+            )
+        return Order(
+            messages=messages,
+            ids=ids,
+            pack=asked.model,
+            choices=asked.n,
+            max_tokens=longest,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            seed=asked.seed,
+            stop=asked.stops,
+            top_logprobs=asked.alternatives,
+        )
+
+    def _prompt(self, asked: Asked) -> tuple[list[Message], list[int]]:
+        """Return a prompt as the router sees it, and as tokens."""
+        if isinstance(asked, ChatRequest):
+            messages = [message.plain() for message in asked.messages]
+            return messages, self._rendered(messages)
+        if isinstance(asked.prompt, list) and asked.prompt and isinstance(asked.prompt[0], int):
+            ids = cast(list[int], asked.prompt)
+            return [Message(role="user", content=cast(str, self._tokenizer.decode(ids)))], ids
+        text = asked.prompt if isinstance(asked.prompt, str) else cast(str, asked.prompt[0])
+        return [Message(role="user", content=text)], self._tokenizer(text)["input_ids"]
+
+    def _rendered(self, messages: list[Message]) -> list[int]:
+        try:
+            return render(self._tokenizer, messages, answer_next=True)
+        except Exception as error:  # templates raise what they like at conversations that they do not know
+            raise Refused(f"messages: the model's chat template refuses them ({error}).", param="messages") from error
+
+
+class _Stream(StreamingResponse):
+    """A stream of events that says when it is over, also if it never began."""
+
+    def __init__(self, chunks: AsyncIterator[str], headers: dict[str, str], over: Callable[[], None]) -> None:
+        super().__init__(chunks, headers=headers | {"cache-control": "no-cache"}, media_type="text/event-stream")
+        self._over = over
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._over()
+
+
+async def _chunks(
+    answer: Answer, events: asyncio.Queue[Event], gone: asyncio.Future[None], *, with_usage: bool
+) -> AsyncIterator[str]:
+    try:
+        for chunk in answer.first_chunks():
+            yield _sent(chunk)
+        while not answer.whole:
+            event = cast(Piece | Ended, await _next(events, gone))
+            yield _sent(answer.chunk(event))
+            answer.take(event)
+        if with_usage:
+            yield _sent(answer.usage_chunk())
+        yield _DONE
+    except ClientGone:
+        pass
+    except Refused as error:
+        yield _sent(error_body(str(error), status=error.status, code=error.code))
+
+
+def chosen_headers(chosen: Chosen) -> dict[str, str]:
+    """Return the headers that say which pack answers, and what the router thought."""
+    headers = {"x-graftllm-pack": chosen.pack, "x-graftllm-reason": chosen.reason}
+    if chosen.probabilities is not None:
+        headers["x-graftllm-probabilities"] = json.dumps({k: round(p, 6) for k, p in chosen.probabilities.items()})
+    return headers
+
+
+async def _next(events: asyncio.Queue[Event], gone: asyncio.Future[None]) -> Event:
+    """Return the next event.
+
+    Raises:
+        ClientGone: the client left.
+        Refused: the order failed.
+    """
+    if events.empty():
+        waiting = asyncio.ensure_future(events.get())
+        await asyncio.wait((waiting, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            waiting.cancel()
+            raise ClientGone
+        event = waiting.result()
+    else:
+        event = events.get_nowait()
+    if isinstance(event, Failed):
+        error = event.error
+        if isinstance(error, Refused):
+            raise error
+        message = str(error) if isinstance(error, GraftError) else "the server failed at this; its log says where."
+        raise Refused(message, status=500, code="engine_failed") from error
+    return event
+
+
+async def _leaves(request: Request) -> None:
+    """Return when the client closes the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _sent(chunk: dict[str, Any]) -> str:
+    return f"data: {json.dumps(chunk)}\n\n"

@@ -1,0 +1,104 @@
+"""What travels between the endpoint and the engine: an order in, events out. Plain data."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from graftllm.errors import GraftError
+from graftllm.records import Message
+
+
+class Refused(GraftError):
+    """An order that cannot be taken.
+
+    Attributes:
+        status: the HTTP status that says so.
+        param: the field of the request that is wrong, if one is.
+        code: a word for programs.
+    """
+
+    def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+        """Keep what is wrong."""
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+
+@dataclass(frozen=True)
+class Order:
+    """Texts to be written.
+
+    Attributes:
+        messages: what the router sees.
+        ids: the prompt's tokens.
+        pack: a pack's name, `base` or `auto`.
+        choices: how many texts.
+        max_tokens: longest text.
+        temperature: 0 is greedy.
+        top_p: share of the probability that is sampled from.
+        seed: of the first choice's draws, the next choice's is one more; None for another one each time.
+        stop: texts that end a text, and are not part of it.
+        top_logprobs: how many alternatives of each token are reported; None for no log-probabilities at all.
+    """
+
+    messages: Sequence[Message]
+    ids: Sequence[int]
+    pack: str
+    choices: int = 1
+    max_tokens: int = 16
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which pack answers, and, where the router was asked, how probable each class was and why it decided so."""
+
+    pack: str
+    probabilities: Mapping[str, float] | None = None
+    reason: str = "named"
+
+
+@dataclass(frozen=True)
+class Likely:
+    """A token and its log-probability under the model, before temperature and top_p."""
+
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Token:
+    """A written token with the most probable ones in its place."""
+
+    likely: Likely
+    alternatives: tuple[Likely, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """More of a choice's text: possibly none while a character or a stop text may still be incomplete."""
+
+    choice: int
+    text: str
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A choice is whole: `stop` or `length`, and how many tokens were written."""
+
+    choice: int
+    reason: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The order cannot be finished. A GraftError says why; anything else is a bug of ours."""
+
+    error: Exception
+
+
+Event = Chosen | Piece | Ended | Failed

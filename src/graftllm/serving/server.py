@@ -1,0 +1,108 @@
+"""A grafted directory as a running server: engine, endpoint, and a graceful end."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import uvicorn
+from fastapi import Request
+from starlette.responses import Response
+
+from graftllm.errors import ServingError
+from graftllm.serving.app import Backend, build_app
+from graftllm.serving.desk import Desk
+from graftllm.serving.engine import Engine
+from graftllm.serving.library import Library
+from graftllm.serving.protocol import ChatRequest, CompletionRequest
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes.
+
+    Attributes:
+        pack_memory: bytes of decoded packs that are kept; None for as much as the model itself, or 1 GiB if more.
+        max_queue: choices that may wait.
+        max_batch: choices that are written at once.
+        max_context: tokens of prompt and answer together; None for what the model was made for.
+        max_body: bytes of a request.
+    """
+
+    pack_memory: int | None = None
+    max_queue: int = 256
+    max_batch: int = 32
+    max_context: int | None = None
+    max_body: int = 4 << 20
+
+
+class Local:
+    """An engine in this process, as the endpoint's backend."""
+
+    def __init__(self, directory: Path, limits: Limits = Limits(), *, device: str = "auto") -> None:
+        """Load a grafted directory and begin to work.
+
+        Raises:
+            FusionError: the directory is no grafted model, or its base cannot be served.
+            CheckpointError: the base is missing or cannot be loaded.
+            PackError: a pack is damaged or was made for another base.
+        """
+        library = Library(directory, device=device)
+        model = library.grafted.model
+        memory = limits.pack_memory
+        if memory is None:
+            memory = max(sum(value.nbytes for value in model.parameters()), 1 << 30)
+        self._engine = library.engine = Engine(
+            library.grafted,
+            library.digests,
+            memory_bytes=memory,
+            max_queue=limits.max_queue,
+            max_batch=limits.max_batch,
+        )
+        made_for = cast(Any, model.config).get_text_config().max_position_embeddings
+        self._desk = Desk(self._engine, library.grafted.tokenizer, min(limits.max_context or made_for, made_for))
+        self.metrics, self.models, self.card = self._engine.metrics, library.models, library.card
+        self.add, self.remove = library.add, library.remove
+        self.measured, self.stop = self._engine.measured, self._engine.stop
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are answered."""
+        return self._engine.alive
+
+    async def answer(self, asked: ChatRequest | CompletionRequest, request: Request) -> Response:
+        """Return the answer to a request, or the stream of it."""
+        return await self._desk.answer(asked, request)
+
+
+def serve(
+    backend: Callable[[], Backend],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    admin_key: str | None = None,
+    max_body: int = Limits.max_body,
+) -> None:
+    """Serve until a signal says to stop; then finish what was begun.
+
+    Args:
+        backend: makes what is served, when the address is known to be one that may be served at.
+        host: an address of this machine.
+        port: 0 for a free one.
+        api_key: needed where others than this machine can reach the server.
+        admin_key: allows to change packs.
+        max_body: the most bytes of a request.
+
+    Raises:
+        ServingError: the address is open to others and there is no key.
+    """
+    if host not in _LOOPBACK and not api_key:
+        raise ServingError(
+            f"--host {host}: expected an --api-key where other machines can reach the server; give one, or serve at "
+            "127.0.0.1."
+        )
+    app = build_app(backend(), api_key=api_key, admin_key=admin_key, max_body=max_body)
+    uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="info", access_log=False)).run()

@@ -1,0 +1,104 @@
+"""From logits to text, one choice at a time: drawing a token, and growing a text that may have to stop."""
+
+import secrets
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from graftllm.serving.orders import Likely, Order, Token
+
+_UNFINISHED = "�"  # what an incomplete UTF-8 sequence decodes to
+
+
+class Draw:
+    """How one choice's tokens are drawn, whatever else is in the batch."""
+
+    def __init__(self, order: Order, choice: int) -> None:
+        """Seed the choice's own generator."""
+        self.temperature, self.top_p = order.temperature, order.top_p
+        self.greedy = order.temperature == 0
+        seed = secrets.randbits(62) if order.seed is None else order.seed + choice
+        self._generator = torch.Generator().manual_seed(seed % (1 << 63))
+
+    def token(self, logits: Tensor) -> int:
+        """Return a token by logits of shape (vocabulary,)."""
+        if self.greedy:
+            return int(logits.argmax())
+        probabilities = torch.softmax(logits.float().cpu() / self.temperature, dim=0)
+        if self.top_p < 1:
+            ranked, order = probabilities.sort(descending=True)
+            before = ranked.cumsum(0) - ranked  # what is more probable than each
+            probabilities = probabilities.index_fill(0, order[before >= self.top_p], 0.0)
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+
+def scored(logits: Tensor, token: int, count: int, tokenizer: PreTrainedTokenizerBase) -> Token:
+    """Return a token's log-probability and the `count` most probable tokens in its place.
+
+    Args:
+        logits: shape (vocabulary,).
+        token: the one that was written.
+        count: 0 or more.
+        tokenizer: the model's.
+    """
+    logprobs = torch.log_softmax(logits.float(), dim=0)
+    best = logprobs.topk(min(count, len(logprobs)))
+
+    def likely(one: int) -> Likely:
+        return Likely(cast(str, tokenizer.decode([one])), float(logprobs[one]))
+
+    return Token(likely(token), tuple(likely(int(one)) for one in best.indices))
+
+
+class Text:
+    """A text that grows by tokens. What may still change, or begin a stop text, is held back."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> None:
+        """Start empty."""
+        self.stopped = False
+        self._tokenizer, self._stop = tokenizer, stop
+        self._ids: list[int] = []
+        self._context = self._done = 0  # tokens before _done are text already; those from _context on are its context
+        self._held = ""
+
+    def add(self, token: int) -> str:
+        """Take one more token; return what is certain now. Sets `stopped` when a stop text is there."""
+        self._ids.append(token)
+        return self._release(self._new_text(whole=False), whole=False)
+
+    def finish(self) -> str:
+        """Return what was held back."""
+        return "" if self.stopped else self._release(self._new_text(whole=True), whole=True)
+
+    def _new_text(self, *, whole: bool) -> str:
+        """Return what the tokens after `_done` add to the text; a few tokens before them decide on spaces."""
+        before = self._decoded(self._ids[self._context : self._done])
+        after = self._decoded(self._ids[self._context :])
+        if not whole and (after.endswith(_UNFINISHED) or len(after) <= len(before)):
+            return ""
+        self._context, self._done = self._done, len(self._ids)
+        return after[len(before) :]
+
+    def _decoded(self, ids: list[int]) -> str:
+        return cast(str, self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _release(self, text: str, *, whole: bool) -> str:
+        self._held += text
+        places = [place for word in self._stop if (place := self._held.find(word)) >= 0]
+        if places:
+            self.stopped = True
+            released, self._held = self._held[: min(places)], ""
+            return released
+        kept = 0 if whole else self._possible_stop()
+        released, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
+        return released
+
+    def _possible_stop(self) -> int:
+        """Return how many of the last characters may be the beginning of a stop text."""
+        longest = max(map(len, self._stop), default=0)
+        for size in range(min(longest - 1, len(self._held)), 0, -1):
+            if any(word.startswith(self._held[-size:]) for word in self._stop):
+                return size
+        return 0

@@ -81,6 +81,12 @@ class Beside:
         """The packs whose factors are on the model's devices now."""
         return self._stack.packs
 
+    @property
+    def nbytes(self) -> int:
+        """How much memory they take there, in bytes; zeros that fill them up to one rank count."""
+        tensors = {one.data_ptr(): one for part in self._stack.branches.values() for one in part.tensors()}
+        return sum(one.nbytes for one in tensors.values())
+
     def close(self) -> None:
         """Take everything out of the model again; it is the base alone, as it always was between batches."""
         for handle in self._handles:
@@ -202,6 +208,11 @@ class _Stacked:
     right: Tensor | None
     whole: Mapping[int, Tensor]
     vectors: Mapping[str, Tensor]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all that it holds."""
+        yield from (one for one in (self.left, self.right) if one is not None)
+        yield from (*self.whole.values(), *self.vectors.values())
 
     @classmethod
     def of(

@@ -17,7 +17,7 @@ from graftllm.live import Binding, bindings, named_values
 from graftllm.skillpack import SkillPack
 
 Weighted = tuple[SkillPack, float]
-_CACHED = 1 << 18  # numbers that stay in a processor's cache from one step to the next
+_CACHED = 1 << 17  # numbers that stay in a processor's cache from one step to the next
 _BLOCK = 1 << 26
 
 

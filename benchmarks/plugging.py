@@ -1,0 +1,262 @@
+"""What packs cost while a model runs: tokens a second of mixed batches, memory, and switching merged packs.
+
+    python benchmarks/plugging.py [--size small] [--device auto]
+
+Mixed batches: every row of a batch has one of 1, 2, 8, 32 or 64 packs of rank 16 on all linear layers. The same
+factors run as PEFT's adapters with `adapter_names=`, and the bare base runs the same batches; all in one process,
+in turns, and the fastest of the runs counts. Eight different packs stand under sixty-four names.
+
+Switching: a merged pack takes the place of another. The floor is reading the pack's bytes and copying the
+touched weights once. `cold` decodes the pack from its file, `hot` takes it from the shelf.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from graftllm.checkpoint import Checkpoint
+from graftllm.compression.factored import Factored, encode_factored
+from graftllm.compression.metric import Metric
+from graftllm.compression.units import payload_digest
+from graftllm.delta import Delta
+from graftllm.fusion.beside import Beside
+from graftllm.fusion.branches import decode_branches
+from graftllm.fusion.grafting import decode
+from graftllm.fusion.shelf import Shelf
+from graftllm.generation import resolve_device
+from graftllm.recipe import PackOptions
+from graftllm.skillpack import SkillPack, compress
+
+PACKS = (1, 2, 8, 32, 64)
+DIFFERENT = 8
+RANK = 16
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shapes of the models, and how much is run."""
+
+    width: int
+    layers: int
+    vocabulary: int
+    rows: int
+    prompt: int
+    tokens: int
+    repeats: int
+    switched_width: int
+    switched_layers: int
+
+
+SIZES = {
+    "small": Size(384, 3, 1024, 64, 16, 8, 4, 2048, 1),
+    "large": Size(4096, 8, 32768, 64, 128, 64, 5, 4096, 4),  # layers of 8 B parameters; for a GPU
+}
+
+
+def main() -> None:
+    """Print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--device", default="auto")
+    given = parser.parse_args()
+    size, device = SIZES[given.size], resolve_device(given.device)
+    with tempfile.TemporaryDirectory() as home:
+        found: dict[str, Any] = {"size": given.size, "device": str(device), "threads": torch.get_num_threads()}
+        found["batches"] = batches(size, Path(home) / "batches", device)
+        found["switching"] = switching(size, Path(home) / "switching", device)
+    print(json.dumps(found, indent=1))
+
+
+def batches(size: Size, home: Path, device: torch.device) -> dict[str, Any]:
+    """Compare mixed batches beside the weights with the bare base and with PEFT's."""
+    config = _config(size.width, size.layers, size.vocabulary)
+    base, files = _models(config, home, DIFFERENT)
+    packs = {f"p{i:02}": SkillPack.load(files[i % DIFFERENT]) for i in range(max(PACKS))}
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model: Any = _live(base, dtype, device)
+    rival = _live(base, dtype, device)
+    shelf = Shelf(1 << 62)
+    beside = Beside(model, packs, shelf)
+    adapted, adapter_bytes = _with_adapters(rival, model, packs)
+    ids = torch.randint(3, size.vocabulary, (size.rows, size.prompt), device=device)
+    settings: dict[str, Any] = {
+        "max_new_tokens": size.tokens, "min_new_tokens": size.tokens, "do_sample": False, "pad_token_id": 0,
+    }  # fmt: skip
+    _same_answers(beside, adapted, ids, list(packs))
+    rows = []
+    for count in PACKS:
+        names = [f"p{i % count:02}" for i in range(size.rows)]
+
+        def ours(names: list[str] = names) -> Any:
+            with beside.rows(names):
+                return model.generate(ids, **settings)
+
+        seconds = _in_turns(
+            {
+                "base": lambda: model.generate(ids, **settings),
+                "beside": ours,
+                "PEFT": lambda names=names: adapted.generate(input_ids=ids, adapter_names=names, **settings),
+            },
+            size.repeats,
+            device,
+        )
+        speed = {way: size.rows * size.tokens / time for way, time in seconds.items()}
+        rows.append(
+            {
+                "packs": count,
+                **{f"{way}, tokens/s": round(value, 1) for way, value in speed.items()},
+                "beside / base": round(speed["beside"] / speed["base"], 3),
+                "beside / PEFT": round(speed["beside"] / speed["PEFT"], 2),
+            }
+        )
+    return {
+        "model_bytes": sum(value.nbytes for value in model.parameters()),
+        "bytes of a further pack": {
+            "file": files[0].stat().st_size,
+            "decoded, on the shelf": shelf.nbytes // len(packs),
+            "in a batch": beside.nbytes // len(packs),
+            "PEFT adapter": adapter_bytes // len(packs),
+        },
+        "rows": rows,
+    }
+
+
+def switching(size: Size, home: Path, device: torch.device) -> dict[str, Any]:
+    """Compare switching a merged pack with reading its bytes and copying the touched weights once."""
+    config = _config(size.switched_width, size.switched_layers, 256)
+    base, files = _models(config, home, 2)
+    dtype = torch.bfloat16
+    model = _live(base, dtype, device)
+    packs = [SkillPack.load(file) for file in files]
+    touched = [value.data for name, value in model.named_parameters() if "proj" in name]
+    shelf = Shelf(1 << 62)
+    graft = decode(model, packs[0]).plug(model)
+    turn = [0]
+
+    def switch(keep: bool) -> None:
+        nonlocal graft
+        turn[0] = 1 - turn[0]
+        pack = packs[turn[0]]
+        graft.unplug()
+        made = shelf.get(turn[0], lambda: decode(model, pack)) if keep else decode(model, pack, check=False)
+        graft = made.plug(model)
+
+    def floor() -> None:
+        files[0].read_bytes()
+        for value in touched:
+            value.clone()
+
+    for _ in range(2):
+        switch(keep=True)
+    ways: dict[str, Callable[[], Any]] = {"cold": lambda: switch(keep=False), "hot": lambda: switch(keep=True)}
+    seconds = {"floor": _in_turns({"floor": floor}, 2 * size.repeats + 1, device)["floor"]}
+    for name, way in ways.items():  # one after the other: what one way frees is not the other's to pay for
+        switch(keep=True)
+        seconds |= _in_turns({name: way}, 2 * size.repeats + 1, device)
+    return {
+        "touched_bytes": sum(value.nbytes for value in touched),
+        "pack_bytes": files[0].stat().st_size,
+        **{f"{way}, ms": round(1000 * value, 2) for way, value in seconds.items()},
+        "cold / floor": round(seconds["cold"] / seconds["floor"], 2),
+        "hot / floor": round(seconds["hot"] / seconds["floor"], 4),
+    }
+
+
+def _config(width: int, layers: int, vocabulary: int) -> LlamaConfig:
+    """Return a Llama of the proportions of Llama-3.1-8B."""
+    return LlamaConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=width * 7 // 2, num_hidden_layers=layers,
+        num_attention_heads=width // 64, num_key_value_heads=max(1, width // 256), tie_word_embeddings=False,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.02,
+    )  # fmt: skip
+
+
+def _models(config: LlamaConfig, home: Path, count: int) -> tuple[Path, list[Path]]:
+    """Write a base and packs of it, as `--servable 16` stores deltas of rank 16 in every linear layer."""
+    torch.manual_seed(0)
+    cast(Any, LlamaForCausalLM(config)).to(torch.bfloat16).save_pretrained(home / "base")
+    base = Checkpoint.open(home / "base")
+    empty = compress(Delta(base, base), PackOptions(strategy="exact"), workers=1).header
+    files = []
+    for seed in range(count):
+        draw = torch.Generator().manual_seed(seed)
+        entries, payloads = dict(empty.tensors), {}
+        for name, spec in base.specs.items():
+            if "proj" in name:
+                left, right = (torch.linalg.qr(torch.randn(side, RANK, generator=draw)).Q for side in spec.shape)
+                strengths = torch.linspace(2, 0.5, RANK) * 0.02 * spec.shape[1] ** 0.5
+                step = float(strengths[-1]) / spec.shape[1] ** 0.5 / 4
+                made = encode_factored(left * strengths @ right.T, step, Metric(), (strengths, right.T))
+                operator, payloads[name] = cast(tuple[Factored, np.ndarray], made)
+                found = {
+                    "how": operator,
+                    "nbytes": payloads[name].nbytes,
+                    "payload_digest": payload_digest(payloads[name]),
+                }
+                entries[name] = entries[name].model_copy(update=found)
+        files.append(home / f"{seed}.safetensors")
+        SkillPack(empty.model_copy(update={"tensors": entries}), "a new pack", payloads.__getitem__).save(files[-1])
+    return home / "base", files
+
+
+def _live(base: Path, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
+    return cast(Any, LlamaForCausalLM.from_pretrained(base, dtype=dtype)).to(device).eval()
+
+
+def _with_adapters(rival: nn.Module, model: nn.Module, packs: dict[str, SkillPack]) -> tuple[Any, int]:
+    """Return a PEFT model with the packs' own factors as adapters, and how many bytes these take."""
+    lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", init_lora_weights=False)
+    adapted: Any = None
+    for name, pack in packs.items():
+        if adapted is None:
+            adapted = get_peft_model(cast(Any, rival), lora, adapter_name=name)
+        else:
+            adapted.add_adapter(name, lora)
+        for key, branch in decode_branches(model, pack, check=False).modules.items():
+            layer = adapted.get_submodule(f"base_model.model.{key}")
+            left, right = cast(tuple[torch.Tensor, torch.Tensor], branch.weight)
+            for side, value in ((layer.lora_A[name], right), (layer.lora_B[name], left)):
+                side.weight.data.zero_()
+                side.weight.data[tuple(slice(length) for length in value.shape)] = value.to(side.weight.device)
+    adapters = [value for name, value in adapted.named_parameters() if "lora_" in name]
+    return adapted.eval(), sum(value.nbytes for value in adapters)
+
+
+@torch.inference_mode()
+def _same_answers(beside: Beside, adapted: Any, ids: torch.Tensor, names: list[str]) -> None:
+    """Stop when the two ways do not compute the same."""
+    rows = [names[i % len(names)] for i in range(len(ids))]
+    with beside.rows(rows):
+        ours = beside.model(input_ids=ids).logits
+    theirs = adapted(input_ids=ids, adapter_names=rows).logits
+    if float((ours - theirs).norm() / theirs.norm()) > 0.02:
+        raise SystemExit("the two ways give different logits; nothing is compared")
+
+
+def _in_turns(ways: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Return the fewest seconds that each way takes, after one run that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for run in range(repeats + 1):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if run:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: min(found) for name, found in seconds.items()}
+
+
+if __name__ == "__main__":
+    main()

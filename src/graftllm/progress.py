@@ -26,8 +26,11 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def track(items: Collection[Item], *, label: str) -> Iterator[Item]:
-    """Yield `items` one by one under a progress bar."""
+    """Yield `items` one by one under a progress bar, unless there is only one."""
     count = len(items)
+    if count < 2:
+        yield from items
+        return
     with progress(label) as show:
         for done, item in enumerate(items, start=1):
             yield item

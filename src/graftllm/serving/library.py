@@ -35,7 +35,7 @@ class Library:
         return {name: pack.sha256 for name, pack in self._manifest.packs.items()}
 
     def models(self) -> dict[str, dict[str, Any]]:
-        """Return what can be asked for by name: the base, each pack and, with a router, `auto`."""
+        """Return what can be asked for by name: the base, each pack and, with a router or rules, `auto`."""
         routed = set() if self.grafted.router is None else set(self.grafted.router.classes)
         found: dict[str, dict[str, Any]] = {BASE: {"description": "the model without a pack"}}
         for name, pack in self.grafted.packs.items():
@@ -46,7 +46,7 @@ class Library:
                 "runs": "beside" if beside else "merged",
                 "routed": name in routed,
             }
-        if self.grafted.router is not None:
+        if self.grafted.router is not None or self.grafted.rules:
             found[AUTO] = {"description": "the router chooses"}
         return found
 

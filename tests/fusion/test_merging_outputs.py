@@ -1,5 +1,6 @@
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,15 @@ def test_lorahub_finds_weights_that_answer_no_worse_than_equal_ones(
         for name in ("found", "equal")
     )
     assert found + 0.05 * sum(map(abs, made.weights.values())) <= equal + 0.05 + 1e-6
+
+
+def test_rows_are_answered_by_their_references_or_refused(base: Checkpoint) -> None:
+    live, words = load_model(base.path, device="cpu"), load_tokenizer(base.path)
+    told, asked = rows(3), rows(3, answered=False)
+    assert answer_loss(live, words, told) == answer_loss(live, words, asked)
+    open_ended = replace(asked[1], reference=None)
+    with pytest.raises(FusionError, match=r"--rows: row 'reverse-1' has neither an assistant message nor a reference"):
+        answer_loss(live, words, [asked[0], open_ended])
 
 
 def test_buffers_that_are_no_numbers_to_average_are_kept_where_models_agree(base_dir: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.errors import FusionError
 from graftllm.generation import pad, render_answered
-from graftllm.records import Message, Prompt
+from graftllm.records import Prompt
 
 EVALUATIONS = 40  # as published
 _BOUND = 1.5  # of each weight, as published
@@ -59,9 +59,11 @@ def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows
     Raises:
         FusionError: a row has neither.
     """
+    if silent := next((row for row in rows if row.answer is None), None):
+        raise FusionError(f"--rows: row {silent.id!r} has neither an assistant message nor a reference; add one.")
     total, count = 0.0, 0
     for start in range(0, len(rows), _BATCH):
-        rendered = [render_answered(tokenizer, _answered(row)) for row in rows[start : start + _BATCH]]
+        rendered = [render_answered(tokenizer, row) for row in rows[start : start + _BATCH]]
         ids, mask = pad([tokens for tokens, _ in rendered], tokenizer, model.device)
         longest = ids.shape[1]
         log_p = cast(Any, model)(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
@@ -72,12 +74,3 @@ def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows
         total -= float(found[answers].sum())
         count += int(answers.sum())
     return total / max(1, count)
-
-
-def _answered(row: Prompt) -> Prompt:
-    if row.answer is not None:
-        return row
-    if row.reference is None:
-        raise FusionError(f"--rows: row {row.id!r} has neither an assistant message nor a reference; add one.")
-    messages = (*row.messages, Message(role="assistant", content=row.reference))
-    return Prompt(row.id, messages, row.task, row.reference)

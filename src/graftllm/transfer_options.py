@@ -174,7 +174,7 @@ class PairOptions(Section):
     min_gap: float = Field(default=0.0, ge=0, description="between the grades of a pair, or scores without grades")
     max_gap: float | None = Field(default=None, gt=0)
     sft_share: float | None = Field(
-        default=None, gt=0, lt=1, description="share of the prompts for SFT, the rest for pairs; all for both if null"
+        default=None, gt=0, le=1, description="share of the prompts for SFT, the rest for pairs; all for both if null"
     )
     min_grade: float | None = Field(default=None, description="answers below are not learnt from")
     max_chars: int | None = Field(default=None, ge=1, description="longer answers are left out")
@@ -225,6 +225,7 @@ class Skill(Section):
     test: PromptSets
     judge: Judges = (RuleJudge(kind="exact"),)
     test_judge: OneJudge | None = Field(default=None, description="of the test prompts; the first of `judge`")
+    pairs: PairOptions | None = Field(default=None, description="instead of the recipe's")
     description: str = ""
 
     @model_validator(mode="after")

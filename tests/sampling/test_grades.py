@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaModel
 
 from graftllm.errors import CheckpointError, RecipeError
 from graftllm.records import Message, Prompt, Response
@@ -11,7 +14,7 @@ from graftllm.sampling.grades import grade, reward
 from graftllm.sampling.scoring import Agreement, score_responses
 from graftllm.transfer_options import LlmJudge, Price, RewardJudge, RuleJudge
 from tests.chat_server import ChatServer, chat_server
-from tests.models import save_reward_model
+from tests.models import save_reward_model, tokenizer
 
 PROMPTS = [Prompt(str(i), (Message(role="user", content="q" * i),), reference="4") for i in (1, 9, 4)]
 
@@ -47,6 +50,42 @@ def test_a_model_with_several_outputs_is_no_reward_model(tmp_path: Path, base_di
     two = save_reward_model(tmp_path / "two", labels=2)
     with pytest.raises(CheckpointError, match="two: expected a reward model with one output, found 2; choose another"):
         reward(PROMPTS, ["", "", ""], RewardJudge(kind="reward_model", model=str(two)), device="cpu")
+
+
+def test_objectives_are_weighed_by_the_prompt(tmp_path: Path) -> None:
+    body = LlamaModel.from_pretrained(save_reward_model(tmp_path / "plain")).eval()
+    words, draw = tokenizer(), torch.Generator().manual_seed(0)
+    head = {
+        "regression_layer.weight": torch.randn(3, 16, generator=draw),
+        "reward_transform_matrix": torch.randn(3, 3, generator=draw),
+        "gating.layers.0.weight": torch.randn(8, 16, generator=draw),
+        "gating.layers.0.bias": torch.randn(8, generator=draw),
+        "gating.layers.1.weight": torch.randn(3, 8, generator=draw),
+        "gating.layers.1.bias": torch.randn(3, generator=draw),
+        "gating.logit_scale": torch.tensor([0.5]),
+    }
+    body.config.gating_temperature = 2.0
+    body.save_pretrained(tmp_path / "gated")
+    words.save_pretrained(tmp_path / "gated")
+    tensors = {f"model.{name}": value for name, value in load_file(tmp_path / "gated" / "model.safetensors").items()}
+    save_file(tensors | head, tmp_path / "gated" / "model.safetensors", metadata={"format": "pt"})
+
+    def by_hand(prompt: Prompt, answer: str) -> float:
+        text = f"<user>{prompt.messages[0]['content']}<end>"
+        ids = words(f"{text}<assistant>{answer}<end>", return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            states = body(ids).last_hidden_state[0]
+        asked = states[len(words(text)["input_ids"]) - 1]
+        hidden = torch.relu(head["gating.layers.0.weight"] @ asked + head["gating.layers.0.bias"])
+        logits = head["gating.layers.1.weight"] @ hidden + head["gating.layers.1.bias"]
+        rewards = (head["regression_layer.weight"] @ states[-1]) @ head["reward_transform_matrix"]
+        return float((0.5 * torch.softmax(logits / 2, 0) * rewards).sum())
+
+    answers = ["4", "a much longer answer", ""]
+    judge = RewardJudge(kind="reward_model", model=str(tmp_path / "gated"))
+    assert reward(PROMPTS, answers, judge, device="cpu").values == pytest.approx(
+        [by_hand(prompt, answer) for prompt, answer in zip(PROMPTS, answers, strict=True)], abs=1e-4
+    )
 
 
 @pytest.fixture

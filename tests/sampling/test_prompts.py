@@ -48,6 +48,16 @@ def test_parquet_and_jsonl_and_a_data_set_say_the_same(tmp_path: Path) -> None:
     assert jsonl[3] == Prompt("r3", _prompt("question 3").messages, "", "3", (), {"n": 3})
 
 
+def test_conversations_of_sharegpt_are_read(tmp_path: Path) -> None:
+    turns = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    path = str(_file(tmp_path / "chats.jsonl", {"conversations": turns}))
+    (found,) = load_prompts([PromptSet(files=(path,), columns={"messages": "conversations"})])
+    assert [(m["role"], m["content"]) for m in found.messages] == [
+        ("system", "Be brief."), ("user", "q"), ("assistant", "a"),
+    ]  # fmt: skip
+    assert found.answer == "a"
+
+
 def test_ids_of_several_sets_begin_with_the_sets_name(tmp_path: Path) -> None:
     one, two = (_file(tmp_path / name, {"prompt": name}) for name in ("a.jsonl", "b.jsonl"))
     assert [p.id for p in load_prompts([PromptSet(files=(str(one),))])] == ["1"]

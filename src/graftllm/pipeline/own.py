@@ -33,7 +33,7 @@ def own_pairs(
         adapted: the checkpoint that `model` is an adapter of.
         name: of the stage, behind `own.`
     """
-    recipe = work.recipe
+    recipe, options = work.recipe, work.pairs(skill)
     responses = file.with_name(f"{file.stem}.responses.jsonl")
     spool = file.with_name(f"{file.stem}.judged")
 
@@ -43,17 +43,18 @@ def own_pairs(
         return LocalSource(NAME, loaded if adapted is None else with_adapter(loaded, model), load_tokenizer(base))
 
     def action() -> dict[str, Any]:
-        prompts = prompts_for_pairs(read_prompts(prompts_of(work, skill)), recipe.pairs)
+        asked = read_prompts(prompts_of(work, skill))
+        prompts = prompts_for_pairs(asked, options)
         sample_responses(prompts, opening, recipe.sampling, responses, source_name=NAME, seed=recipe.seed)
         judges = recipe.skills[skill].judge
         scored = score_responses(prompts, read_responses(responses), judges, directory=spool, device=work.device)
-        found = preference_pairs(prompts, scored.responses, recipe.pairs)
+        found = preference_pairs(asked, scored.responses, options)
         write_rows(file, found.pairs)
         right = Counter((row.score or 0) >= RIGHT for row in scored.responses)[True]
         counts = {"responses": len(scored.responses), "right": right, "preference_pairs": len(found.pairs)}
         return counts | {"left_out": dict(found.left_out)}
 
-    inputs = [tuned, recipe.sampling, recipe.pairs, recipe.seed, *judge_identity(work, skill)]
+    inputs = [tuned, recipe.sampling, options, recipe.seed, *judge_identity(work, skill)]
     unfinished = [responses, spool / "judged.jsonl"]
     return work.stages.run(f"own.{name}", inputs, [file], action, unfinished=unfinished)
 

@@ -77,18 +77,18 @@ def score(work: Work, skill: str) -> Stamp:
 
     With on-policy pairs, `pairs.jsonl` is written after SFT instead.
     """
-    home, recipe = work.skill(skill), work.recipe
+    home, options, sources = work.skill(skill), work.pairs(skill), work.recipe.skills[skill].sources
     prepared, sampled, judged = prepare(work, skill), sample(work, skill), judge(work, skill)
-    on_policy = recipe.pairs.preference == "on_policy"
+    on_policy = options.preference == "on_policy"
     makes = [home / name for name in ("sft.jsonl", "data-card.json", "data-card.md")]
     makes += [] if on_policy else [home / "pairs.jsonl"]
 
     def action() -> dict[str, Any]:
         prompts, responses = read_prompts(prompts_of(work, skill)), read_responses(home / "scored.jsonl")
-        rows = sft_rows(prompts, responses, recipe.pairs, skill=skill)
-        found = preference_pairs([] if on_policy else prompts, responses, recipe.pairs)
+        rows = sft_rows(prompts, responses, options, skill=skill)
+        found = preference_pairs([] if on_policy else prompts, responses, options)
         about = {"prompts": prepared.result, "failed": sampled.result, **cast(dict[str, Any], judged.result)}
-        card = build_card(skill, responses, rows, found, recipe.pairs, recipe.skills[skill].sources, about)
+        card = build_card(skill, responses, rows, found, options, sources, about)
         write_rows(home / "sft.jsonl", rows)
         if not on_policy:
             write_rows(home / "pairs.jsonl", found.pairs)
@@ -97,7 +97,7 @@ def score(work: Work, skill: str) -> Stamp:
         counts = {"responses": len(responses), "right": right}
         return counts | {"sft_rows": len(rows), "preference_pairs": len(found.pairs)}
 
-    return work.stages.run(f"score.{skill}", [prepared, judged, recipe.pairs], makes, action)
+    return work.stages.run(f"score.{skill}", [prepared, judged, options], makes, action)
 
 
 def train(work: Work, skill: str) -> Stamp:
@@ -121,7 +121,7 @@ def tune(
         lora_rank: train a LoRA of this rank instead of all parameters.
     """
     recipe, home = work.recipe, work.skill(skill)
-    on_policy = recipe.dpo is not None and recipe.pairs.preference == "on_policy"
+    on_policy = recipe.dpo is not None and work.pairs(skill).preference == "on_policy"
     pairs = read_pairs(home / "pairs.jsonl") if recipe.dpo and not on_policy else []
     after_sft = out.with_name(f"{out.name}.sft") if pairs or on_policy else out
     sft, dpo = recipe.sft, recipe.dpo

@@ -7,7 +7,7 @@ from typing import Any
 from graftllm.checkpoint import Checkpoint
 from graftllm.recipe import Recipe, SamplingOptions, load_recipe
 from graftllm.stages import Stages
-from graftllm.transfer_options import Endpoint, Section, SourceOptions
+from graftllm.transfer_options import Endpoint, PairOptions, Section, SourceOptions
 
 GENERAL = "general"  # the name of the test set of general tasks
 
@@ -40,6 +40,10 @@ class Work:
     def skill(self, name: str) -> Path:
         """Where a skill's rows and checkpoints are."""
         return self.directory / "skills" / name
+
+    def pairs(self, skill: str) -> PairOptions:
+        """How a skill's rows and pairs are chosen."""
+        return self.recipe.skills[skill].pairs or self.recipe.pairs
 
     def tuned(self, name: str) -> Path:
         """The target tuned on a skill."""

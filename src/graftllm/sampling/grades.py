@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import CheckpointError
@@ -17,6 +17,7 @@ from graftllm.generation import load_tokenizer, render, resolve_device
 from graftllm.progress import track
 from graftllm.records import Message, Prompt, Response, read_responses
 from graftllm.sampling.endpoint import EndpointSource
+from graftllm.sampling.gated import GatedHead, is_gated, read_head
 from graftllm.sampling.responses import sample_responses
 from graftllm.transfer_options import Endpoint, LlmJudge, RewardJudge, SamplingOptions, SourceOptions
 
@@ -32,24 +33,32 @@ class Grades:
 
 @torch.inference_mode()
 def reward(prompts: Sequence[Prompt], answers: Sequence[str], judge: RewardJudge, *, device: str = "auto") -> Grades:
-    """Grade answers by the one output of a sequence-classification model.
+    """Grade answers by a sequence-classification model with one output, or one with gated objectives (ArmoRM).
 
     The conversation goes through the model's chat template; a model without one is given question and answer as a pair.
 
     Raises:
         CheckpointError: transformers cannot load the model, or it has several outputs.
     """
-    model, tokenizer = _load(judge, device)
+    model, tokenizer, head = _load(judge, device)
     encoded = [_encoded(tokenizer, *pair, judge.max_length) for pair in zip(prompts, answers, strict=True)]
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     values: list[float | None] = [None] * len(encoded)
     batches = [order[start : start + judge.batch_size] for start in range(0, len(order), judge.batch_size)]
     for batch in track(batches, label=f"grading with {Path(judge.model).name}"):
-        inputs = tokenizer.pad([encoded[i] for i in batch], padding_side="right", return_tensors="pt").to(model.device)
-        logits = cast(Any, model)(**inputs).logits  # (rows, 1)
-        for i, value in zip(batch, logits[:, 0].float().tolist(), strict=True):
+        ids = [{"input_ids": encoded[i]} for i in batch]
+        inputs = tokenizer.pad(ids, padding_side="right", return_tensors="pt").to(model.device)
+        output = cast(Any, model)(**inputs)
+        if head is None:
+            grades = output.logits[:, 0]  # (rows,)
+        else:
+            rows, last = torch.arange(len(batch)), torch.tensor([len(encoded[i]) - 1 for i in batch])
+            before = [len(encoded[i]) - _answer_tokens(tokenizer, prompts[i], answers[i]) - 1 for i in batch]
+            states = output.last_hidden_state  # (rows, tokens, hidden)
+            grades = head.grade(states[rows, last], states[rows, torch.tensor(before).clamp(min=0)])
+        for i, value in zip(batch, grades.float().tolist(), strict=True):
             values[i] = value
-    return Grades(values, input_tokens=sum(len(one["input_ids"]) for one in encoded))
+    return Grades(values, input_tokens=sum(map(len, encoded)))
 
 
 def grade(prompts: Sequence[Prompt], answers: Sequence[str], judge: LlmJudge, path: Path) -> Grades:
@@ -86,29 +95,37 @@ def grade(prompts: Sequence[Prompt], answers: Sequence[str], judge: LlmJudge, pa
     )
 
 
-def _load(judge: RewardJudge, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    where = resolve_device(device)
-    path, tokenizer = Checkpoint.open(judge.model).path, load_tokenizer(judge.model)
+def _load(judge: RewardJudge, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, GatedHead | None]:
+    where, checkpoint, tokenizer = resolve_device(device), Checkpoint.open(judge.model), load_tokenizer(judge.model)
+    gated = is_gated(checkpoint)
+    kind = AutoModel if gated else AutoModelForSequenceClassification
     try:
-        dtype = torch.float32 if where.type == "cpu" else "auto"
-        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype)
+        model = kind.from_pretrained(checkpoint.path, dtype=torch.float32 if where.type == "cpu" else "auto")
     except (OSError, ValueError, KeyError) as error:
         told = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{judge.model}: transformers cannot load it as a reward model ({told}).") from error
-    if model.config.num_labels != 1:
+    if not gated and model.config.num_labels != 1:
         raise CheckpointError(
             f"{judge.model}: expected a reward model with one output, found {model.config.num_labels}; choose another."
         )
     model.config.pad_token_id = tokenizer.pad_token_id  # by which it finds the last token of each row
-    return cast(Any, model).to(where).eval(), tokenizer
+    model = cast(Any, model).to(where).eval()
+    return model, tokenizer, read_head(checkpoint, model) if gated else None
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str, max_length: int) -> dict[str, list[int]]:
+def _encoded(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str, max_length: int) -> list[int]:
     if tokenizer.chat_template is not None:
         ids = render(tokenizer, (*prompt.question, Message(role="assistant", content=answer)), answer_next=False)
-        return {"input_ids": ids[-max_length:]}
+        return ids[-max_length:]
     question = "\n".join(message["content"] for message in prompt.question)
-    return {"input_ids": tokenizer(question, answer, truncation=True, max_length=max_length)["input_ids"]}
+    return tokenizer(question, answer, truncation=True, max_length=max_length)["input_ids"]
+
+
+def _answer_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str) -> int:
+    """Return how many tokens of a conversation stand behind the last one of its prompt."""
+    asked = render(tokenizer, prompt.question, answer_next=False)
+    answered = render(tokenizer, (*prompt.question, Message(role="assistant", content=answer)), answer_next=False)
+    return len(answered) - len(asked)
 
 
 def _question(prompt: Prompt, answer: str, judge: LlmJudge) -> str:

@@ -104,8 +104,20 @@ def _prompts(one: PromptSet, rows: Iterable[tuple[int, str, dict[str, Any]]]) ->
             return
         if missing := [column for column in one.columns.values() if column not in row]:
             raise RecordError(f"{where}: expected the column {missing[0]!r}, found {', '.join(row)}.")
-        renamed = {key: row[column] for key, column in one.columns.items()}
-        yield prompt_row(row | renamed, where, number), where
+        renamed = row | {key: row[column] for key, column in one.columns.items()}
+        if isinstance(turns := renamed.get("messages"), list):
+            renamed["messages"] = [_turn(turn) for turn in turns]
+        yield prompt_row(renamed, where, number), where
+
+
+def _turn(turn: Any) -> Any:
+    """Return a turn in our keys, also when it has those of ShareGPT (`from`, `value`)."""
+    if isinstance(turn, dict) and {"from", "value"} <= set(turn):
+        return {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
+    return turn
+
+
+_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def _file_rows(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:

@@ -28,7 +28,7 @@ from graftllm.transfer_options import (
 )
 
 Strategy = Literal["auto", "paper", "exact"]
-Comparison = Literal["sequential", "summed", "lora"]
+Comparison = Literal["sequential", "summed", "lora", "replay", "grafting"]
 PackName = typing.Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 

@@ -17,7 +17,7 @@ class Results:
 
     Attributes:
         scores: by what was evaluated: `base`, `source.S`, `tuned.S`, `pack.S`, `routed`, `sequential.I`,
-            `summed`, `lora.S` for skill S and step I.
+            `summed`, `lora.S`, `replay.I`, `grafting.I` for skill S and step I.
         packed: stamps of packing, by skill.
         verified: stamps of verification, by skill.
         routes: stamp of counting the router's choices, by test set.
@@ -159,6 +159,8 @@ def _pack_figures(packed: Stamp, verified: Stamp) -> PackFigures:
 def _forgetting(names: Sequence[str], scores: Mapping[str, Measured]) -> Forgetting:
     steps = {"base": scores["base"]}
     steps |= {f"after {name}": scores[f"sequential.{i}"] for i, name in enumerate(names) if f"sequential.{i}" in scores}
+    for rival in ("replay", "grafting"):
+        steps |= {f"{rival}, at the end": scores[key] for key in [f"{rival}.{len(names) - 1}"] if key in scores}
     steps |= {"grafted, routed": scores["routed"]}
     columns = [*names, "general"]
     return Forgetting(

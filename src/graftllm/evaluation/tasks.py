@@ -1,4 +1,4 @@
-"""A task file and a model directory -> a score, and where the router sent the prompts."""
+"""Task files and a model directory -> a score, and where the router sent the prompts."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 from graftllm.evaluation.scores import Evaluation, evaluate
 from graftllm.fusion.directory import AUTO, MANIFEST
-from graftllm.fusion.grafted import GraftedModel
+from graftllm.fusion.grafted import GraftedModel, Wanted
 from graftllm.fusion.routing import BASE
 from graftllm.generation import GREEDY, generate, load_model, load_tokenizer
 from graftllm.recipe import SamplingOptions
@@ -19,7 +19,7 @@ BY_TASK = "by-task"
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Scores of a task file, and how many prompts each pack (or `base`) answered."""
+    """Scores of task files, and how many prompts each pack (or `base`) answered."""
 
     evaluation: Evaluation
     routes: Mapping[str, int]
@@ -52,20 +52,20 @@ class TaskResult:
         ]
 
 
-def evaluate_task(
+def evaluate_tasks(
     directory: Path,
-    task: Path,
+    tasks: Sequence[Path],
     *,
     pack: str = AUTO,
     judge: str = "exact",
     options: SamplingOptions = GREEDY,
     device: str = "auto",
 ) -> TaskResult:
-    """Score a grafted model or an ordinary checkpoint on a file of prompts with references.
+    """Score a grafted model or an ordinary checkpoint on files of prompts with references.
 
     Args:
         directory: a grafted model, or a checkpoint (which answers as `base`).
-        task: JSONL of prompt rows.
+        tasks: JSONL of prompt rows.
         pack: a pack's name, `base`, `auto` (the router), or `by-task` (each row's `task` names the pack, else `base`).
         judge: how answers are compared with references.
         options: decoding.
@@ -74,7 +74,7 @@ def evaluate_task(
     Raises:
         GraftError: the directory, the file or the pack's name cannot be used.
     """
-    prompts = read_prompts(task)
+    prompts = [row for task in tasks for row in read_prompts(task)]
     if not (directory / MANIFEST).exists():
         model, tokenizer = load_model(directory, device=device), load_tokenizer(directory)
 
@@ -83,13 +83,15 @@ def evaluate_task(
 
         return TaskResult(evaluate(plain, prompts, judge), {BASE: len(prompts)})
     grafted = GraftedModel.load(directory, device=device)
+    wanted: Sequence[Wanted] = [pack] * len(prompts)
     names = [pack] * len(prompts)
     if pack == AUTO:
-        names = [route.name for route in grafted.route([row.question for row in prompts])]
+        routes = grafted.route([row.question for row in prompts])
+        wanted, names = [route.weights for route in routes], [route.name for route in routes]
     elif pack == BY_TASK:
-        names = [row.task if row.task in grafted.packs else BASE for row in prompts]
+        wanted = names = [row.task if row.task in grafted.packs else BASE for row in prompts]
 
     def routed(rows: Sequence[Prompt]) -> list[str]:
-        return grafted.generate([row.question for row in rows], names, options)
+        return grafted.generate([row.question for row in rows], wanted, options)
 
     return TaskResult(evaluate(routed, prompts, judge), dict(Counter(names)))

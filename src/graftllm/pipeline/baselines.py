@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from graftllm.evaluation.scores import Measured
 from graftllm.fusion.merging import apply_packs
+from graftllm.pipeline.continual import grafting, replay
 from graftllm.pipeline.measuring import GENERAL, answering, measure
 from graftllm.pipeline.transfer import tune
 from graftllm.pipeline.work import Work
@@ -54,4 +55,4 @@ def lora(work: Work, trained: Mapping[str, Stamp], packed: Mapping[str, Stamp]) 
     return measured
 
 
-BASELINES = {"sequential": sequential, "summed": summed, "lora": lora}
+BASELINES = {"sequential": sequential, "summed": summed, "lora": lora, "replay": replay, "grafting": grafting}

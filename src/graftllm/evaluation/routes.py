@@ -1,0 +1,188 @@
+"""Where a grafted model sends prompts: accuracy, confusion matrix, coverage and risk, and kinds never seen."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from graftllm.evaluation.scores import Score
+from graftllm.evaluation.tables import Grid
+from graftllm.fusion.grafted import GraftedModel
+from graftllm.fusion.routing import BASE, Route, Router
+from graftllm.records import read_prompts
+from graftllm.storage import whole_file
+
+COVERAGES = (1.0, 0.99, 0.95, 0.9, 0.8, 0.5)
+_MOST_UNKNOWN = 4
+
+
+@dataclass(frozen=True)
+class RouterResult:
+    """What a router did with prompts whose right packs are known.
+
+    Attributes:
+        classes: `base`, then the packs.
+        confusion: by the right class, how many prompts went to each class.
+        reasons: how many prompts were decided by the router, a rule, or left to the base as unsure or unknown.
+        confident: for each prompt, most confident first, the confidence and whether the choice was right.
+        unknown: share of a pack's examples that a router without this pack still sends to another, for some packs.
+        stated: the router's calibration, as its file keeps it; empty without a router.
+    """
+
+    classes: Sequence[str]
+    confusion: Mapping[str, Mapping[str, int]]
+    reasons: Mapping[str, int]
+    confident: Sequence[tuple[float, bool]]
+    unknown: Mapping[str, float]
+    stated: Mapping[str, Any]
+
+    @property
+    def accuracy(self) -> Score:
+        """Share of prompts that went where they belong."""
+        return Score(sum(right for _, right in self.confident) / len(self.confident), len(self.confident))
+
+    @property
+    def calibration_error(self) -> float:
+        """Mean distance of confidence and accuracy over ten bins of confidence (expected calibration error)."""
+        bins: dict[int, list[tuple[float, bool]]] = {}
+        for confidence, right in self.confident:
+            bins.setdefault(min(9, int(10 * confidence)), []).append((confidence, right))
+        return sum(abs(sum(c - r for c, r in part)) for part in bins.values()) / len(self.confident)
+
+    def risk(self, coverage: float) -> tuple[float, float]:
+        """Return the confidence that this share of the prompts reaches, and the share of wrong choices among them."""
+        count = max(1, math.ceil(coverage * len(self.confident)))
+        kept = self.confident[:count]
+        return kept[-1][0], sum(not right for _, right in kept) / count
+
+    def figures(self) -> dict[str, Any]:
+        """Return what `graftllm eval --router --json` prints."""
+        accuracy = self.accuracy
+        return {
+            "accuracy": accuracy.value,
+            "n": accuracy.n,
+            "stderr": accuracy.stderr,
+            "calibration_error": self.calibration_error,
+            "confusion": {name: dict(row) for name, row in self.confusion.items()},
+            "reasons": dict(self.reasons),
+            "coverage_risk": [[coverage, *self.risk(coverage)] for coverage in COVERAGES],
+            "unknown_accepted": dict(self.unknown),
+            "router": dict(self.stated),
+        }
+
+    def grids(self) -> list[Grid]:
+        """Return the confusion matrix, and coverage against risk."""
+        rows = [[name, *(str(row.get(chosen, 0)) for chosen in self.classes)] for name, row in self.confusion.items()]
+        levels = [(coverage, *self.risk(coverage)) for coverage in COVERAGES]
+        return [
+            Grid("Confusion matrix", ["belongs to \\ went to", *self.classes], rows),
+            Grid(
+                "Coverage and risk",
+                ["most confident", "confidence from", "wrong"],
+                [[f"{coverage:.0%}", f"{least:.3f}", f"{risk:.2%}"] for coverage, least, risk in levels],
+            ),
+        ]
+
+    def sentences(self) -> list[str]:
+        """Return what the tables do not say, a line each."""
+        accuracy = self.accuracy
+        lines = [
+            f"{accuracy.value:.2%} ± {accuracy.stderr:.2%} of {accuracy.n} prompts went where they belong; "
+            f"calibration error {self.calibration_error:.3f}.",
+            "decided by " + ", ".join(f"{reason} {count}" for reason, count in self.reasons.items()),
+        ]
+        if self.stated:
+            lines.append(
+                f"stated: {self.stated['accuracy']:.2%} of the {self.stated['examples']} examples right when held out, "
+                f"{self.stated['false_accept']:.2%} of the general ones accepted by a pack "
+                f"(at most {self.stated['false_accept_limit']:.2%} asked for); threshold "
+                f"{self.stated['threshold']:.3f}, temperature {self.stated['temperature']:.2f}"
+            )
+        if self.unknown:
+            told = ", ".join(f"{name} {share:.1%}" for name, share in self.unknown.items())
+            lines.append(f"a pack's examples that other packs take when the router does not know it: {told}")
+        return lines
+
+
+def evaluate_router(directory: Path, tasks: Sequence[Path], *, device: str = "auto") -> RouterResult:
+    """Compare where a grafted model sends prompts with where they belong.
+
+    Args:
+        directory: a grafted model.
+        tasks: JSONL of prompt rows; a row whose `task` is a pack's name belongs to that pack, others to the base.
+        device: `auto` takes a GPU when there is one.
+
+    Raises:
+        GraftError: the directory or a file cannot be used, or there is neither router nor rule for a prompt.
+    """
+    grafted = GraftedModel.load(directory, device=device)
+    rows = [row for path in tasks for row in read_prompts(path)]
+    labels = [row.task if row.task in grafted.packs else BASE for row in rows]
+    routes = grafted.route([row.question for row in rows])
+    classes = [BASE, *grafted.packs]
+    confusion = {name: Counter[str]() for name in classes if name in labels}
+    for label, route in zip(labels, routes, strict=True):
+        confusion[label][route.name] += 1
+    choices = [(_confidence(route), route.name == label) for label, route in zip(labels, routes, strict=True)]
+    return RouterResult(
+        classes,
+        confusion,
+        Counter(route.reason for route in routes),
+        sorted(choices, key=lambda choice: -choice[0]),
+        {} if grafted.router is None else unknown_accepted(grafted.router),
+        {} if grafted.router is None else _stated(grafted.router),
+    )
+
+
+def unknown_accepted(router: Router) -> dict[str, float]:
+    """Return which share of a pack's examples goes to other packs when the router was never trained for it.
+
+    Of many packs, four stand for the others. A router of one pack has nothing to leave out.
+    """
+    if len(router.packs) < 2:
+        return {}
+    some = router.packs[:: math.ceil(len(router.packs) / _MOST_UNKNOWN)]
+    found = {name: router.without(name).route(router.examples[name].features) for name in some}
+    return {name: sum(route.name != BASE for route in routes) / len(routes) for name, routes in found.items()}
+
+
+def draw_router(result: RouterResult, path: Path) -> None:
+    """Draw the confusion matrix, and risk against coverage, as a PNG file."""
+    figure = Figure(figsize=(9, 3.6))
+    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    counts = np.array([[row.get(name, 0) for name in result.classes] for row in result.confusion.values()])
+    left.imshow(counts / counts.sum(axis=1, keepdims=True), vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    left.set_xticks(range(len(result.classes)), result.classes, rotation=45 if len(result.classes) > 6 else 0)
+    left.set_yticks(range(len(result.confusion)), list(result.confusion))
+    left.set(xlabel="went to", ylabel="belongs to")
+    if counts.size <= 400:
+        for (i, j), count in np.ndenumerate(counts):
+            left.text(j, i, str(count), ha="center", va="center", color="white" if 2 * count > counts[i].sum() else "k")
+    wrong = np.cumsum([not right for _, right in result.confident])
+    covered = np.arange(1, len(wrong) + 1)
+    right.plot(covered / len(wrong), 100 * wrong / covered)
+    right.set(xlabel="coverage: share of prompts, most confident first", ylabel="wrong choices, %", xlim=(0, 1.01))
+    right.set_ylim(bottom=0)
+    figure.tight_layout()
+    with whole_file(path) as out:
+        figure.savefig(out, format="png", dpi=110)
+
+
+def _confidence(route: Route) -> float:
+    return route.probabilities.get(route.name, 1.0)  # a rule is certain
+
+
+def _stated(router: Router) -> dict[str, Any]:
+    return {
+        **asdict(router.calibration),
+        "false_accept_limit": router.options.false_accept,
+        "accuracy": router.accuracy,
+        "examples": sum(map(len, router.examples.values())),
+        "layer": router.options.layer,
+        "packs": list(router.packs),
+    }

@@ -20,7 +20,7 @@ from graftllm.storage import write_text
 
 _EACH = 48  # prompts that the router learns a pack from
 _BATCH = 64  # conversations in the batch that is timed
-_REPEATS = 3
+_REPEATS = 5
 
 
 def measure_scaling(bench: Bench, directory: Path, counts: Sequence[int]) -> list[dict[str, Any]]:
@@ -76,12 +76,11 @@ def _speed(bench: Bench, grafted: GraftedModel, copies: Mapping[str, str]) -> di
     questions = [bench.tests[copies[name]][i].question for i, name in enumerate(names)]
 
     def step_seconds(pack: str | list[str]) -> float:
-        times, answers = [], []
-        for _ in range(_REPEATS + 1):  # the first one decodes the packs
-            started = time.monotonic()
-            answers = grafted.generate(questions, pack, bench.built.work.greedy)
-            times.append(time.monotonic() - started)
-        return min(times[1:]) / (1 + max(len(ids) for ids in bench.tokenizer(answers)["input_ids"]))
+        started = time.monotonic()
+        answers = grafted.generate(questions, pack, bench.built.work.greedy)
+        seconds = time.monotonic() - started
+        return seconds / (1 + max(len(ids) for ids in bench.tokenizer(answers)["input_ids"]))
 
-    bare, mixed = step_seconds("base"), step_seconds(names)
+    rounds = [(step_seconds("base"), step_seconds(names)) for _ in range(_REPEATS + 1)][1:]  # the first one decodes
+    bare, mixed = (min(times) for times in zip(*rounds, strict=True))
     return {"tokens/s": _BATCH / mixed, "share of the base's tokens/s": bare / mixed}

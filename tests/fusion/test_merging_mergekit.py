@@ -12,7 +12,7 @@ from graftllm.fusion.merging import merge
 from graftllm.fusion.methods.table import METHODS
 from tests.models import save_llama
 
-pytest.importorskip("mergekit", reason="mergekit is not installed: pip install mergekit")
+pytest.importorskip("mergekit", reason="mergekit is not installed: pip install -e .[mergekit]")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of mergekit's own dependencies
 
 WEIGHTS = {"one": 0.75, "two": 1.5}

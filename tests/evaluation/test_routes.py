@@ -9,7 +9,6 @@ from graftllm.errors import FusionError
 from graftllm.evaluation.routes import RouterResult, draw_router, evaluate_router, unknown_accepted
 from graftllm.evaluation.tasks import evaluate_tasks
 from graftllm.fusion.directory import set_rules, write_grafted
-from graftllm.fusion.grafted import fuse_packs
 from graftllm.fusion.routing import fit_router, train_router
 from graftllm.fusion.rules import Rule
 from graftllm.recipe import PackOptions, RouterOptions
@@ -64,9 +63,8 @@ def test_packs_far_from_each_other_do_not_take_each_others_prompts() -> None:
 def test_a_grafted_model_is_compared_with_where_prompts_belong(base_dir: Path, delta: Delta, tmp_path: Path) -> None:
     compress(delta, PackOptions(strategy="exact")).save(tmp_path / "digits.safetensors")
     digits = [Prompt(f"d{i}", (Message(role="user", content=f"{i * 7919} {i}"),), "digits") for i in range(60)]
-    write_rows(tmp_path / "rows.jsonl", [*digits[:40], *rows(40, answered=False, task="general")])
-    packs = {"digits": tmp_path / "digits.safetensors"}
-    fuse_packs(tmp_path / "g", str(base_dir), packs, router_data=tmp_path / "rows.jsonl")
+    router = fit_router(base_dir, {"base": rows(40, answered=False, task="general"), "digits": digits[:40]})
+    write_grafted(tmp_path / "g", str(base_dir), {"digits": tmp_path / "digits.safetensors"}, router)
     write_rows(tmp_path / "test.jsonl", [*digits[40:], *rows(20, seed=1, answered=False, task="general")])
     found = evaluate_router(tmp_path / "g", [tmp_path / "test.jsonl"])
     assert found.accuracy.n == 40

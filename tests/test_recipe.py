@@ -76,6 +76,7 @@ def test_a_bad_recipe_is_one_clear_line(tmp_path: Path, change: str, message: st
     assert str(raised.value).startswith(f"{tmp_path / 'recipe.yaml'}: ")
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+    assert "me:pw" not in str(raised.value)
 
 
 def test_every_section_knows_its_own_keys(tmp_path: Path) -> None:
@@ -133,3 +134,57 @@ def test_flags_of_pack_are_read_like_a_recipe() -> None:
 def test_flags_of_pack_are_checked_like_a_recipe(flag: dict, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         pack_options(strategy="paper", **(NOTHING | flag))
+
+
+FULL = """
+name: full
+target: org/target
+skills:
+  math:
+    sources:
+      - &big {model: org/big, url: "https://example.org/v1", api_key_env: BIG_KEY, price: {input: 1, output: 2}}
+      - <<: *big
+        name: bigger
+    prompts: [{dataset: org/set, columns: {prompt: problem}}, {files: [a.jsonl, b.parquet]}]
+    test: t.jsonl
+    judge: [math, {kind: reward_model, model: ./reward}]
+general: {prompts: g.jsonl, test: g.jsonl}
+"""
+
+
+def test_sources_and_judges_may_be_written_out(tmp_path: Path) -> None:
+    recipe, _ = load_recipe(_write(tmp_path, FULL), tmp_path)
+    skill = recipe.skills["math"]
+    assert [source.name for source in skill.sources] == ["big", "bigger"]
+    assert {source.api_key_env for source in skill.sources} == {"BIG_KEY"}
+    assert skill.prompts[1].files == (str(tmp_path / "a.jsonl"), str(tmp_path / "b.parquet"))
+    assert skill.prompts[0].dataset == "org/set"
+    assert skill.judge[1].model_dump()["model"] == str(tmp_path / "reward")
+    assert skill.tested_by.kind == "math"
+    assert Recipe.model_validate(yaml.safe_load(dump_recipe(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("api_key_env: BIG_KEY", "api_key: sk-1", "unknown key 'skills.math.sources.0.api_key'; the nearest known one"),
+        ("https://example.org", "https://me:pw@example.org", "expected no user, password or query; put the key into"),
+        ("https://example.org", "ftp://example.org", "expected http:// or https://"),
+        ("name: bigger", "concurrency: 2", "sources: two have the same name; give each its own `name`"),
+        ("kind: reward_model", "kind: reward", "skills.math.judge.1"),
+        ("model: ./reward", "model: m, max_len: 3", "reward_model.max_len'; the nearest known one is 'max_length'"),
+        ("[math, {kind: reward_model, model: ./reward}]", "{kind: reward_model, model: x}", "name another judge for"),
+        ("judge: [math,", "judge: [{kind: judge, model: m, url: 'http://x', rubric: r},", "at most one that grades"),
+        ("{kind: reward_model, model: ./reward}", "{kind: judge, model: m, rubric: r}", "expected the endpoint of the"),
+        ("dataset: org/set", "split: train", "expected either files or a dataset"),
+        ("prompt: problem", "promt: problem", "columns: 'promt' is no key of a prompt row"),
+        ("output: 2", "output: -2", "skills.math.sources.0.price.output: Input should be greater than or equal to 0"),
+    ],
+)  # fmt: skip
+def test_bad_sources_prompts_and_judges_are_one_clear_line(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in FULL
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(_write(tmp_path, FULL.replace(old, new)))
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert "me:pw" not in str(raised.value)

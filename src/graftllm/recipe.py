@@ -257,7 +257,8 @@ class UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """Return the mapping of `node`."""
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=deep) for key in own]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.YAMLError(
@@ -277,7 +278,9 @@ def _first_problem(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"key {where!r} is missing, and it has no default."
     message = first["msg"].removeprefix("Value error, ")
-    return f"{where + ': ' if where else ''}{message}; found {first['input']!r}." if where else f"{message}."
+    if not where or location[-1:] == ["url"]:  # a URL may hold a password
+        return f"{where + ': ' if where else ''}{message}."
+    return f"{where}: {message}; found {first['input']!r}."
 
 
 def _keys_at(location: list[str]) -> list[str]:

@@ -1,0 +1,102 @@
+"""The recipes that come with the project: each is whole, says what it needs, and holds the published settings."""
+
+from pathlib import Path
+
+import pytest
+
+from graftllm.recipe import Recipe, load_recipe
+from graftllm.transfer_options import LlmJudge, RewardJudge
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+FILES = sorted(RECIPES.glob("*.yaml"))
+
+
+def _recipe(name: str) -> Recipe:
+    return load_recipe(RECIPES / f"{name}.yaml")[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_says_what_it_needs(path: Path) -> None:
+    recipe, directory = load_recipe(path)
+    assert recipe.name == path.stem
+    assert directory == Path("runs") / path.stem
+    if path.stem != "demo":
+        opening = path.read_text().split("\nname:")[0]
+        assert "\n# Needs\n" in opening
+        for section in (*recipe.skills.values(), recipe.general):
+            for one in (*section.prompts, *section.test):
+                for file in one.files:
+                    assert Path(file).is_relative_to(RECIPES)
+                    assert str(Path(file).relative_to(RECIPES)) in opening, file
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_no_recipe_holds_a_key(path: Path) -> None:
+    recipe, _ = load_recipe(path)
+    for skill in recipe.skills.values():
+        for asked in (*skill.sources, *(judge for judge in (skill.tested_by,) if isinstance(judge, LlmJudge))):
+            assert asked.url is None or asked.url.startswith("http://") or asked.api_key_env
+
+
+def test_implicit_fusion_has_the_published_samples_judges_and_gaps() -> None:
+    recipe = _recipe("implicit-fusion-llama3.1-8b")
+    skills = recipe.skills
+    names = ["gemma-2-27b-it", "Mistral-Large-Instruct-2407", "Qwen2.5-72B-Instruct", "Llama-3.1-70B-Instruct"]
+    for skill, samples in (("instruction", 5), ("code", 8)):
+        assert [source.name for source in skills[skill].sources] == names
+        for source in skills[skill].sources:
+            drawn = source.sampling
+            assert drawn is not None
+            assert drawn.samples == samples
+            expected = (0.7, 0.8, 1.05) if "Qwen" in source.name else (0.8, 0.95, 1.0)
+            assert (drawn.temperature, drawn.top_p, drawn.repetition_penalty) == expected
+    assert [source.name for source in skills["chinese"].sources] == ["Qwen2.5-72B-Instruct"]
+    assert [[judge.kind for judge in skill.judge] for skill in skills.values()] == [
+        ["reward_model"], ["math", "reward_model"], ["code", "reward_model"], ["reward_model"],
+    ]  # fmt: skip
+    models = {judge.model for skill in skills.values() for judge in skill.judge if isinstance(judge, RewardJudge)}
+    assert models == {"RLHFlow/ArmoRM-Llama3-8B-v0.1"}
+    for name in ("instruction", "math", "code"):
+        pairs = skills[name].pairs
+        assert pairs is not None
+        assert (pairs.preference, pairs.min_gap, pairs.max_gap) == ("same_source", 0.01, 0.1)
+    assert [skill.pairs and skill.pairs.sft_share for skill in skills.values()] == [0.4, 0.77, 0.75, 1.0]
+
+
+def test_the_two_targets_of_implicit_fusion_differ_in_training_alone() -> None:
+    llama, qwen = _recipe("implicit-fusion-llama3.1-8b"), _recipe("implicit-fusion-qwen2.5-7b")
+    same = {"name": "", "target": "", "sft": llama.sft, "dpo": llama.dpo}
+    assert llama.model_copy(update=same) == qwen.model_copy(update=same)
+    for recipe, sft, dpo in ((llama, 5e-6, 8e-7), (qwen, 2e-6, 3e-7)):
+        assert recipe.dpo is not None
+        assert (recipe.sft.learning_rate, recipe.dpo.learning_rate) == (sft, dpo)
+        assert (recipe.sft.epochs, recipe.dpo.epochs) == (3, 1)
+        for training in (recipe.sft, recipe.dpo):
+            assert (training.batch_size, training.max_length, training.warmup) == (128, 2048, 0.1)
+    assert qwen.dpo is not None
+    assert qwen.dpo.beta == 0.01
+
+
+def test_explicit_fusion_has_the_published_models_and_training() -> None:
+    recipe = _recipe("explicit-fusion-openchat-7b")
+    assert recipe.target == "openchat/openchat_3.5"
+    assert [skill.sources[0].model for skill in recipe.skills.values()] == [
+        "berkeley-nest/Starling-LM-7B-alpha",
+        "NousResearch/Nous-Hermes-2-SOLAR-10.7B",
+        "internlm/internlm2-chat-20b",
+        "mistralai/Mixtral-8x7B-Instruct-v0.1",
+        "Qwen/Qwen1.5-72B-Chat",
+    ]
+    assert (recipe.sft.epochs, recipe.sft.batch_size, recipe.sft.learning_rate, recipe.sft.warmup) == (
+        3,
+        128,
+        5e-6,
+        0.03,
+    )
+    assert recipe.dpo is None
+
+
+def test_continual_learning_goes_from_mathematics_to_code() -> None:
+    recipe = _recipe("continual-math-code-8b")
+    assert list(recipe.skills) == ["math", "code"]
+    assert "sequential" in recipe.compare

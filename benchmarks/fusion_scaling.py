@@ -8,19 +8,23 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from fusion_rows import Bench
 
-from graftllm.fusion.grafted import GraftedModel, fuse_packs
+from graftllm.fusion.assembly import fuse_packs
+from graftllm.fusion.grafted import GraftedModel
+from graftllm.generation import pad, render
 from graftllm.pipeline.work import GENERAL
 from graftllm.records import Prompt, read_prompts, write_rows
 from graftllm.storage import write_text
 
 _EACH = 48  # prompts that the router learns a pack from
 _BATCH = 64  # conversations in the batch that is timed
-_REPEATS = 5
+_REPEATS = 9
 
 
 def measure_scaling(bench: Bench, directory: Path, counts: Sequence[int]) -> list[dict[str, Any]]:
@@ -71,16 +75,21 @@ def _accuracy(bench: Bench, grafted: GraftedModel, copies: Mapping[str, str]) ->
 
 
 def _speed(bench: Bench, grafted: GraftedModel, copies: Mapping[str, str]) -> dict[str, float]:
-    """Time a batch over all packs against the same batch on the base; both by steps, as answers differ in length."""
+    """Time one forward pass of a batch over all packs, beside the weights, against the same batch on the base."""
     names = [list(copies)[i % len(copies)] for i in range(_BATCH)]
     questions = [bench.tests[copies[name]][i].question for i, name in enumerate(names)]
+    rendered = [render(bench.tokenizer, question, answer_next=True) for question in questions]
+    ids, mask = pad(rendered, bench.tokenizer, grafted.model.device)
 
-    def step_seconds(pack: str | list[str]) -> float:
+    @torch.inference_mode()
+    def seconds(around: AbstractContextManager[Any]) -> float:
         started = time.monotonic()
-        answers = grafted.generate(questions, pack, bench.built.work.greedy)
-        seconds = time.monotonic() - started
-        return seconds / (1 + max(len(ids) for ids in bench.tokenizer(answers)["input_ids"]))
+        with around:
+            cast(Any, grafted.model)(input_ids=ids, attention_mask=mask)
+            float(torch.zeros(1, device=ids.device))  # waits for a GPU
+        return time.monotonic() - started
 
-    rounds = [(step_seconds("base"), step_seconds(names)) for _ in range(_REPEATS + 1)][1:]  # the first one decodes
-    bare, mixed = (min(times) for times in zip(*rounds, strict=True))
-    return {"tokens/s": _BATCH / mixed, "share of the base's tokens/s": bare / mixed}
+    wanted = [{name: 1.0} for name in names]
+    rounds = [(seconds(nullcontext()), seconds(grafted.beside.rows(wanted))) for _ in range(_REPEATS + 1)]
+    bare, mixed = (min(times) for times in zip(*rounds[1:], strict=True))  # the first round decodes
+    return {"tokens/s": int(mask.sum()) / mixed, "share of the base's tokens/s": bare / mixed}

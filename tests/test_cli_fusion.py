@@ -52,6 +52,19 @@ def test_packs_come_to_a_shelf_are_listed_and_go(graftllm, base_dir: Path, packs
     assert (code, out) == (0, f"{shelf}: three removed; left: one, two\n")
 
 
+def test_rules_are_read_and_shown_and_hold_their_pack(graftllm, base_dir: Path, packs: Path, tmp_path: Path) -> None:
+    shelf, rules = tmp_path / "g", tmp_path / "rules.yaml"
+    rules.write_text("- {pack: one, pattern: '^sum '}\n")
+    made = ["fuse", "--base", base_dir, "--pack", f"one={packs}/one.safetensors", "--out", shelf, "--rules", rules]
+    assert graftllm(*made)[0] == 0
+    assert '"pattern":"^sum "' in graftllm("list", shelf)[1]
+    line = f"rule 1 of 1 sends prompts to the pack 'one'; take the rule out first (`graftllm rules {shelf} FILE`)."
+    assert line in graftllm("remove", shelf, "one")[2]
+    rules.write_text("[]")
+    assert graftllm("rules", shelf, rules)[:2] == (0, f"{shelf}: 0 rules. Next: graftllm list {shelf}\n")
+    assert graftllm("remove", shelf, "one")[1] == f"{shelf}: one removed; left: the base alone\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

@@ -1,4 +1,4 @@
-"""The commands on grafted models: fuse, add, remove, list, chat. `cli` registers them.
+"""The commands on grafted models: fuse, add, remove, rules, list, chat. `cli` registers them.
 
 Like there, no logic lives here and heavy imports happen inside the functions.
 """
@@ -24,25 +24,37 @@ def fuse(
     pack: Annotated[list[str], typer.Option(metavar="NAME=FILE", help="SkillPack and its name; repeat for several.")],
     out: Annotated[Path, typer.Option(help="Grafted model directory to write.")],
     router_data: RouterData = None,
+    rules: Annotated[
+        Path | None, typer.Option(help="YAML list of rules, which come before the router: pack, and pattern or tag.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Write a grafted model: a base, a shelf of packs and, from prompts, a router."""
-    from graftllm.fusion.grafted import fuse_packs
+    from graftllm.fusion.assembly import fuse_packs
+    from graftllm.fusion.rules import read_rules
 
     packs = _packs(pack, "--pack")
-    fuse_packs(out, base, packs, router_data=router_data, device=device)
+    fuse_packs(out, base, packs, router_data=router_data, rules=read_rules(rules) if rules else (), device=device)
     print(f"{out}: {base} with {', '.join(packs)}. Next: graftllm chat {out}")
 
 
 def add(
     dir: GraftedDirectory,
     pack: Annotated[list[str], typer.Argument(metavar="NAME=FILE...", help="SkillPacks and their names.")],
+    router_data: Annotated[
+        Path | None,
+        typer.Option(help="JSONL prompt rows with the new packs' names as tasks, to teach the router; no others."),
+    ] = None,
+    device: Device = "auto",
 ) -> None:
-    """Put packs on the shelf of a grafted model. Nothing that is there is rewritten."""
-    from graftllm.fusion.directory import add_packs
+    """Put packs on the shelf of a grafted model. Nothing that is there is rewritten.
+
+    Without --router-data the router does not know the new packs, and auto is refused until it does.
+    """
+    from graftllm.fusion.assembly import join_packs
 
     packs = _packs(pack, "NAME=FILE")
-    manifest = add_packs(dir, packs)
+    manifest = join_packs(dir, packs, router_data=router_data, device=device)
     print(f"{dir}: {', '.join(packs)} added; {len(manifest.packs)} packs. Next: graftllm list {dir}")
 
 
@@ -55,6 +67,23 @@ def remove(
 
     manifest = remove_pack(dir, name)
     print(f"{dir}: {name} removed; left: {', '.join(manifest.packs) or 'the base alone'}")
+
+
+def rules(
+    dir: GraftedDirectory,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="YAML list of rules: pack, and pattern, tag or both. [] for none.")
+    ],
+) -> None:
+    """Give a grafted model other rules. The first that fits a prompt decides; the router is not asked then.
+
+    A pattern is a regular expression to be found in the last user message, a tag a text in the system prompt.
+    """
+    from graftllm.fusion.directory import set_rules
+    from graftllm.fusion.rules import read_rules
+
+    manifest = set_rules(dir, read_rules(file))
+    print(f"{dir}: {len(manifest.rules)} rules. Next: graftllm list {dir}")
 
 
 def list_shelf(dir: GraftedDirectory, json: AsJson = False) -> None:

@@ -178,7 +178,9 @@ def test_bad_changes_change_nothing(home: Path, grafted: Path, tmp_path: Path) -
             add_packs(grafted, {name: home / f"{file}.safetensors"})
     with pytest.raises(FusionError, match="pack: expected one of base, auto, one, two; found 'three'"):
         remove_pack(grafted, "three")
-    with pytest.raises(FusionError, match=r"rule 2 of 2 sends prompts to the pack 'two'; take the rule out first."):
+    with pytest.raises(
+        FusionError, match=r"rule 2 of 2 sends prompts to the pack 'two'; take the rule out first \(`graftllm rules"
+    ):
         remove_pack(grafted, "two")
     with pytest.raises(
         FusionError, match=r"rule 1 names the pack 'three', which is not there; expected base or one, t"

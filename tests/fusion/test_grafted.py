@@ -7,9 +7,10 @@ import pytest
 from graftllm.checkpoint import Checkpoint, digest
 from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError
+from graftllm.fusion.assembly import fuse_packs, join_packs
 from graftllm.fusion.chat import Chat
-from graftllm.fusion.directory import add_packs, remove_pack, write_grafted
-from graftllm.fusion.grafted import GraftedModel, fuse_packs
+from graftllm.fusion.directory import add_packs, remove_pack, set_router, write_grafted
+from graftllm.fusion.grafted import GraftedModel
 from graftllm.generation import GREEDY, generate, load_model, load_tokenizer
 from graftllm.recipe import PackOptions, SamplingOptions
 from graftllm.records import Message, Prompt, write_rows
@@ -189,6 +190,25 @@ def test_auto_needs_a_router_that_knows_every_pack(shelf: Path, tmp_path: Path) 
     assert GraftedModel.load(directory).generate(["31676 4"]) == GraftedModel.load(directory).generate(
         ["31676 4"], "one"
     )
+
+
+def test_a_pack_joins_with_its_own_prompts_alone(shelf: Path, tmp_path: Path) -> None:
+    shutil.copytree(shelf.parent, tmp_path / "home")
+    directory = tmp_path / "home" / "grafted"
+    write_rows(
+        tmp_path / "rows.jsonl",
+        [Prompt(f"p{i}", (Message(role="user", content="((" + "x" * (i % 30 + 1)),), "late") for i in range(60)],
+    )
+    late = {"late": directory / "packs" / "one.safetensors"}
+    manifest = join_packs(directory, late, router_data=tmp_path / "rows.jsonl")
+    assert manifest.unrouted() == []
+    model = GraftedModel.load(directory)
+    assert [route.name for route in model.route(["31676 4", "((xxxxxx"])] == ["one", "late"]
+    with pytest.raises(FusionError, match="rows.jsonl: no row has the task 'other'; the router needs prompts of every"):
+        join_packs(directory, {"other": late["late"]}, router_data=tmp_path / "rows.jsonl")
+    set_router(directory, None)
+    with pytest.raises(FusionError, match="has no router that could learn of a pack; write it anew with"):
+        join_packs(directory, {"other": late["late"]}, router_data=tmp_path / "rows.jsonl")
 
 
 def test_removing_a_pack_leaves_the_others_answers(shelf: Path, tmp_path: Path) -> None:

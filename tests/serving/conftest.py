@@ -7,7 +7,8 @@ import torch
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
-from graftllm.fusion.grafted import GraftedModel, fuse_packs
+from graftllm.fusion.assembly import fuse_packs
+from graftllm.fusion.grafted import GraftedModel
 from graftllm.generation import generate
 from graftllm.recipe import PackOptions, SamplingOptions
 from graftllm.records import Message, Prompt, write_rows

@@ -137,7 +137,7 @@ def remove_pack(directory: Path, name: str) -> Manifest:
         if used := [i for i, rule in enumerate(manifest.rules, 1) if rule.pack == name]:
             raise FusionError(
                 f"{directory}: rule {used[0]} of {len(manifest.rules)} sends prompts to the pack {name!r}; "
-                "take the rule out first."
+                f"take the rule out first (`graftllm rules {directory} FILE`)."
             )
         changed = manifest.model_copy(update={"packs": {key: p for key, p in manifest.packs.items() if key != name}})
         if manifest.router is not None and name in manifest.router.packs:

@@ -12,15 +12,15 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError
 from graftllm.fusion.beside import Beside, Mix, mixed
 from graftllm.fusion.branches import why_merged_only
-from graftllm.fusion.directory import AUTO, base_location, open_packs, read_manifest, unknown_pack, write_grafted
+from graftllm.fusion.directory import AUTO, base_location, open_packs, read_manifest, unknown_pack
 from graftllm.fusion.grafting import Graft, decode
-from graftllm.fusion.routing import BASE, Route, Router, fit_router, prompt_features, ruled
+from graftllm.fusion.routing import BASE, Route, Router, prompt_features, ruled
 from graftllm.fusion.rules import Rule, first_fitting
 from graftllm.fusion.shelf import Shelf
 from graftllm.fusion.turns import Turn
 from graftllm.generation import GREEDY, generate, load_model, load_tokenizer, stream
 from graftllm.recipe import SamplingOptions
-from graftllm.records import Message, Prompt, read_prompts
+from graftllm.records import Message
 from graftllm.skillpack import SkillPack
 
 Conversation = str | Sequence[Message]
@@ -144,7 +144,7 @@ class GraftedModel:
         if self.unrouted:
             raise FusionError(
                 f"pack: {AUTO!r} needs a router that knows every pack, and this one is older than "
-                f"{', '.join(self.unrouted)}; name a pack, or fuse again with --router-data."
+                f"{', '.join(self.unrouted)}; name a pack, or remove and add these with --router-data."
             )
         with self.using(BASE) as base:
             features = prompt_features(base, self.tokenizer, messages, layer=self.router.options.layer)
@@ -263,35 +263,6 @@ class GraftedModel:
             merged = self.shelf.get(("merged", mix), lambda: decode(self.model, *packs, check=check))
             self._checked |= {name for name, _ in mix}
             self._graft, self._mix = merged.plug(self.model), mix
-
-
-def fuse_packs(
-    out: Path, base: str, packs: Mapping[str, Path], *, router_data: Path | None = None, device: str = "auto"
-) -> None:
-    """Write a grafted directory, with a router trained on prompt rows if there are any.
-
-    Args:
-        out: appears whole or not at all.
-        base: checkpoint directory or Hub id.
-        packs: pack files by the names they shall have.
-        router_data: JSONL prompt rows; those whose task is a pack's name are for that pack, all others for the base.
-        device: `auto` takes a GPU when there is one.
-
-    Raises:
-        FusionError: a name is reserved, packs are of different bases, or a pack has no prompts.
-        PackError: a pack is damaged or was made for another base.
-    """
-    router = None
-    if router_data is not None:
-        prompts: dict[str, list[Prompt]] = {}
-        for row in read_prompts(router_data):
-            prompts.setdefault(row.task if row.task in packs else BASE, []).append(row)
-        if missing := [name for name in packs if name not in prompts]:
-            raise FusionError(
-                f"{router_data}: no row has the task {missing[0]!r}; the router needs prompts of every pack."
-            )
-        router = fit_router(Checkpoint.open(base).path, prompts, device=device)
-    write_grafted(out, base, packs, router)
 
 
 def _messages(conversation: Conversation) -> Sequence[Message]:

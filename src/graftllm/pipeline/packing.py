@@ -8,7 +8,7 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.evaluation.fidelity import divergence_on, measure_fidelity
 from graftllm.evaluation.scores import Measured
-from graftllm.fusion.grafted import write_grafted
+from graftllm.fusion.directory import write_grafted
 from graftllm.fusion.routing import BASE, fit_router
 from graftllm.header import Card, Provenance
 from graftllm.pipeline.preparing import prompts_of, test_of

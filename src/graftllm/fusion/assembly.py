@@ -1,0 +1,88 @@
+"""Putting a grafted model together: packs, rules and a router that is trained on prompts, into a directory."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from graftllm.checkpoint import Checkpoint
+from graftllm.errors import FusionError
+from graftllm.fusion.directory import Manifest, add_packs, base_location, read_manifest, write_grafted
+from graftllm.fusion.routing import BASE, Router, features_of, fit_router
+from graftllm.fusion.rules import Rule
+from graftllm.generation import load_model, load_tokenizer
+from graftllm.records import Prompt, read_prompts
+
+
+def fuse_packs(
+    out: Path,
+    base: str,
+    packs: Mapping[str, Path],
+    *,
+    router_data: Path | None = None,
+    rules: Sequence[Rule] = (),
+    device: str = "auto",
+) -> None:
+    """Write a grafted directory, with a router trained on prompt rows if there are any.
+
+    Args:
+        out: appears whole or not at all.
+        base: checkpoint directory or Hub id.
+        packs: pack files by the names they shall have.
+        router_data: JSONL prompt rows; those whose task is a pack's name are for that pack, all others for the base.
+        rules: prompts that go to a pack whatever the router says.
+        device: `auto` takes a GPU when there is one.
+
+    Raises:
+        FusionError: a name is reserved, packs are of different bases, a rule names no pack, or a pack has no prompts.
+        PackError: a pack is damaged or was made for another base.
+    """
+    router = None
+    if router_data is not None:
+        router = fit_router(Checkpoint.open(base).path, _prompts(router_data, packs), device=device)
+    write_grafted(out, base, packs, router, rules)
+
+
+def join_packs(
+    directory: Path, packs: Mapping[str, Path], *, router_data: Path | None = None, device: str = "auto"
+) -> Manifest:
+    """Add packs to a grafted directory, and teach its router their prompts if there are any.
+
+    Args:
+        directory: a grafted model.
+        packs: pack files by the names they shall have.
+        router_data: JSONL prompt rows, of which those whose task is a new pack's name are for that pack; the prompts
+            of the old packs are not needed.
+        device: `auto` takes a GPU when there is one.
+
+    Returns:
+        The new manifest.
+
+    Raises:
+        FusionError: a name is taken or reserved, a pack is for another base or has no prompts, there is no router to
+            teach, or the new prompts are too much like an old pack's.
+        PackError: a pack is damaged or was made for another base.
+    """
+    router = None
+    if router_data is not None:
+        manifest = read_manifest(directory)
+        if manifest.router is None:
+            raise FusionError(
+                f"{directory}: has no router that could learn of a pack; write it anew with "
+                "`graftllm fuse --router-data`, or add packs without --router-data."
+            )
+        router, prompts = Router.load(directory / manifest.router.file), _prompts(router_data, packs)
+        base = Checkpoint.open(base_location(directory, manifest.base)).path
+        model, tokenizer = load_model(base, device=device), load_tokenizer(base)
+        for name in packs:
+            label = f"router: {name}"
+            router = router.with_pack(name, features_of(model, tokenizer, prompts[name], router.options, label=label))
+    return add_packs(directory, packs, router=router)
+
+
+def _prompts(file: Path, packs: Mapping[str, Path]) -> dict[str, list[Prompt]]:
+    """Return rows by the pack that their task names, and all others under `base`."""
+    prompts: dict[str, list[Prompt]] = {}
+    for row in read_prompts(file):
+        prompts.setdefault(row.task if row.task in packs else BASE, []).append(row)
+    if missing := [name for name in packs if name not in prompts]:
+        raise FusionError(f"{file}: no row has the task {missing[0]!r}; the router needs prompts of every pack.")
+    return prompts

@@ -59,6 +59,7 @@ def test_the_demo_recipe_is_valid() -> None:
         ("dpo: {bta: 1}", "unknown key 'dpo.bta'; the nearest known one is 'beta'"),
         ("skills: {a: {sorces: [x]}}", "key 'skills.a.sources' is missing"),
         ("skills: {a: {sources: [x], prompts: p, test: t, juge: exact}}", "the nearest known one is 'judge'"),
+        ("skills: {test: {sources: [x], prompts: p, test: t, juge: exact}}", "the nearest known one is 'judge'"),
         ("skills: {base: {sources: [x], prompts: p, test: t}}", "skills: 'base' is a reserved name; choose another"),
         ("skills: {a/b: {sources: [x], prompts: p, test: t}}", "skills.a/b"),
         ("sampling: {samples: 0}", "sampling.samples: Input should be greater than or equal to 1; found 0"),

@@ -285,12 +285,17 @@ def _first_problem(error: ValidationError) -> str:
 
 def _keys_at(location: list[str]) -> list[str]:
     """Return the keys that the section at `location` knows."""
-    section: Any = Recipe
-    for part in location:
-        annotation = section.model_fields[part].annotation if part in section.model_fields else section
-        sections = _sections(annotation)
-        section = next((option for option in sections if part in _kinds(option)), sections[0])
-    return list(section.model_fields)
+    sections: list[type[BaseModel]] = [Recipe]
+    parts = iter(location)
+    for part in parts:
+        known = [section.model_fields[part] for section in sections if part in section.model_fields]
+        if known:
+            sections = _sections(known[0].annotation)
+            if typing.get_origin(known[0].annotation) is dict:
+                next(parts, None)  # a name of the user's
+        else:
+            sections = [section for section in sections if part in _kinds(section)]
+    return list(sections[0].model_fields)
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:

@@ -119,6 +119,15 @@ def test_the_order_of_three_packs_does_not_change_a_bit(base_dir: Path, base: Ch
     assert all(one == found[0] for one in found)
 
 
+def test_factors_are_added_in_one_pass_as_if_they_were_multiplied_out(base: Checkpoint, lossy: SkillPack) -> None:
+    model = load_model(base.path)
+    name = "model.layers.1.mlp.down_proj.weight"
+    start = base.tensor(name)
+    assert lossy.header.tensors[name].how.operator == "lowrank"
+    with plug(model, (lossy, -0.5)):
+        torch.testing.assert_close(model.state_dict()[name], start.float() - 0.5 * lossy.delta(name, start))
+
+
 def test_a_model_that_a_device_map_spread_takes_packs(base: Checkpoint, exact: SkillPack) -> None:
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32, device_map={"": "cpu"})
     before = _digests(model)

@@ -1,0 +1,138 @@
+"""A second skill joins a grafted model that has one; everything old stays what it was."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from graftllm.checkpoint import Checkpoint
+from graftllm.errors import FusionError, RecipeError
+from graftllm.fusion.directory import MANIFEST, add_packs, read_manifest, remove_pack, write_grafted
+from graftllm.fusion.grafted import GraftedModel
+from graftllm.fusion.routing import BASE, fit_router
+from graftllm.generation import render
+from graftllm.pipeline.learning import Learned, learn
+from graftllm.pipeline.work import Work, open_work
+from graftllm.recipe import SamplingOptions
+from graftllm.records import Prompt, read_prompts
+from tests.conftest import TinyRun
+
+SHORT = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=16)
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A shelf with `next` that has learnt `double`, and what it was before."""
+
+    work: Work
+    shelf: Path
+    learned: Learned
+    files: dict[str, bytes]
+    answers: list[str]
+
+
+def _files(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def _some(work: Work) -> list[Prompt]:
+    sets = (*work.recipe.skills["next"].test, *work.recipe.general.test)
+    return [row for one in sets for row in read_prompts(one.files[0])[:8]]
+
+
+def _answers(shelf: Path, work: Work) -> list[str]:
+    return GraftedModel.load(shelf).generate([row.question for row in _some(work)], "auto", SHORT)
+
+
+@pytest.fixture(scope="module")
+def taught(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Taught:
+    shelf = tmp_path_factory.mktemp("taught") / "grafted"
+    work = open_work(tiny_run.recipe, tiny_run.directory)
+    prompts = {
+        BASE: read_prompts(work.recipe.general.prompts[0].files[0]),
+        "next": read_prompts(work.skill("next") / "sft.jsonl"),
+    }
+    router = fit_router(work.target.path, prompts)
+    write_grafted(shelf, str(work.target.path), {"next": work.pack("next")}, router)
+    before, answers = _files(shelf), _answers(shelf, work)
+    return Taught(work, shelf, learn(work, shelf), before, answers)
+
+
+def test_nothing_old_changes_when_a_skill_is_learnt(taught: Taught) -> None:
+    learned = taught.learned
+    assert (learned.rows, learned.columns) == (["before", "after double"], ["next", "double", "general"])
+    assert learned.old == ["next", "general"]
+    assert learned.forgotten == {"next": 0.0, "general": 0.0}
+    assert learned.moved == {"next": 0, "general": 0}
+    assert learned.packs_unchanged
+    assert learned.drift["double"] <= taught.work.recipe.router.drift
+    assert _answers(taught.shelf, taught.work) == taught.answers
+    assert "Old scores: identical." in learned.sentences()
+
+
+def test_the_new_skill_is_there(taught: Taught, tiny_run: TinyRun) -> None:
+    before, after = taught.learned.scores
+    assert after[1] > before[1] + 0.2
+    assert after[1] == pytest.approx(tiny_run.report.skills["double"].routed, abs=0.05)
+
+
+def test_old_files_are_the_same_bytes(taught: Taught) -> None:
+    now = _files(taught.shelf)
+    name = "packs/next.safetensors"
+    assert now[name] == taught.files[name]
+
+
+def test_the_matrix_is_written(taught: Taught) -> None:
+    assert json.loads((taught.work.directory / "forgetting.json").read_text())["rows"] == taught.learned.rows
+    assert "| after double |" in (taught.work.directory / "forgetting.md").read_text()
+
+
+def test_learning_again_does_nothing(taught: Taught) -> None:
+    before = _files(taught.shelf)
+    assert learn(taught.work, taught.shelf) == taught.learned
+    assert _files(taught.shelf) == before
+
+
+def test_a_kill_between_adding_and_noting_it_is_mended(taught: Taught) -> None:
+    before = _files(taught.shelf)
+    (taught.work.directory / "stages" / "join.double.json").unlink()
+    again = learn(taught.work, taught.shelf)
+    assert again.scores == taught.learned.scores
+    assert _files(taught.shelf) == before
+
+
+def test_another_target_and_unknown_packs_are_refused(taught: Taught, tiny_run: TinyRun, tmp_path: Path) -> None:
+    with pytest.raises(FusionError, match="pack: expected one of base, auto, next, double; found 'law'"):
+        learn(taught.work, taught.shelf, on=["law"])
+    text = tiny_run.recipe.read_text().replace("{dir}", str(tiny_run.directory))
+    (tmp_path / "r.yaml").write_text(text.replace('zoo/target"', 'skills/next/tuned"', 1))
+    with pytest.raises(RecipeError, match="target: expected the base of .*grafted, .*, found .*tuned"):
+        learn(open_work(tmp_path / "r.yaml", tmp_path / "run"), taught.shelf)
+
+
+@torch.inference_mode()
+def test_a_pack_can_be_subtracted(taught: Taught) -> None:
+    """Detox, as far as it goes here: what a pack adds at weight 1 it takes away from an answer at weight -1."""
+    grafted = GraftedModel.load(taught.shelf)
+    row = read_prompts(taught.work.recipe.skills["next"].test[0].files[0])[0]
+    likelihood = {}
+    for weight in (-0.5, 0.0, 0.5):
+        with grafted.using({"next": weight}) as model:
+            question = render(grafted.tokenizer, row.question, answer_next=True)
+            ids = [*question, *grafted.tokenizer(row.reference)["input_ids"]]
+            logits = model(input_ids=torch.tensor([ids])).logits[0, len(question) - 1 : -1].log_softmax(dim=1)
+            likelihood[weight] = float(logits.gather(1, torch.tensor(ids[len(question) :])[:, None]).sum())
+    assert likelihood[-0.5] < likelihood[0.0] < likelihood[0.5]
+
+
+def test_unlearning_gives_the_old_model_back_bit_for_bit(taught: Taught) -> None:
+    """The last test here: it takes the learnt pack away."""
+    remove_pack(taught.shelf, "double")
+    assert json.loads((taught.shelf / MANIFEST).read_bytes()) == json.loads(taught.files[MANIFEST])
+    assert _files(taught.shelf) == taught.files
+    assert _answers(taught.shelf, taught.work) == taught.answers
+    add_packs(taught.shelf, {"double": taught.work.pack("double")})
+    assert read_manifest(taught.shelf).unrouted() == ["double"]
+    assert Checkpoint.open(taught.work.target.path).fingerprint == read_manifest(taught.shelf).fingerprint

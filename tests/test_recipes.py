@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from graftllm.recipe import Recipe, load_recipe
-from graftllm.transfer_options import LlmJudge, RewardJudge
+from graftllm.transfer_options import LlmJudge, RewardJudge, Skill
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 FILES = sorted(RECIPES.glob("*.yaml"))
@@ -100,3 +101,13 @@ def test_continual_learning_goes_from_mathematics_to_code() -> None:
     recipe = _recipe("continual-math-code-8b")
     assert list(recipe.skills) == ["math", "code"]
     assert "sequential" in recipe.compare
+
+
+def test_the_recipe_of_the_page_on_transfer_is_valid(tmp_path: Path) -> None:
+    page = (RECIPES.parent / "docs" / "transfer.md").read_text()
+    blocks = [block.split("```")[0] for block in page.split("```yaml\n")[1:]]
+    (tmp_path / "sort.yaml").write_text(blocks[0])
+    recipe, _ = load_recipe(tmp_path / "sort.yaml")
+    skill = next(iter(recipe.skills.values())).model_dump()
+    for block in blocks[1:]:  # parts of a skill
+        Skill.model_validate(skill | yaml.safe_load(block))

@@ -23,7 +23,8 @@ def evaluate(
         str, typer.Option(help="A pack's name, base, auto (the router), or by-task (each row's task).")
     ] = "auto",
     judge: Annotated[
-        Literal["exact", "math"], typer.Option(help="How answers are compared with references.")
+        Literal["exact", "math", "choice", "reasoning_gym", "code"],
+        typer.Option(help="How answers are compared with references; code runs the rows' tests in a sandbox."),
     ] = "exact",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
     device: Device = "auto",

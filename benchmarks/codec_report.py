@@ -118,11 +118,11 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def draw(points: Sequence[Point]) -> Figure:
     """Return KL against file bytes, a panel a target, every method named at its curve's end."""
     targets = list(dict.fromkeys(point.target for point in points))
-    figure = Figure(figsize=(9 * max(1, len(targets)), 7))
+    figure = Figure(figsize=(9, 7 * max(1, len(targets))))
     names = list(dict.fromkeys(point.method for point in points if point.method not in OWN))
     styles = {name: (_COLORS[i % len(_COLORS)], _DASHES[i // len(_COLORS)]) for i, name in enumerate(names)}
     styles |= {name: ("black", dash) for name, dash in zip(OWN, ("-", "--", ":"), strict=True)}
-    panels = figure.subplots(1, max(1, len(targets)), squeeze=False)[0]
+    panels = figure.subplots(max(1, len(targets)), 1, squeeze=False)[:, 0]
     for axes, target in zip(panels, targets, strict=False):
         some = [point for point in points if point.target == target]
         ends = []

@@ -15,7 +15,7 @@ from graftllm.cli_fusion import add, chat, fuse, list_shelf, remove, rules
 from graftllm.cli_learning import evaluate, learn
 from graftllm.cli_merge import merge
 from graftllm.cli_packs import apply, inspect, pack, verify
-from graftllm.cli_serve import serve
+from graftllm.cli_serve import export, serve
 from graftllm.errors import GraftError
 from graftllm.terminal import AsJson, Device, print_lines, print_table
 
@@ -93,7 +93,7 @@ def train(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto")
     _each_skill(_open_work(recipe, dir, device), transfer.train)
 
 
-for _command in (pack, inspect, verify, apply, merge, fuse, add, remove, rules, serve):
+for _command in (pack, inspect, verify, apply, merge, fuse, add, remove, rules, serve, export):
     app.command()(_command)
 app.command("list")(list_shelf)
 app.command()(chat)

@@ -4,11 +4,12 @@ Like there, no logic lives here and heavy imports happen inside the functions.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
-from graftllm.terminal import Device
+from graftllm.errors import ServingError
+from graftllm.terminal import Device, print_lines
 
 _GIB, _MIB = 1 << 30, 1 << 20
 
@@ -33,12 +34,20 @@ def serve(
         int | None, typer.Option(min=2, help="Tokens of prompt and answer together.  [default: the model's]")
     ] = None,
     max_body: Annotated[float, typer.Option(min=0.001, help="MiB of a request; larger are refused (413).")] = 4.0,
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Pass requests on to a server that has the packs as adapters, such as vLLM."),
+    ] = None,
+    engine_key: Annotated[
+        str | None, typer.Option(envvar="GRAFTLLM_ENGINE_KEY", help="API key of that server.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Serve a grafted model as an OpenAI-compatible endpoint, with a page to talk to it.
 
     Models are `base`, each pack by its name, and `auto`, where the router chooses. Ctrl-C finishes what is begun.
     """
+    from graftllm.serving.front import Front
     from graftllm.serving.server import Limits, Local
     from graftllm.serving.server import serve as run
 
@@ -50,10 +59,47 @@ def serve(
         max_body=int(max_body * _MIB),
     )
     run(
-        lambda: Local(dir, limits, device=device),
+        lambda: Front(dir, engine, key=engine_key, device=device) if engine else Local(dir, limits, device=device),
         host=host,
         port=port,
         api_key=api_key,
         admin_key=admin_key,
         max_body=limits.max_body,
     )
+
+
+def export(
+    source: Annotated[
+        Path, typer.Argument(metavar="PACK|DIR", help="A SkillPack (--format peft), or a grafted model (vllm).")
+    ],
+    format: Annotated[
+        Literal["peft", "vllm"], typer.Option(help="peft: an adapter; vllm: adapters of all packs, and the command.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    base: Annotated[
+        Path | None, typer.Option(help="Checkpoint directory of the base model; a grafted model knows its own.")
+    ] = None,
+    max_rank: Annotated[int, typer.Option(help="Largest rank; raised to the next one that vLLM takes.")] = 512,
+    allow_drop: Annotated[
+        bool, typer.Option(help="Write also what lacks something: norms, embeddings, ranks beyond the largest.")
+    ] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL rows to measure losses on.  [default: texts that the model writes]")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Write packs as LoRA adapters for PEFT and vLLM; what they cannot hold is measured, and refused unless allowed."""
+    from graftllm.exporting.adapter import export_adapter
+    from graftllm.exporting.launch import export_shelf
+
+    options: Any = {"max_rank": max_rank, "allow_drop": allow_drop, "prompts": prompts, "device": device}
+    if format == "vllm":
+        launch = export_shelf(source, out, **options)
+        for name, adapter in launch.adapters.items():
+            print_lines(f"{out / name}:", *(f"  {line}" for line in adapter.sentences()))
+        print_lines("Start it:", f"  {launch.command}", "Route in front of it:")
+        print_lines(f"  graftllm serve {source} --engine http://127.0.0.1:8000 --port 8001")
+        return
+    if base is None:
+        raise ServingError("--base: expected the checkpoint directory of the pack's base; give it.")
+    print_lines(f"{out}:", *export_adapter(source, base, out, **options).sentences())

@@ -18,7 +18,7 @@ from graftllm.skillpack import compress
 from tests.models import perturb, rows, save_llama
 from tests.serving.running import served
 
-FACTORS = PackOptions(servable=4, budget="60%")
+FACTORS = PackOptions(servable=4)
 
 
 @pytest.fixture(scope="session")

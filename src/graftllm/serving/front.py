@@ -1,0 +1,145 @@
+"""Our router in front of another OpenAI-compatible server that has the packs as adapters, such as vLLM.
+
+Requests for `auto` are routed here, on the base in this process; every request goes on with the name
+of its pack as the model, which is how vLLM and others choose an adapter. Streams pass through.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import httpx2
+from fastapi import Request
+from starlette.responses import Response, StreamingResponse
+
+from graftllm.errors import ServingError
+from graftllm.fusion.directory import AUTO, unknown_pack
+from graftllm.fusion.routing import BASE
+from graftllm.records import Message
+from graftllm.serving.desk import chosen_headers
+from graftllm.serving.library import Library
+from graftllm.serving.metrics import Metrics
+from graftllm.serving.orders import Chosen, Refused
+from graftllm.serving.protocol import ChatRequest, CompletionRequest
+
+_PATIENCE = httpx2.Timeout(10, read=600)
+
+
+class Front:
+    """Another server, as the endpoint's backend."""
+
+    def __init__(self, directory: Path, url: str, *, key: str | None = None, device: str = "auto") -> None:
+        """Load the router and its base, and look which packs the other server has.
+
+        Args:
+            directory: a grafted model.
+            url: of the other server, with or without `/v1`.
+            key: its API key.
+            device: of the base that routes; `auto` takes a GPU when there is one.
+
+        Raises:
+            ServingError: the other server does not answer, or does not tell which of its models is the base.
+            FusionError: the directory is no grafted model, or a file of it was changed.
+        """
+        self._library, self.metrics = Library(directory, device=device), Metrics()
+        self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
+        self._headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx2.AsyncClient(timeout=_PATIENCE)
+        self._names = self._found()
+        self.card = self._library.card
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are passed on."""
+        return True
+
+    def models(self) -> dict[str, dict[str, Any]]:
+        """Return what can be asked for: of the packs, those that the other server has."""
+        found = self._library.models()
+        return {name: about for name, about in found.items() if name == AUTO or name in self._names}
+
+    async def answer(self, asked: ChatRequest | CompletionRequest, request: Request) -> Response:
+        """Pass a request on, and its answer back.
+
+        Raises:
+            Refused: there is no such pack, or the other server does not answer.
+        """
+        chosen = await asyncio.to_thread(self._choose, asked)
+        self.metrics.answered.labels(chosen.pack).inc()
+        body = json.loads(await request.body()) | {"model": self._names[chosen.pack]}
+        path = "/chat/completions" if isinstance(asked, ChatRequest) else "/completions"
+        passed = self._client.build_request("POST", self._url + path, json=body, headers=self._headers)
+        try:
+            answer = await self._client.send(passed, stream=True)
+        except httpx2.HTTPError as error:
+            raise Refused(f"the engine at {self._url} does not answer ({error}).", status=502, code="engine") from error
+        kind = {"content-type": answer.headers.get("content-type", "application/json")}
+        return StreamingResponse(_body(answer), answer.status_code, chosen_headers(chosen) | kind)
+
+    def add(self, name: str, file: Path) -> None:
+        """Refuse: the other server has the packs."""
+        raise Refused(_ELSEWHERE, status=501)
+
+    def remove(self, name: str) -> None:
+        """Refuse: the other server has the packs."""
+        raise Refused(_ELSEWHERE, status=501)
+
+    def measured(self) -> bytes:
+        """Return the metrics."""
+        self.metrics.packs.set(len(self._names) - 1)
+        return self.metrics.text()
+
+    def stop(self) -> None:
+        """Do nothing: what was taken has been passed back."""
+
+    def _choose(self, asked: ChatRequest | CompletionRequest) -> Chosen:
+        if asked.model != AUTO:
+            if asked.model not in self._names:
+                error = str(unknown_pack(asked.model, {name: 0 for name in self._names if name != BASE}))
+                raise Refused(error, status=404, param="model", code="model_not_found")
+            return Chosen(asked.model)
+        if isinstance(asked, ChatRequest):
+            messages = [message.plain() for message in asked.messages]
+        elif isinstance(asked.prompt, str):
+            messages = [Message(role="user", content=asked.prompt)]
+        else:
+            raise Refused("prompt: auto needs a text to choose by; name a pack, or send text.", param="prompt")
+        started = perf_counter()
+        route = self._library.grafted.route([messages])[0]
+        self.metrics.routing.observe(perf_counter() - started)
+        pack = route.name if route.name in self._names else BASE
+        return Chosen(pack, route.probabilities, route.reason)
+
+    def _found(self) -> dict[str, str]:
+        """Return what the other server calls the base and each pack that it has."""
+        try:
+            answer = httpx2.get(f"{self._url}/models", headers=self._headers, timeout=_PATIENCE)
+            names = [str(model["id"]) for model in answer.raise_for_status().json()["data"]]
+        except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise ServingError(
+                f"--engine {self._url}: expected an OpenAI-compatible server that lists its models ({error}). "
+                "Start it first; `graftllm export DIR --format vllm` writes the command."
+            ) from error
+        packs = {name: name for name in names if name in self._library.grafted.packs}
+        others = [name for name in names if name not in packs and name != AUTO]
+        base = BASE if BASE in others else others[0] if len(others) == 1 else None
+        if base is None:
+            raise ServingError(
+                f"--engine {self._url}: expected one model beside the packs, the base; found "
+                f"{', '.join(others) or 'none'}. Start it with --served-model-name base."
+            )
+        return {BASE: base, **packs}
+
+
+_ELSEWHERE = "the packs are on another engine; add and remove them there."
+
+
+async def _body(answer: httpx2.Response) -> AsyncIterator[bytes]:
+    try:
+        async for piece in answer.aiter_bytes():
+            yield piece
+    finally:
+        await answer.aclose()

@@ -1,0 +1,103 @@
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI, Request
+from openai import APIStatusError, NotFoundError, OpenAI
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from graftllm.errors import ServingError
+from graftllm.serving.app import build_app
+from graftllm.serving.front import Front
+from tests.serving.running import client_of, served
+
+
+def _engine(names: tuple[str, ...], key: str = "inner") -> FastAPI:
+    """A stand-in that speaks as vLLM does with adapters: the model's name chooses one; it says what it was sent."""
+    app = FastAPI()
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": name, "object": "model"} for name in names]}
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        body = await request.json()
+        if request.headers.get("authorization") != f"Bearer {key}":
+            return JSONResponse({"error": {"message": "no key"}}, 401)
+        if body["messages"][-1]["content"] == "fail":
+            return JSONResponse({"error": {"message": "the engine is out of memory"}}, 503)
+        words = [f"{body['model']}:", " said", f" {body['messages'][-1]['content']}"]
+        head = {"id": "1", "created": 0, "model": body["model"]}
+        if not body.get("stream"):
+            message = {"role": "assistant", "content": "".join(words)}
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            return JSONResponse(head | {"object": "chat.completion", "choices": [choice]})
+
+        async def chunks() -> AsyncIterator[str]:
+            for word in words:
+                choice = {"index": 0, "delta": {"content": word}, "finish_reason": None}
+                yield f"data: {json.dumps(head | {'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n"
+            yield "data: [DONE]\n\n"
+
+        return StreamingResponse(chunks(), media_type="text/event-stream")
+
+    return app
+
+
+@pytest.fixture(scope="module")
+def client(fused: Path) -> Iterator[OpenAI]:
+    with (
+        served(_engine(("some/llama", "one", "whole"))) as engine,
+        served(build_app(Front(fused / "grafted", engine, key="inner", device="cpu"))) as front,
+        client_of(front) as client,
+    ):
+        yield client
+
+
+def _ask(client: OpenAI, model: str, question: str) -> tuple[str | None, str]:
+    raw = client.chat.completions.with_raw_response.create(
+        model=model, messages=[{"role": "user", "content": question}]
+    )
+    return raw.parse().choices[0].message.content, raw.headers["x-graftllm-pack"]
+
+
+def test_only_packs_that_the_engine_has_can_be_asked_for(client: OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["base", "one", "whole", "auto"]
+    with pytest.raises(NotFoundError, match="expected one of base, auto, one, whole; found 'two'"):
+        _ask(client, "two", "hi")
+
+
+def test_requests_go_on_under_the_packs_name(client: OpenAI) -> None:
+    assert _ask(client, "base", "hi") == ("some/llama: said hi", "base")
+    assert _ask(client, "one", "hi") == ("one: said hi", "one")
+
+
+def test_auto_is_routed_here_and_answered_there(client: OpenAI) -> None:
+    assert _ask(client, "auto", "31676 4") == ("one: said 31676 4", "one")
+    assert _ask(client, "auto", "?!?!") == ("some/llama: said ?!?!", "base")  # the engine lacks the router's choice
+
+
+def test_streams_pass_through(client: OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="auto", messages=[{"role": "user", "content": "31676 4"}], stream=True
+    )
+    assert [chunk.choices[0].delta.content for chunk in stream] == ["one:", " said", " 31676 4"]
+
+
+def test_the_engines_errors_are_passed_back(client: OpenAI) -> None:
+    with pytest.raises(APIStatusError, match="the engine is out of memory") as info:
+        _ask(client, "one", "fail")
+    assert info.value.status_code == 503
+
+
+def test_an_engine_that_is_not_there_is_named(fused: Path) -> None:
+    with pytest.raises(ServingError, match="--engine http://127.0.0.1:9/v1: expected an OpenAI-compatible server"):
+        Front(fused / "grafted", "http://127.0.0.1:9/v1", device="cpu")
+    with (
+        served(_engine(("a", "b", "one"))) as engine,
+        pytest.raises(ServingError, match="expected one model beside the packs, the base; found a, b. Start it with"),
+    ):
+        Front(fused / "grafted", engine, device="cpu")

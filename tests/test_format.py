@@ -1,10 +1,8 @@
-"""A second reader, written from docs/skillpack-format.md with nothing but safetensors and NumPy."""
+"""The page docs/skillpack-format.md is enough to read packs: `reader`, written from it alone, gives what we give."""
 
 import base64
 import json
 import zlib
-from functools import cache
-from math import isqrt, prod
 from pathlib import Path
 
 import numpy as np
@@ -20,288 +18,31 @@ from graftllm.compression.exact import encode_exact
 from graftllm.compression.factored import encode_factored, encode_hybrid, weighted_svd
 from graftllm.compression.metric import Metric
 from graftllm.delta import Delta
-from graftllm.recipe import PackOptions
+from graftllm.recipe import PackOptions, Strategy
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack, compress
+from tests.reader import Codes, cut, matrix_delta, prediction, tuned_patterns
 
 
-def _unpack(data: bytes, count: int, width: int) -> list[int]:
-    stream = int.from_bytes(data, "little")
-    return [stream >> i * width & (1 << width) - 1 for i in range(count)]
-
-
-def _packed_size(count: int, width: int) -> int:
-    return -(-count * width // 8)
-
-
-def _bfloat16(data: bytes) -> np.ndarray:
-    return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-
-
-class _Ans:
-    """The decoder of section "Coded integers": words as a stack whose top is the last."""
-
-    def __init__(self, words: bytes) -> None:
-        self.state, self.stack = 0, [int(word) for word in np.frombuffer(words, "<u4")]
-        while self.stack and self.state < 1 << 32:
-            self.state = self.state << 32 | self.stack.pop()
-
-    def take(self, count: int, sizes: list[int]) -> list[int]:
-        starts, found = np.concatenate([[0], np.cumsum(sizes)]), []
-        for _ in range(count):
-            low = self.state & (1 << 24) - 1
-            symbol = int(np.searchsorted(starts, low, side="right")) - 1
-            self.state = (self.state >> 24) * int(sizes[symbol]) + low - int(starts[symbol])
-            if self.state < 1 << 32 and self.stack:
-                self.state = self.state << 32 | self.stack.pop()
-            found.append(symbol)
-        return found
-
-    @property
-    def ended(self) -> bool:
-        return (self.state, self.stack) == (0, [])
-
-
-def _integers(data: bytes, count: int) -> tuple[list[int], bytes]:
-    """Section "Coded integers"; one block, as these tensors are small."""
-    size, data = data[0], data[1:]
-    frequencies, data = [int(f) for f in np.frombuffer(data[: 2 * size], "<u2")], data[2 * size :]
-    words, data = int.from_bytes(data[:4], "little"), data[4:]
-    ans, data = _Ans(data[: 4 * words]), data[4 * words :]
-    classes = ans.take(count, [frequency * 256 for frequency in frequencies])
-    assert ans.ended
-    values = list(classes)
-    for number in range(8, size):
-        width, here = number // 4 - 1, [i for i, symbol in enumerate(classes) if symbol == number]
-        taken = _packed_size(len(here), width)
-        for i, low in zip(here, _unpack(data[:taken], len(here), width), strict=True):
-            values[i] = (4 + number % 4) << width | low
-        data = data[taken:]
-    return values, data
-
-
-ROOTS = (9223372036854775808, 8089705464700925726, 6921480822830546630, 5749758898252946309)
-
-
-def _root(n: int) -> int:
-    return ROOTS[n] if 0 <= n <= 3 else _root(n - 4) ** 2 >> 64 if n > 3 else isqrt(_root(n + 4) << 64)
-
-
-def _power(r: int, e: int) -> int:
-    p = 1 << 64
-    while e:
-        p, r, e = p * r >> 64 if e & 1 else p, r * r >> 64, e >> 1
-    return p
-
-
-@cache
-def _frequencies(family: int, table: int, classes: int) -> list[int]:
-    """Section "Tables"."""
-    weights = []
-    for c in range(classes):
-        n, v = (1, c) if c < 8 else (1 << c // 4 - 1, (4 + c % 4) << c // 4 - 1)
-        m = 4 * ((c + 1) // 2) if c < 8 else 2 * v + n
-        weights.append(n * (_power(_root(13 - table), m) if family else _power(_root(16 - 2 * table), m * m)))
-    found = [max(1, (weight << 16) // sum(weights)) for weight in weights]
-    found[found.index(max(found))] += (1 << 16) - sum(found)
-    return found
-
-
-class _Codes:
-    """Section "Codes"."""
-
-    def __init__(self, data: bytes) -> None:
-        size = int.from_bytes(data[:2], "little")
-        self.head, self.ans = list(data[2 : 2 + size]), _Ans(data[2 + size :])
-
-    def run(self, count: int, frequencies: list[int], classes: int) -> np.ndarray:
-        values = np.array(self.ans.take(count, [f * 256 for f in frequencies]), np.int64)
-        numbers = values.copy()
-        for c in range(8, classes):
-            here, bits = np.flatnonzero(numbers == c), c // 4 - 1
-            values[here] = (4 + c % 4) << bits
-            for place in range(0, bits, 16):
-                b = min(16, bits - place)
-                piece = self.ans.take(len(here), [1 << 24 - b] * (1 << b))
-                values[here] |= np.array(piece, np.int64) << place
-        return values >> 1 ^ -(values & 1)
-
-    def vector(self, count: int) -> np.ndarray:
-        family, table, classes = (self.head.pop(0) for _ in range(3))
-        if family < 2:
-            return (
-                self.run(count, _frequencies(family, table, classes), classes) if table else np.zeros(count, np.int64)
-            )
-        own, self.head = bytes(self.head[: 2 * classes]), self.head[2 * classes :]
-        return self.run(count, np.frombuffer(own, "<u2").tolist(), classes)
-
-    def matrix(self, rows: int, columns: int, shifts: np.ndarray | int = 0) -> np.ndarray:
-        """One chunk, as these matrices are small."""
-        family, first, classes = (self.head.pop(0) for _ in range(3))
-        of_rows = (first + np.cumsum(self.vector(rows)))[:, None]
-        tables = np.where(of_rows == 0, 0, np.clip(of_rows + shifts, 1, 63)) + np.zeros((rows, columns), np.int64)
-        values = np.zeros((rows, columns), np.int64)
-        for table in range(1, 64):
-            here = tables == table
-            if here.any():
-                values[here] = self.run(int(here.sum()), _frequencies(family, table, classes), classes)
-        return values
-
-    def bounded(self, limits: np.ndarray) -> np.ndarray:
-        values = np.zeros(len(limits), np.int64)
-        for i in np.flatnonzero(limits > 1 << 16):
-            values[i] = self.below((int(limits[i]) - 1 >> 16) + 1) << 16
-        for i in np.flatnonzero(limits > 1):
-            values[i] |= self.below(min(int(limits[i]), 1 << 16))
-        return values
-
-    def below(self, n: int) -> int:
-        size = (1 << 24) // n
-        return self.ans.take(1, [*[size] * (n - 1), (1 << 24) - size * (n - 1)])[0]
-
-    def end(self) -> None:
-        assert (self.head, self.ans.ended) == ([], True)
-
-
-def _half_octaves(exponents: np.ndarray) -> np.ndarray:
-    odd = np.array([0x3F800000, 0x3FB504F3], np.uint32).view(np.float32)[exponents % 2]
-    return odd * np.float32(2) ** np.clip(exponents // 2, -126, 126).astype(np.float32)
-
-
-def _elementwise(how: dict, data: bytes, rows: int, columns: int) -> np.ndarray:
-    blocks = []
-    for start in range(0, rows, how["height"]):
-        height, size = min(how["height"], rows - start), int.from_bytes(data[:4], "little")
-        codes, data = _Codes(data[4 : 4 + size]), data[4 + size :]
-        row, column = codes.vector(height), codes.vector(columns)
-        values = codes.matrix(height, columns, -how["slope"] * column).astype(np.float32)
-        codes.end()
-        blocks.append(values * (_half_octaves(row) * np.float32(how["step"]))[:, None] * _half_octaves(column))
-    assert not data
-    return np.concatenate(blocks)
-
-
-def _factored(how: dict, data: bytes, rows: int, columns: int) -> np.ndarray:
-    codes = _Codes(data)
-    column = codes.vector(columns)
-    right = codes.matrix(how["rank"], columns).astype(np.float32) * (_half_octaves(column) * np.float32(how["step"]))
-    row, direction = codes.vector(rows), codes.vector(how["rank"])
-    left = codes.matrix(how["rank"], rows).astype(np.float32) * _half_octaves(direction)[:, None] * _half_octaves(row)
-    codes.end()
-    return left.T @ right
-
-
-def _matrix(how: dict, data: bytes, rows: int, columns: int) -> np.ndarray:
-    if how["operator"] == "hybrid":
-        parts = (how["strong"], data[: how["split"]]), (how["rest"], data[how["split"] :])
-        return sum(_matrix(part, payload, rows, columns) for part, payload in parts)
-    return (_elementwise if how["operator"] == "elementwise" else _factored)(how, data, rows, columns)
-
-
-def _cut(shape: list[int]) -> tuple[int, int]:
-    """Section "Matrices"."""
-    cuts = [(prod(shape[:i]), prod(shape[i:])) for i in range(1, len(shape))] or [(1, prod(shape))]
-    return max(cuts, key=min)
-
-
-def _factor(data: bytes, length: int, bands: list, group_size: int) -> tuple[np.ndarray, bytes]:
-    """Section "Factors": shape (rank, length)."""
-    groups, rank = -(-length // group_size), sum(rows for _, rows in bands)
-    scales, data = _bfloat16(data[: 2 * rank * groups]).reshape(rank, groups), data[2 * rank * groups :]
-    rows: list[np.ndarray] = []
-    for bits, count in bands:
-        size = _packed_size(count * groups, bits)
-        zeros, data = np.array(_unpack(data[:size], count * groups, bits)).reshape(count, groups), data[size:]
-        size = _packed_size(count * length, bits)
-        codes, data = np.array(_unpack(data[:size], count * length, bits)).reshape(count, length), data[size:]
-        rows.append((codes - zeros.repeat(group_size, axis=1)[:, :length]).astype(np.float32))
-    return np.concatenate(rows) * scales.repeat(group_size, axis=1)[:, :length], data
-
-
-def _ordered(bfloat16: np.ndarray) -> np.ndarray:
-    signed = bfloat16.view(np.int16).astype(np.int64)
-    return np.where(signed < 0, signed ^ 0x7FFF, signed)
-
-
-def _patterns(places: np.ndarray) -> np.ndarray:
-    places = places.astype(np.int16)
-    return np.where(places < 0, places ^ 0x7FFF, places).astype(np.int16).view(np.uint16)
-
-
-BFLOAT16 = np.arange(-0x7F81, 0x7F81)  # the places of all values from minus to plus infinity
-
-
-def _predicted(data: bytes, base: np.ndarray, exponent: int) -> np.ndarray:
-    """The tuned places; one block, as these tensors are small."""
-    assert int.from_bytes(data[:4], "little") == len(data) - 4
-    codes, values, places = _Codes(data[4:]), _bfloat16(base.tobytes()).astype(np.float64), _ordered(base)
-    groups = np.where(values == 0, 2, np.clip(np.frexp(values)[1] - exponent, 2, 40))
-    sorted_values = _bfloat16(_patterns(BFLOAT16).tobytes()).astype(np.float64)
-    width, largest = 2.0 ** (exponent + 3 - 8), sorted_values[-2]
-
-    def first(cells: np.ndarray) -> np.ndarray:
-        return BFLOAT16[np.searchsorted(sorted_values, np.clip((cells - 0.5) * width, -largest, largest))]
-
-    for group in np.unique(groups):
-        here = groups == group
-        found = codes.vector(int(here.sum()))
-        if group > 2:
-            places[here] += found
-            continue
-        cells = found + np.rint(values[here] / width).astype(np.int64)
-        places[here] = first(cells) + codes.bounded(first(cells + 1) - first(cells))
-    codes.end()
-    return places
-
-
-def _tuned(entry: dict, payload: bytes, base: np.ndarray) -> np.ndarray:
-    """The tuned bfloat16 patterns (u2) of one parameter from the base's."""
-    how, shape = entry["how"], entry["shape"]
-    values = _bfloat16(base.tobytes()).reshape(shape)
-    if how["operator"] == "unchanged":
-        return base
-    if how["operator"] == "exact":
-        if how["coding"] == "raw":
-            return np.frombuffer(payload, "<u2").reshape(shape)
-        if how["coding"] == "predicted":
-            return _patterns(_predicted(payload, base.reshape(-1), how["exponent"])).reshape(shape)
-        folded, rest = _integers(payload, base.size)
-        assert not rest
-        steps = np.array([value >> 1 ^ -(value & 1) for value in folded])
-        return _patterns(_ordered(base.reshape(-1)) + steps).reshape(shape)
-    if how["operator"] == "sparse":
-        row, payload = _factor(payload, how["count"], [[8, 1]], how["group_size"])
-        gaps, payload = _integers(payload, how["count"])
-        delta = np.zeros(base.size, np.float32)
-        delta[np.cumsum(np.array(gaps) + 1) - 1] = row[0]
-        delta = delta.reshape(shape)
-    elif how["operator"] == "lowrank":
-        right, payload = _factor(payload, shape[1], how["bands"], how["group_size"])
-        left, payload = _factor(payload, shape[0], how["bands"], how["group_size"])
-        delta = left.T @ right
-    else:
-        rows, columns = _cut(shape)
-        if how.get("transposed"):
-            delta, payload = _matrix(how, payload, columns, rows).T.reshape(shape), b""
-        else:
-            delta, payload = _matrix(how, payload, rows, columns).reshape(shape), b""
-    assert not payload
-    return (values + delta).astype(np.float32)
-
-
-@pytest.mark.parametrize("strategy", ["paper", "exact", "auto"])
+@pytest.mark.parametrize(
+    ("strategy", "budget"), [("paper", None), ("exact", None), ("auto", None), ("exact", "60%"), ("exact", "25%")]
+)
 def test_the_page_is_enough_to_read_a_pack(
-    delta: Delta, base: Checkpoint, prompts: list[Prompt], tmp_path: Path, strategy: str
+    delta: Delta, base: Checkpoint, prompts: list[Prompt], tmp_path: Path, strategy: Strategy, budget: str | None
 ) -> None:
     path = tmp_path / "pack.safetensors"
-    compress(delta, PackOptions(strategy=strategy), calibration=prompts).save(path)
+    compress(delta, PackOptions(strategy=strategy, budget=budget), calibration=prompts).save(path)
     pack = SkillPack.load(path)
     with safe_open(path, framework="np") as file:
         header = json.loads(zlib.decompress(base64.b85decode(file.metadata()["skillpack"])))
         for name, entry in header["tensors"].items():
             payload = file.get_tensor(name).tobytes() if entry["nbytes"] else b""
             bits = base.tensor(name).view(torch.int16).numpy().view(np.uint16)
-            found = _tuned(entry, payload, bits)
+            if on_top := entry.get("refinement"):
+                bits = prediction(entry["how"], payload, bits, on_top["weight"])
+                entry = {"how": on_top["how"], "shape": entry["shape"]}
+                payload = file.get_tensor(f"{name}:exact").tobytes()
+            found = tuned_patterns(entry, payload, bits)
             restored = pack.restore(name, base.tensor(name))
             if found.dtype == np.uint16:
                 assert np.array_equal(found, restored.view(torch.int16).numpy().view(np.uint16))
@@ -315,17 +56,17 @@ def test_the_page_is_enough_to_read_a_pack(
 @pytest.mark.parametrize("kind", ["elementwise", "factored", "hybrid"])
 def test_the_page_is_enough_to_read_every_matrix(shape: tuple[int, ...], step: float, kind: str) -> None:
     delta = torch.randn(shape, dtype=torch.float64)
-    rows, columns = cut = _cut(list(shape))
+    rows, columns = sides = cut(list(shape))
     moments = torch.randn(200, columns).double() @ torch.randn(columns, columns).double()
     right = moments.T @ moments
     metric = Metric(3.0, torch.rand(rows).double() + 0.5, right / right.diagonal().mean())
-    matrix = delta.reshape(cut)
+    matrix = delta.reshape(sides)
     if kind == "elementwise":
-        operator, payload = encode_elementwise(lambda start, stop: matrix[start:stop], cut, step, metric)
+        operator, payload = encode_elementwise(lambda start, stop: matrix[start:stop], sides, step, metric)
     else:
         encode = encode_factored if kind == "factored" else encode_hybrid
-        operator, payload = encode(matrix, step, metric, weighted_svd(matrix, metric, min(cut)))
-    found = _matrix(json.loads(operator.model_dump_json()), payload.tobytes(), rows, columns).reshape(shape)
+        operator, payload = encode(matrix, step, metric, weighted_svd(matrix, metric, min(sides)))
+    found = matrix_delta(json.loads(operator.model_dump_json()), payload.tobytes(), rows, columns).reshape(shape)
     expected = operator.delta(payload, torch.zeros(shape)).numpy()
     assert np.array_equal(found, expected) or (kind != "elementwise" and np.allclose(found, expected, rtol=1e-5))
 
@@ -335,7 +76,7 @@ def test_the_page_is_enough_to_read_blocks_and_transposes(monkeypatch: pytest.Mo
     delta, metric = torch.randn(7, 11), Metric(right=torch.diag(torch.logspace(-2, 2, 11)))
     operator, payload = encode_elementwise(lambda start, stop: delta[start:stop], (7, 11), 0.1, metric)
     assert operator.height == 3
-    found = _matrix(operator.model_dump(), payload.tobytes(), 7, 11)
+    found = matrix_delta(operator.model_dump(), payload.tobytes(), 7, 11)
     assert np.array_equal(found, operator.matrix(payload, (7, 11)))
     turned = operator.model_copy(update={"transposed": True})
     assert json.loads(turned.model_dump_json())["transposed"] is True
@@ -349,7 +90,7 @@ def test_the_page_is_enough_to_read_bounded_numbers() -> None:
     )
     numbers, writer = draw.integers(0, limits), CodeWriter()
     writer.below(numbers, limits)
-    codes = _Codes(writer.payload().tobytes())
+    codes = Codes(writer.payload().tobytes())
     assert np.array_equal(codes.bounded(limits), numbers)
     codes.end()
 
@@ -367,5 +108,5 @@ def test_the_page_is_enough_to_read_every_exact_coding(first: float, coding: str
     operator, payload = encode_exact(base, tuned)
     assert operator.coding == coding
     entry = {"how": operator.model_dump(), "shape": [500]}
-    found = _tuned(entry, payload.tobytes(), base.view(torch.int16).numpy().view(np.uint16))
+    found = tuned_patterns(entry, payload.tobytes(), base.view(torch.int16).numpy().view(np.uint16))
     assert np.array_equal(found, tuned.view(torch.int16).numpy().view(np.uint16))

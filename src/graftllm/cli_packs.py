@@ -25,7 +25,8 @@ def pack(
         str | None,
         typer.Option(
             help="Size of the file: 5% of the tuned checkpoint, 400MB, 60KB or bytes; or kl=0.01, the divergence "
-            "that it may have, measured on the calibration rows.  [default: for auto, 5% of the matrices]"
+            "that it may have, measured on the calibration rows. With exact: of a lossy layer that the file holds "
+            "under the exact one (see apply).  [default: for auto, 5% of the matrices; for exact, no lossy layer]"
         ),
     ] = None,
     servable: Annotated[
@@ -164,6 +165,10 @@ def apply(
     weight: Annotated[
         list[float] | None, typer.Option(help="Weight of each pack, in the same order.  [default: 1]")
     ] = None,
+    layer: Annotated[
+        Literal["lossy", "exact"] | None,
+        typer.Option(help="Layer of packs that have two.  [default: exact where there is one]"),
+    ] = None,
 ) -> None:
     """Write base + packs as an ordinary checkpoint, tokenizer included."""
     from graftllm.checkpoint import Checkpoint
@@ -173,5 +178,6 @@ def apply(
     weights = weight or [1.0] * len(pack)
     if len(weights) != len(pack):
         raise FusionError(f"--weight: expected one for each of {len(pack)} packs, found {len(weights)}.")
-    apply_packs(Checkpoint.open(base), [(SkillPack.load(path), w) for path, w in zip(pack, weights, strict=True)], out)
+    packs = [SkillPack.load(path, layer) for path in pack]
+    apply_packs(Checkpoint.open(base), list(zip(packs, weights, strict=True)), out)
     print(f"{out}: {base} with {', '.join(str(path) for path in pack)}")

@@ -11,11 +11,18 @@ import zlib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 from safetensors import SafetensorError, safe_open
 
 from graftllm.checkpoint import DTYPES, TensorSpec, safetensors_header
-from graftllm.compression.encoded import Operator
+from graftllm.compression.encoded import Operator, Refinement
 from graftllm.compression.roles import Role
 from graftllm.delta import convertible, growable, is_setting
 from graftllm.errors import PackError
@@ -64,7 +71,8 @@ class TensorEntry(Part):
     """One parameter: what it is in the base, and how its delta is stored.
 
     `tuned_shape` and `tuned_dtype` are there where the tuned model's are not the base's; `unseen` where
-    it is an expert's matrix that no calibration token reached, so that it was coded without calibration.
+    it is an expert's matrix that no calibration token reached, so that it was coded without calibration;
+    `refinement` where an exact layer lies on top, the error is that of the lossy layer then.
     """
 
     role: Role
@@ -78,6 +86,22 @@ class TensorEntry(Part):
     tuned_shape: tuple[int, ...] | None = None
     tuned_dtype: str | None = None
     unseen: bool = False
+    refinement: Refinement | None = None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of its payloads, both layers."""
+        return self.nbytes + (self.refinement.nbytes if self.refinement else 0)
+
+    @property
+    def operator(self) -> str:
+        """The name of the operator that restores it: `exact` where an exact layer lies on top."""
+        return "exact" if self.refinement else self.how.operator
+
+    @property
+    def bit_for_bit(self) -> bool:
+        """Whether restoring gives the tuned bits."""
+        return self.operator == "exact" or (self.operator == "unchanged" and self.error == 0)
 
     @property
     def spec(self) -> TensorSpec:
@@ -91,7 +115,7 @@ class TensorEntry(Part):
 
     @model_serializer(mode="wrap")
     def _only_what_differs(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        usual = {"tuned_shape": None, "tuned_dtype": None, "unseen": False}
+        usual = {"tuned_shape": None, "tuned_dtype": None, "unseen": False, "refinement": None}
         return {key: value for key, value in write(self).items() if key not in usual or value != usual[key]}
 
 
@@ -111,6 +135,11 @@ class Header(Part):
     config: dict[str, Setting] = {}  # what the tuned config.json says otherwise, by dotted key
     tokenizer_changed: bool = False
     tensors: dict[str, TensorEntry]
+
+    def lossy_layer(self) -> "Header":
+        """Return the header of the same pack without its exact layer."""
+        tensors = {name: entry.model_copy(update={"refinement": None}) for name, entry in self.tensors.items()}
+        return self.model_copy(update={"tensors": tensors})
 
 
 def read_header(path: Path) -> Header:
@@ -181,6 +210,8 @@ def _parse_header(path: Path, text: bytes) -> Header:
                 f"{path}: tensor {name!r} claims to become {tuned.dtype} of shape {list(tuned.shape)} from "
                 f"{entry.dtype} of shape {list(entry.shape)}, which cannot be."
             )
+        if refinement_key(name) in header.tensors:
+            raise PackError(f"{path}: {refinement_key(name)!r} is the name of a tensor and of an exact layer.")
     rows = {entry.tuned_shape[0] for entry in header.tensors.values() if entry.tuned_shape}
     for key, value in header.config.items():
         if not is_setting(key) or (key.endswith("vocab_size") and value not in rows):
@@ -189,8 +220,17 @@ def _parse_header(path: Path, text: bytes) -> Header:
 
 
 def layout(header: Header) -> dict[str, TensorSpec]:
-    """Return the file's tensors: one run of bytes for each parameter that has a payload."""
-    return {name: TensorSpec("U8", (entry.nbytes,)) for name, entry in header.tensors.items() if entry.nbytes}
+    """Return the file's tensors: one run of bytes for each parameter that has a payload, then those of exact layers."""
+    sizes = {name: entry.nbytes for name, entry in header.tensors.items()}
+    sizes |= {
+        refinement_key(name): entry.refinement.nbytes for name, entry in header.tensors.items() if entry.refinement
+    }
+    return {name: TensorSpec("U8", (nbytes,)) for name, nbytes in sizes.items() if nbytes}
+
+
+def refinement_key(name: str) -> str:
+    """Return the name under which a parameter's exact layer is stored."""
+    return f"{name}:exact"
 
 
 def file_bytes(header: Header) -> int:

@@ -70,7 +70,9 @@ class PackOptions(Section):
 
     strategy: Strategy = "auto"
     budget: str | None = Field(
-        default=None, description="5% of the tuned checkpoint, 400MB, 60KB or bytes; kl=0.01 for a fidelity instead"
+        default=None,
+        description="5% of the tuned checkpoint, 400MB, 60KB or bytes; kl=0.01 for a fidelity instead; for exact, "
+        "of a lossy layer under the exact one",
     )
     servable: int | None = Field(
         default=None, ge=1, le=512, description="keep linear layers at this rank or below, as LoRA servers need it"
@@ -84,6 +86,11 @@ class PackOptions(Section):
         description="bits and share of the kept singular vectors, strongest first",
     )
     group_size: int = Field(default=128, ge=8, description="values that share one scale")
+
+    @property
+    def layered(self) -> bool:
+        """Whether a lossy layer is asked for, and an exact one on top of it."""
+        return self.strategy == "exact" and self.budget is not None
 
     @model_validator(mode="after")
     def _bands_cover_everything(self) -> "PackOptions":

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from safetensors import safe_open
@@ -19,19 +20,30 @@ from torch import Tensor
 from graftllm.checkpoint import DTYPE_NAMES, Checkpoint, TensorSpec, digest, fingerprint, write_safetensors
 from graftllm.compression.calibration import SEQUENCES, Calibration, collect_moments
 from graftllm.compression.crew import Crew, Engine, default_workers, open_crew
-from graftllm.compression.encoded import EncodedTensor
+from graftllm.compression.encoded import EncodedTensor, ExactLayer
 from graftllm.compression.measures import Measures, save_measures
 from graftllm.compression.sensitivity import fits_in_memory, measure_sensitivity
-from graftllm.compression.strategy import encode_job
+from graftllm.compression.strategy import encode_job, refine_job
 from graftllm.compression.units import Compressed, Job, payload_digest
 from graftllm.compression.workspace import Workspace, open_workspace, packing_key
 from graftllm.delta import Delta, align
 from graftllm.errors import CompressionError, PackError
 from graftllm.generation import resolve_device
-from graftllm.header import BaseInfo, Card, Header, TensorEntry, file_bytes, layout, metadata, read_header
+from graftllm.header import (
+    BaseInfo,
+    Card,
+    Header,
+    TensorEntry,
+    file_bytes,
+    layout,
+    metadata,
+    read_header,
+    refinement_key,
+)
 from graftllm.recipe import PackOptions, budget_bytes, kl_target
 from graftllm.records import Prompt
 
+Layer = Literal["lossy", "exact"]
 _COMPRESSED_ENTRY = 64  # bytes of a tensor's entry in the compressed header, mostly its two digests
 _TRIES = 8  # packs that are built to meet a target divergence
 _CLOSE = 0.8  # of the target: near enough
@@ -51,14 +63,26 @@ class SkillPack:
     _payload: Callable[[str], np.ndarray]
 
     @classmethod
-    def load(cls, path: str | Path) -> "SkillPack":
+    def load(cls, path: str | Path, layer: Layer | None = None) -> "SkillPack":
         """Open a pack; reads its header only.
 
+        Args:
+            path: the file.
+            layer: `lossy` leaves exact layers out and never reads them; `exact` expects a pack that gives the tuned
+                bits. By default what the file has.
+
         Raises:
-            PackError: the file is missing, truncated, damaged, hostile or not a SkillPack.
+            PackError: the file is missing, truncated, damaged, hostile or not a SkillPack, or has no such layer.
         """
         path = Path(path)
         header = read_header(path)
+        odd = next((name for name, entry in header.tensors.items() if not entry.bit_for_bit), None)
+        if layer == "exact" and odd is not None:
+            raise PackError(
+                f"{path}: expected a pack with an exact layer, but {odd!r} has none. "
+                "Take the lossy layer, or pack with the strategy exact."
+            )
+        header = header.lossy_layer() if layer == "lossy" else header
 
         def payload(name: str) -> np.ndarray:
             with safe_open(path, framework="np") as file:
@@ -85,21 +109,26 @@ class SkillPack:
             PackError: the payload is not the one that the header describes.
         """
         entry = self.header.tensors[name]
-        payload = self._payload(name) if entry.nbytes else np.empty(0, np.uint8)
-        if payload_digest(payload) != entry.payload_digest:
-            raise PackError(
-                f"{self.source}: the payload of {name!r} does not match its digest {entry.payload_digest}. "
-                "The file is damaged; copy or download it again."
-            )
-        return EncodedTensor(entry.how, payload)
+        payload, on_top = self._checked(name, entry.nbytes, entry.payload_digest), entry.refinement
+        if on_top is None:
+            return EncodedTensor(entry.how, payload)
+        refinement = self._checked(refinement_key(name), on_top.nbytes, on_top.payload_digest)
+        return EncodedTensor(entry.how, payload, ExactLayer(on_top.weight, on_top.how, refinement))
 
     def restore(self, name: str, base: Tensor) -> Tensor:
         """Return the tuned value of one parameter from the base's (on CPU), in the tuned shape and dtype.
 
         Raises:
-            PackError: the payload is damaged, or does not fit the base.
+            PackError: the payload is damaged, does not fit the base, or an exact layer does not give the tuned bits.
         """
-        return self._decoded(name, base, EncodedTensor.restore)
+        value, on_top = self._decoded(name, base, EncodedTensor.restore), self.header.tensors[name].refinement
+        if on_top is not None and digest(value) != on_top.tuned_digest:
+            raise PackError(
+                f"{self.source}: the exact layer of {name!r} gives values of digest {digest(value)}, expected "
+                f"{on_top.tuned_digest}. The file is damaged, or this machine calculates otherwise than others; "
+                "take the lossy layer."
+            )
+        return value
 
     def delta(self, name: str, base: Tensor) -> Tensor:
         """Return the delta of one parameter in float32; `base` is its value in the base model, on CPU.
@@ -109,6 +138,9 @@ class SkillPack:
         Raises:
             PackError: as for `restore`.
         """
+        entry = self.header.tensors[name]
+        if entry.refinement is not None:
+            return self.restore(name, base).float() - align(base, entry.tuned_spec).float()
         return self._decoded(name, base, EncodedTensor.decode)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
@@ -120,7 +152,7 @@ class SkillPack:
             PackError: the payload is damaged.
         """
         entry = self.header.tensors[name]
-        if entry.how.operator not in ("factored", "lowrank") or len(entry.shape) != 2:
+        if entry.operator not in ("factored", "lowrank") or len(entry.shape) != 2:
             return None
         try:
             return self.encoded(name).factors((entry.shape[0], entry.shape[1]))
@@ -164,14 +196,23 @@ class SkillPack:
     @property
     def payload_bytes(self) -> int:
         """Size of all payloads in bytes; the file adds its headers to it."""
-        return sum(entry.nbytes for entry in self.header.tensors.values())
+        return sum(entry.stored_bytes for entry in self.header.tensors.values())
 
     def bytes_by_role(self) -> dict[str, int]:
         """Return how many bytes each role's payloads take."""
         totals: dict[str, int] = {}
         for entry in self.header.tensors.values():
-            totals[entry.role] = totals.get(entry.role, 0) + entry.nbytes
+            totals[entry.role] = totals.get(entry.role, 0) + entry.stored_bytes
         return totals
+
+    def _checked(self, key: str, nbytes: int, expected: str) -> np.ndarray:
+        payload = self._payload(key) if nbytes else np.empty(0, np.uint8)
+        if payload_digest(payload) != expected:
+            raise PackError(
+                f"{self.source}: the payload of {key!r} does not match its digest {expected}. "
+                "The file is damaged; copy or download it again."
+            )
+        return payload
 
     def _check_spec(self, name: str, spec: TensorSpec) -> None:
         entry = self.header.tensors[name]
@@ -211,9 +252,9 @@ def compress(
 
     Args:
         delta: tuned - base.
-        options: the strategy and its knobs; a budget counts the bytes of the whole file.
+        options: the strategy and its knobs; a budget counts the bytes of the whole file, without the exact layer.
         calibration: rows that the tuned model reads, so that rounding errors fall where they matter least;
-            the skill's own SFT rows are best. Without them, and in the strategy `exact`, there is no calibration.
+            the skill's own SFT rows are best. Without them, and where nothing is lossy, there is no calibration.
         card: name, description, provenance and scores for the header.
         measure: gives the KL divergence of a pack; for a budget such as `kl=0.01`.
         device: where matrices are decomposed; `auto` takes a GPU when there is one.
@@ -228,7 +269,7 @@ def compress(
         StorageError: the spool is in use, or holds something else.
     """
     device = str(resolve_device(device))
-    calibration = () if options.strategy == "exact" else calibration[:SEQUENCES]
+    calibration = calibration[:SEQUENCES] if options.strategy != "exact" or options.layered else ()
     with ExitStack() as stack:
         workspace = Workspace.temporary()
         if spool is not None:
@@ -279,7 +320,7 @@ def _measured(job: Job, calibration: Sequence[Prompt]) -> Measures:
     """Run the tuned model over calibration rows."""
     tuned, sensitivity = job.delta.tuned, None
     moments = collect_moments(tuned.path, calibration, device=job.device, spool=job.workspace.directory)
-    if job.options.strategy == "auto" and fits_in_memory(tuned, resolve_device(job.device)):
+    if job.options.strategy != "paper" and fits_in_memory(tuned, resolve_device(job.device)):
         sensitivity = measure_sensitivity(tuned.path, calibration, device=job.device)
     return Measures(moments, sensitivity)
 
@@ -289,31 +330,32 @@ def _within_budget(job: Job, crew: Crew, card: Card, measure: Callable[[SkillPac
     delta, options = job.delta, job.options
     calibration = job.measures().calibration
 
-    def build(budget: int | None) -> SkillPack:
-        return _build(job, crew, budget, card=card, calibration=calibration)
+    def build(budget: int | None, refined: bool = False) -> SkillPack:
+        return _build(job, crew, budget, card=card, calibration=calibration, refined=refined)
 
-    target = None if options.budget is None else kl_target(options.budget)
+    size, target = None, None if options.budget is None else kl_target(options.budget)
     if target is not None:
         if measure is None:
             raise CompressionError(
                 f"budget: {options.budget} is met by measuring, but there is nothing to measure on; "
                 "give prompts (--calibration) or a size such as 5%."
             )
-        return _smallest_within(target, measure, build, delta.tuned.nbytes)
-    return build(None if options.budget is None else budget_bytes(options.budget, delta.tuned.nbytes))
+        size = _smallest_within(target, measure, build, delta.tuned.nbytes)
+    elif options.budget is not None:
+        size = budget_bytes(options.budget, delta.tuned.nbytes)
+    return build(size, options.layered)
 
 
 def _smallest_within(
-    target: float, measure: Callable[[SkillPack], float], build: Callable[[int | None], SkillPack], tuned_bytes: int
-) -> SkillPack:
-    """Return the smallest pack found whose KL divergence is within a target: log-log interpolation over sizes."""
-    best: SkillPack | None = None
+    target: float, measure: Callable[[SkillPack], float], build: Callable[[int], SkillPack], tuned_bytes: int
+) -> int:
+    """Return the least budget found whose pack's KL divergence is within a target: log-log interpolation over sizes."""
+    best: int | None = None
     size, below, above = tuned_bytes // 20, 0.0, math.inf  # sizes known to be too small, and large enough
     for _ in range(_TRIES):
-        pack = build(size)
-        found = measure(pack)
+        found = measure(build(size))
         if found <= target:
-            best, above = pack, float(size)
+            best, above = size, float(size)
             if found >= _CLOSE * target:
                 break
         else:
@@ -330,8 +372,10 @@ def _smallest_within(
     return best
 
 
-def _build(job: Job, crew: Crew, budget: int | None, *, card: Card, calibration: Calibration | None) -> SkillPack:
-    """Return a pack whose file takes at most `budget` bytes."""
+def _build(
+    job: Job, crew: Crew, budget: int | None, *, card: Card, calibration: Calibration | None, refined: bool
+) -> SkillPack:
+    """Return a pack whose file takes at most `budget` bytes, and `refined` an exact layer more."""
     delta, options = job.delta, job.options
     header = Header(
         card=card,
@@ -363,6 +407,7 @@ def _build(job: Job, crew: Crew, budget: int | None, *, card: Card, calibration:
             tuned_shape=tuned.shape if tuned.shape != part.spec.shape else None,
             tuned_dtype=tuned.dtype if tuned.dtype != part.spec.dtype else None,
             unseen=calibration is not None and part.name in calibration.unseen,
+            refinement=part.facts.refinement,
         )
 
     def entry_bytes(name: str, nbytes: int) -> int:
@@ -387,4 +432,10 @@ def _build(job: Job, crew: Crew, budget: int | None, *, card: Card, calibration:
                 f"budget: expected at least {size:,} bytes for this delta, found {budget:,}. Raise it."
             )
         beside += short  # the estimate was that much too low
-    return SkillPack(whole, "an unsaved pack", lambda name: parts[name].payload)
+    if refined:
+        parts = {part.name: part for part in refine_job(job, crew, list(parts.values()))}
+        whole = whole.model_copy(update={"tensors": {name: entry(part) for name, part in parts.items()}})
+    on_top = {refinement_key(name): part for name, part in parts.items()}
+    return SkillPack(
+        whole, "an unsaved pack", lambda key: parts[key].payload if key in parts else on_top[key].refinement
+    )

@@ -13,6 +13,7 @@ from graftllm.compression.exact import Exact
 from graftllm.compression.factored import Factored, Hybrid
 from graftllm.compression.lowrank import LowRank
 from graftllm.compression.matrix import MatrixOperator
+from graftllm.compression.prediction import is_predicting, predicted
 from graftllm.compression.pruning import Sparse
 
 
@@ -47,20 +48,41 @@ Operator = Annotated[
 
 
 @dataclass(frozen=True)
+class ExactLayer:
+    """What makes tuned bits of a lossy layer: coded given base + weight * delta."""
+
+    weight: float
+    how: Exact
+    payload: np.ndarray
+
+
+class Refinement(BaseModel):
+    """What a header says of an exact layer. `tuned_digest` is of the tuned bytes that it gives."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    weight: float = Field(ge=0, le=1)
+    how: Exact
+    nbytes: int = Field(ge=0)
+    payload_digest: str
+    tuned_digest: str
+
+
+@dataclass(frozen=True)
 class EncodedTensor:
     """One parameter's delta: the operator that made it and the operator's payload (flat uint8).
 
     Decoding needs the base value, on CPU: it gives the shape and dtype, and exact values are coded
-    as differences from it.
+    as differences from it. Where there is a refinement, operator and payload are the lossy layer under it.
     """
 
     operator: Operator
     payload: np.ndarray
+    refinement: ExactLayer | None = None
 
     @property
     def nbytes(self) -> int:
-        """Size of the payload in bytes."""
-        return self.payload.nbytes
+        """Size of the payload in bytes, both layers."""
+        return self.payload.nbytes + (self.refinement.payload.nbytes if self.refinement else 0)
 
     def decode(self, base: Tensor) -> Tensor:
         """Return the delta, tuned - base, in float32.
@@ -68,6 +90,8 @@ class EncodedTensor:
         Raises:
             ValueError: the payload does not fit the operator and the base's shape.
         """
+        if self.refinement is not None:
+            return self.restore(base).float() - base.float()
         return self.operator.delta(self.payload, base)
 
     def factors(self, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
@@ -96,9 +120,24 @@ class EncodedTensor:
         Raises:
             ValueError: as for `decode`.
         """
+        if self.refinement is not None:
+            layer = self.refinement
+            return layer.how.restore(layer.payload, self.prediction(base, layer.weight))
         if isinstance(self.operator, Exact | MatrixOperator):
             return self.operator.restore(self.payload, base)
         if isinstance(self.operator, Unchanged):
             self.operator.check(self.payload)
             return base.clone()
         return (base.float() + self.decode(base)).to(base.dtype)
+
+    def prediction(self, base: Tensor, weight: float) -> Tensor:
+        """Return base + weight * delta as an exact layer needs it: in the base's dtype, the same bits everywhere.
+
+        Raises:
+            ValueError: as for `decode`; or the operator does not decode to the same bits everywhere.
+        """
+        if weight == 0:
+            return base
+        if not is_predicting(self.operator):
+            raise ValueError(f"expected an exact layer of weight 0 over {self.operator.operator}, found {weight}")
+        return predicted(self.operator, self.payload, base, weight)

@@ -1,44 +1,62 @@
 """The exact operator: the tuned values bit for bit, coded under their probability given the base's.
 
-Training moved each value by about the same spread sigma. Where a base value is large against it, the
+Each value moved by about the spread of its row and column. Where a base value is large against it, the
 tuned value's place among all values of the dtype, in numeric order, is a few places from the base's;
-how many depends on the exponent, so each exponent has its own table. Where a base value is within a
-few sigma of zero the tuned value is coded on a grid of fixed width, then among the values in its cell.
+how many depends on the exponent, so each distance of base value and spread has its own table. Where
+a base value is within a few spreads of zero the tuned value is coded on a grid of fixed width, then
+among the values in its cell. A product of factors may be added to the base first: the nearer the
+tuned values are, the fewer bytes (see `layered`).
 """
 
 import math
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from graftllm.checkpoint import raw_bytes
 from graftllm.compression.codes import LARGEST, CodeReader, CodeWriter
 from graftllm.compression.entropy import decode_integers, encode_integers, fold, unfold
+from graftllm.compression.factored import Factored
+from graftllm.compression.matrix import matrix_shape
+from graftllm.compression.prediction import predicted
 
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PRECISION = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 16}  # bits of a cell's place, at most
-_NEAR = 2  # base values below 2 ** _NEAR sigma are near zero
+_NEAR = 4  # half octaves above its spread up to which a base value is near zero, or one more
+_FAR = 80  # base values so many half octaves above their spread and more share a table
+_FAINTEST = 40  # half octaves below the tensor's that a spread is told
+_LEVELS = 400  # half octaves, either way, that are told apart
 _BLOCK = 1 << 22
-_FAR = 40  # exponents this far above sigma's and more share a table
 
 
 class Exact(BaseModel):
     """Tuned values bit for bit.
 
     Attributes:
-        coding: `predicted` (blocks of 2 ** 22 values, each its length (u32) and a `codes` stream of the values by
-            exponent of the base value, ascending; codes of cells are followed by the places in them),
-            `difference` (of places in numeric order, entropy-coded), or `raw` (the tuned bytes).
-        exponent: of sigma, a power of two; for `predicted`.
+        coding: `predicted` (parts, each its length (u32) and a `codes` stream: first the spreads of rows and columns,
+            then blocks of 2 ** 22 values, by how far the base value is above its spread, ascending; codes of
+            cells are followed by the places in them), `difference` (of places in numeric order, entropy-coded),
+            or `raw` (the tuned bytes).
+        exponent: of the spread, a power of two; for `predicted`.
+        product: what is added to the base first, if anything; its payload is the first `split` bytes.
+        split: as said.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     operator: Literal["exact"] = "exact"
     coding: Literal["predicted", "difference", "raw"]
     exponent: int = 0
+    product: Factored | None = None
+    split: int = Field(default=0, ge=0)
+
+    @model_serializer(mode="wrap")
+    def _only_what_differs(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key not in ("product", "split") or value}
 
     def restore(self, payload: np.ndarray, base: Tensor) -> Tensor:
         """Return the tuned values, in the dtype and shape of `base`.
@@ -46,6 +64,8 @@ class Exact(BaseModel):
         Raises:
             ValueError: the payload is not an encoding of that many values.
         """
+        if self.product is not None:
+            base, payload = predicted(self.product, payload[: self.split], base), payload[self.split :]
         if self.coding == "raw":
             if payload.nbytes != base.nbytes:
                 raise ValueError(f"expected {base.nbytes} raw bytes, found {payload.nbytes}")
@@ -60,34 +80,48 @@ class Exact(BaseModel):
         return self.restore(payload, base).float() - base.float()
 
     def _predicted(self, payload: np.ndarray, base: Tensor) -> Tensor:
-        tuned, position = torch.empty(base.shape, dtype=base.dtype), 0
-        for before, after in zip(base.reshape(-1).split(_BLOCK), tuned.view(-1).split(_BLOCK), strict=True):
-            size = int.from_bytes(payload[position : position + 4].tobytes(), "little")
-            after.copy_(_pattern(self._block(payload[position + 4 : position + 4 + size], before), before))
-            position += 4 + size
-        if position != len(payload):
-            raise ValueError(f"expected {position} bytes of coded values, found {len(payload)}")
+        if base.dtype not in _PRECISION or abs(self.exponent) > _LEVELS // 2:
+            raise ValueError(f"expected a floating-point dtype and a small exponent, found {base.dtype}")
+        parts, (rows, columns) = _parts(payload), matrix_shape(tuple(base.shape))
+        reader = CodeReader(next(parts))
+        spreads = Spreads(self.exponent, reader.vector(rows), reader.vector(columns))
+        reader.finish()
+        tuned = torch.empty(base.shape, dtype=base.dtype)
+        blocks = zip(base.reshape(-1).split(_BLOCK), tuned.view(-1).split(_BLOCK), parts, strict=False)
+        done = 0
+        for before, after, part in blocks:
+            after.copy_(_pattern(_read_block(part, before, spreads.levels(done, done + len(before))), before))
+            done += len(before)
+        if done != base.numel() or next(parts, None) is not None:
+            raise ValueError(f"expected blocks of {base.numel()} values, found {done} of them or more blocks")
         return tuned
 
-    def _block(self, payload: np.ndarray, base: Tensor) -> np.ndarray:
-        if base.dtype not in _PRECISION or abs(self.exponent) > 200:
-            raise ValueError(f"expected a floating-point dtype and a small exponent, found {base.dtype}")
-        groups, places, cells = _groups(base, self.exponent), _ordered(base), _cell_of(base, self.exponent)
-        if groups is None:
-            raise ValueError("expected finite base values")
-        tuned, reader = np.empty(len(places), np.int64), CodeReader(payload)
-        for group in np.unique(groups):
-            here = np.flatnonzero(groups == group)
-            codes = reader.vector(len(here)).astype(np.int64)
-            if group > _NEAR:
-                tuned[here] = places[here].astype(np.int64) + codes
-                continue
-            first, count = _cell(codes + cells[here], self.exponent, base.dtype)
-            if len(count) and count.min() < 1:
-                raise ValueError("expected values in every cell, found none")
-            tuned[here] = first + reader.below(count)
-        reader.finish()
-        return tuned.astype(places.dtype)
+
+@dataclass(frozen=True)
+class Spreads:
+    """By how much the values of a matrix moved: 2 ** exponent, and half octaves more in each row and each column."""
+
+    exponent: int
+    rows: np.ndarray
+    columns: np.ndarray
+
+    def levels(self, start: int, stop: int) -> np.ndarray:
+        """Return the half octaves of the spread of some elements in row-major order, int16."""
+        row, column = np.divmod(np.arange(start, stop), len(self.columns))
+        found = 2 * self.exponent + self.rows[row].astype(np.int64) + self.columns[column]
+        return np.clip(found, -_LEVELS, _LEVELS).astype(np.int16)
+
+    def payload(self) -> np.ndarray:
+        """Return rows and columns as bytes."""
+        writer = CodeWriter()
+        writer.vector(self.rows)
+        writer.vector(self.columns)
+        return writer.payload()
+
+    @property
+    def mean_level(self) -> float:
+        """The mean of the levels: half as many bits does each value take, if it is Gaussian, and what all do alike."""
+        return 2 * self.exponent + float(self.rows.mean()) + float(self.columns.mean())
 
 
 def encode_exact(base: Tensor, tuned: Tensor) -> tuple[Exact, np.ndarray]:
@@ -102,70 +136,156 @@ def encode_exact(base: Tensor, tuned: Tensor) -> tuple[Exact, np.ndarray]:
 
 def _predict(base: Tensor, tuned: Tensor) -> tuple[Exact, np.ndarray] | None:
     """Return the `predicted` coding, or None where it cannot be: not finite, wide or not floating-point values."""
-    if base.dtype not in _PRECISION or not base.numel():
+    if base.dtype not in _PRECISION or not base.numel() or (spreads := _measured(base, tuned)) is None:
         return None
-    pairs = list(zip(base.reshape(-1).split(_BLOCK), tuned.reshape(-1).split(_BLOCK), strict=True))
-    squares = sum(float((after.double() - before.double()).square().sum()) for before, after in pairs)
-    if not math.isfinite(squares):
-        return None
-    spread = math.sqrt(squares / base.numel())
-    exponent = int(np.clip(np.rint(np.log2(spread)), -140, 120)) if spread else -140
-    parts = []
-    for before, after in pairs:
-        payload = _coded_block(before, after, exponent)
-        if payload is None:
+    parts, done = [spreads.payload()], 0
+    for before, after in zip(base.reshape(-1).split(_BLOCK), tuned.reshape(-1).split(_BLOCK), strict=True):
+        part = _coded_block(before, after, spreads.levels(done, done + len(before)))
+        if part is None:
             return None
-        parts += [np.array([len(payload)], "<u4").view(np.uint8), payload]
-    return Exact(coding="predicted", exponent=exponent), np.concatenate(parts)
+        parts.append(part)
+        done += len(before)
+    sized = [piece for part in parts for piece in (np.array([len(part)], "<u4").view(np.uint8), part)]
+    return Exact(coding="predicted", exponent=spreads.exponent), np.concatenate(sized)
 
 
-def _coded_block(base: Tensor, tuned: Tensor, exponent: int) -> np.ndarray | None:
-    groups = _groups(base, exponent)
-    if groups is None:
+def _measured(base: Tensor, tuned: Tensor) -> Spreads | None:
+    """Return the spreads of tuned - base; None where it is not finite. Rows and columns are told where that pays."""
+    rows, columns = matrix_shape(tuple(base.shape))
+    before, after = base.reshape(rows, columns), tuned.reshape(rows, columns)
+    height = max(1, _BLOCK // columns)
+
+    def squares() -> Iterator[Tensor]:
+        for earlier, later in zip(before.split(height), after.split(height), strict=True):
+            yield (later.double() - earlier.double()).square()
+
+    of_rows = torch.cat([part.mean(dim=1) for part in squares()])
+    whole = float(of_rows.mean())
+    if not math.isfinite(whole) or not bool(torch.isfinite(base).all()):
         return None
+    exponent = int(np.clip(np.rint(math.log2(whole) / 2), -140, 120)) if whole else -140
+    flat = Spreads(exponent, np.zeros(rows, np.int32), np.zeros(columns, np.int32))
+    if min(rows, columns) == 1 or not whole:
+        return flat
+    least = 2.0**-_FAINTEST
+    of_rows = (of_rows / 4.0**exponent).clamp(min=least)
+    parts = zip(squares(), of_rows.split(height), strict=True)
+    of_columns = sum((part / (4.0**exponent * level[:, None])).sum(dim=0) for part, level in parts) / rows
+    told = (_whole_log2(of_rows), _whole_log2(torch.as_tensor(of_columns).clamp(min=least)))
+    spreads = Spreads(exponent, *told)
+    saved_bits = rows * columns * (math.log2(whole) - spreads.mean_level) / 2
+    return spreads if saved_bits > 8 * (len(spreads.payload()) - len(flat.payload())) else flat
+
+
+def _whole_log2(values: Tensor) -> np.ndarray:
+    return values.log2().round().to(torch.int32).numpy()
+
+
+def _parts(payload: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield parts by their lengths, at least one."""
+    position = 0
+    while position < len(payload) or not position:
+        size = int.from_bytes(payload[position : position + 4].tobytes(), "little")
+        position += 4 + size
+        if position > len(payload):
+            raise ValueError(f"expected a part of {size} bytes, found {len(payload) - position + size}")
+        yield payload[position - size : position]
+
+
+def _coded_block(base: Tensor, tuned: Tensor, levels: np.ndarray) -> np.ndarray | None:
     places, wanted, writer = _ordered(base).astype(np.int64), _ordered(tuned).astype(np.int64), CodeWriter()
-    cells, tuned_cells = _cell_of(base, exponent), _cell_of(tuned, exponent)
-    for group in np.unique(groups):
-        here = np.flatnonzero(groups == group)
-        cell = tuned_cells[here]
-        if group > _NEAR:
-            codes = wanted[here] - places[here]
+    cells, tuned_cells = _cells(base, levels), _cells(tuned, levels)
+    for near, here in _groups(base, levels):
+        if not near:
+            vectors = [wanted[here] - places[here]]
+            inside = None
         else:
-            first, count = _cell(cell, exponent, base.dtype)
+            cell, grid = tuned_cells[here], _Grid(levels[here], base.dtype)
+            first, count = grid.extent(cell)
             cell = cell - (wanted[here] < first) + (wanted[here] >= first + count)  # edges are in the cell above
-            codes = cell - cells[here]
-        if np.abs(codes).max(initial=0) >= LARGEST:
-            return None
-        writer.vector(codes.astype(np.int32))
-        if group == _NEAR:
-            first, count = _cell(cell, exponent, base.dtype)
-            writer.below(wanted[here] - first, count)
+            middle = cell == 0
+            vectors = [cell - cells[here], _from_edges(wanted[here][middle], grid.edge[middle])]
+            first, count = grid.extent(cell)
+            inside = (wanted[here] - first)[~middle], count[~middle]
+        for codes in vectors:
+            if np.abs(codes).max(initial=0) >= LARGEST:
+                return None
+            writer.vector(codes.astype(np.int32))
+        if inside is not None:
+            writer.below(*inside)
     return writer.payload()
 
 
-def _groups(base: Tensor, exponent: int) -> np.ndarray | None:
-    """Return for each base value the octaves that it is above sigma, at least `_NEAR`; None if any is not finite."""
-    values = base.double().reshape(-1).numpy()
+def _read_block(payload: np.ndarray, base: Tensor, levels: np.ndarray) -> np.ndarray:
+    places, cells = _ordered(base), _cells(base, levels)
+    tuned, reader = np.empty(len(places), np.int64), CodeReader(payload)
+    for near, here in _groups(base, levels):
+        codes = reader.vector(len(here)).astype(np.int64)
+        if not near:
+            tuned[here] = places[here].astype(np.int64) + codes
+            continue
+        cell, grid = codes + cells[here], _Grid(levels[here], base.dtype)
+        middle = cell == 0
+        tuned[here[middle]] = _from_edges(reader.vector(int(middle.sum())).astype(np.int64), grid.edge[middle])
+        first, count = grid.extent(cell)
+        if count.min(initial=1) < 1:
+            raise ValueError("expected values in every cell, found none")
+        tuned[here[~middle]] = first[~middle] + reader.below(count[~middle])
+    reader.finish()
+    return tuned.astype(places.dtype)
+
+
+def _groups(base: Tensor, levels: np.ndarray) -> Iterator[tuple[bool, np.ndarray]]:
+    """Yield whether base values are near zero, and which elements share a table.
+
+    These are elements whose base values are the same number of half octaves above their spread.
+
+    Raises:
+        ValueError: a base value is not finite.
+    """
+    values = base.double().numpy()
     if not np.isfinite(values).all():
-        return None
-    octaves = np.where(values == 0, -(1 << 20), np.frexp(values)[1]) - exponent
-    return np.clip(octaves, _NEAR, _FAR).astype(np.int8)
+        raise ValueError("expected finite base values")
+    octaves = np.where(values == 0, -(1 << 12), np.frexp(values)[1])
+    above = np.clip(2 * octaves - levels, _NEAR + (levels & 1), _FAR).astype(np.int8)
+    order = np.argsort(above, kind="stable")
+    for here in np.split(order, np.flatnonzero(np.diff(above[order])) + 1):
+        yield bool(above[here[0]] <= _NEAR + 1), here
 
 
-def _cell_of(values: Tensor, exponent: int) -> np.ndarray:
+class _Grid:
+    """Cells of values near zero. Their width is a power of two, chosen by the level."""
+
+    def __init__(self, levels: np.ndarray, dtype: torch.dtype) -> None:
+        self.widths, self.dtype = _widths(levels, dtype), dtype
+
+    @property
+    def edge(self) -> np.ndarray:
+        """The place of the first value above the middle cell."""
+        return _first_at_least(0.5 * self.widths, self.dtype)
+
+    def extent(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the place of the first value in each cell and how many values it has; edges are of the cell above."""
+        first = _first_at_least((cells - 0.5) * self.widths, self.dtype)
+        return first, _first_at_least((cells + 0.5) * self.widths, self.dtype) - first
+
+
+def _cells(values: Tensor, levels: np.ndarray) -> np.ndarray:
     """Return the number of the cell that each value is in; where that is too large to matter, any."""
-    cells = np.rint(values.double().reshape(-1).numpy() / _width(exponent, values.dtype))
+    cells = np.rint(values.double().numpy() / _widths(levels, values.dtype))
     return np.clip(np.nan_to_num(cells), -(1 << 40), 1 << 40).astype(np.int64)
 
 
-def _width(exponent: int, dtype: torch.dtype) -> float:
-    return 2.0 ** (exponent + 3 - _PRECISION[dtype])
+def _widths(levels: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    return np.ldexp(1.0, (levels >> 1) + (3 - _PRECISION[dtype]))
 
 
-def _cell(codes: np.ndarray, exponent: int, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Return the place of the first value in each cell and how many values it has; edges belong to the cell above."""
-    first = _first_at_least((codes - 0.5) * _width(exponent, dtype), dtype)
-    return first, _first_at_least((codes + 0.5) * _width(exponent, dtype), dtype) - first
+def _from_edges(places: np.ndarray, edge: np.ndarray) -> np.ndarray:
+    """Return how far places in the middle cell are from its edges, negative ones from the lower; or the reverse.
+
+    Values at even distances from each other are ever more places apart the nearer they are to zero.
+    """
+    return np.where(places < 0, -places - 2 - edge, edge - 1 - places)
 
 
 def _first_at_least(bounds: np.ndarray, dtype: torch.dtype) -> np.ndarray:

@@ -1,8 +1,7 @@
-"""The strategies `paper` and `exact`, one parameter at a time.
+"""The strategy `paper`, one parameter at a time.
 
-`paper` is the module-aware adaptive compression of arXiv 2505.18502: embedding and head pruned by magnitude,
-attention and MLP by truncated SVD with quantised factors. `exact` keeps every bit. Norms, biases and
-whatever is not a matrix are exact in both.
+It is the module-aware adaptive compression of arXiv 2505.18502: embedding and head pruned by magnitude, attention
+and MLP by truncated SVD with quantised factors. Norms, biases and whatever is not a matrix are exact.
 """
 
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ def encode_published(
         rank: of a low-rank operator; None for what keeps the energy of the options.
         moments: of the layer's input.
     """
-    if options.strategy == "exact" or not is_matrix(tuple(base.shape)):
+    if not is_matrix(tuple(base.shape)):
         return encode_exact(base, tuned)
     if role in PRUNED:
         return encode_sparse(change.cpu(), options.density, options.group_size)

@@ -1,7 +1,8 @@
 """The strategies: which operator compresses which parameter, and how hard.
 
-`auto` takes for every matrix the operator that is cheapest at one step for the whole model. `paper` and
-`exact` are in `published`. What is done to a tensor is a unit of `units`, and a `crew` does them.
+`auto` takes for every matrix the operator that is cheapest at one step for the whole model. `exact` keeps every
+bit; with a budget it does so in two layers, of which the lower is what `auto` makes. `paper` is in `published`. What
+is done to a tensor is a unit of `units`, and a `crew` does them.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,13 +65,21 @@ def encode_job(
         CompressionError: the budget cannot be met.
         CheckpointError: the delta holds NaN or infinity.
     """
-    if job.options.strategy == "auto":
+    if job.options.strategy == "auto" or job.options.layered:
         return _automatic(job, crew, payload_budget, entry_bytes)
     ranks: dict[str, int] = {}
     if payload_budget is not None:
         said = sum(entry_bytes(name, job.delta.tuned.specs[name].nbytes) for name in job.delta)
         ranks = _ranks_for_budget(job, crew, payload_budget - said)
     return _coded(job, crew, [Unit(name, "publish", ranks.get(name)) for name in job.delta])
+
+
+def refine_job(job: Job, crew: Crew, parts: Sequence[Compressed]) -> list[Compressed]:
+    """Return parts that `encode_job` gave, with an exact layer on all that are not exact yet."""
+    lossy = [part for part in parts if part.unit.kind == "code" and part.facts.operator.operator != "exact"]
+    units = {part.name: Unit(part.name, "refine", part.unit.at) for part in lossy}
+    crew(list(units.values()), "refining")
+    return [found_code(job, units[part.name]) if part.name in units else part for part in parts]
 
 
 def _automatic(
@@ -119,10 +128,6 @@ def _nothing(name: str, nbytes: int) -> int:
 def _ranks_for_budget(job: Job, crew: Crew, budget: int) -> dict[str, int]:
     """Return the ranks at the largest energy that fits the budget, by bisection over known spectra."""
     options = job.options
-    if options.strategy == "exact":
-        raise CompressionError(
-            "budget: the strategy 'exact' keeps every bit, so it takes no budget; leave it out or use auto."
-        )
     crew([Unit(name, "spectrum") for name in job.delta], "reading spectra")
     sizes = {name: found_sizes(job, name) for name in job.delta}
 

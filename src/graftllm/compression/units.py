@@ -20,8 +20,9 @@ from torch import Tensor
 from graftllm.checkpoint import DTYPE_NAMES, DTYPES, TensorSpec, raw_bytes, write_safetensors
 from graftllm.compression.allocation import Outlook, outlook
 from graftllm.compression.automatic import encode_matrix, source_of
-from graftllm.compression.encoded import EncodedTensor, Operator, Unchanged
+from graftllm.compression.encoded import EncodedTensor, ExactLayer, Operator, Refinement, Unchanged
 from graftllm.compression.exact import encode_exact
+from graftllm.compression.layered import encode_closest, refine
 from graftllm.compression.matrix import MatrixOperator, Source, matrix_shape
 from graftllm.compression.measures import Measures, load_measures
 from graftllm.compression.published import Sizes, encode_published, sizes
@@ -59,12 +60,13 @@ class Unit:
 
     Attributes:
         name: of the tensor.
-        kind: `look` and `code` for the strategy `auto`, `spectrum` and `publish` for the others.
-        at: the step that `code` uses, or the rank of `publish`.
+        kind: `look` and `code` for the strategy `auto`, `refine` for an exact layer on what `code` made,
+            `spectrum` and `publish` for the others.
+        at: the step that `code` and `refine` use, or the rank of `publish`.
     """
 
     name: str
-    kind: Literal["look", "code", "spectrum", "publish"]
+    kind: Literal["look", "code", "refine", "spectrum", "publish"]
     at: float | None = None
 
     def file(self, job: Job) -> Path:
@@ -84,14 +86,15 @@ def carry_out(job: Job, unit: Unit) -> None:
 
 
 class Facts(BaseModel):
-    """What is said of a coded parameter; its payload is in the same file."""
+    """What is said of a coded parameter; its payloads are in the same file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     operator: Operator
     base_digest: str
     nbytes: int
     payload_digest: str
-    error: float  # ||decoded - delta|| / ||delta||
+    error: float  # ||decoded - delta|| / ||delta||, of the lossy layer where there is an exact one on top
+    refinement: Refinement | None = None
 
 
 @dataclass(frozen=True)
@@ -108,13 +111,23 @@ class Compressed:
     @property
     def payload(self) -> np.ndarray:
         """The payload, flat uint8."""
-        with safe_open(self.unit.file(self.job), framework="np") as file:
-            return file.get_tensor("payload") if self.facts.nbytes else np.empty(0, np.uint8)
+        return self._stored("payload", self.facts.nbytes)
+
+    @property
+    def refinement(self) -> np.ndarray:
+        """The payload of the exact layer on top, flat uint8; empty where there is none."""
+        return self._stored("refinement", self.facts.refinement.nbytes if self.facts.refinement else 0)
 
     @property
     def encoded(self) -> EncodedTensor:
-        """The operator and the payload."""
-        return EncodedTensor(self.facts.operator, self.payload)
+        """The operators and the payloads."""
+        on_top = self.facts.refinement
+        layer = None if on_top is None else ExactLayer(on_top.weight, on_top.how, self.refinement)
+        return EncodedTensor(self.facts.operator, self.payload, layer)
+
+    def _stored(self, part: str, nbytes: int) -> np.ndarray:
+        with safe_open(self.unit.file(self.job), framework="np") as file:
+            return file.get_tensor(part) if nbytes else np.empty(0, np.uint8)
 
 
 def found_outlook(job: Job, name: str) -> Outlook | None:
@@ -174,6 +187,13 @@ def _code(job: Job, unit: Unit) -> None:
     _write_code(job, unit, operator, payload, error)
 
 
+def _refine(job: Job, unit: Unit) -> None:
+    """Put an exact layer on a coded matrix."""
+    lossy = found_code(job, Unit(unit.name, "code", unit.at))
+    encoded = refine(lossy.encoded, *job.delta.pair(unit.name), resolve_device(job.device))
+    _write_encoded(job, unit, encoded, lossy.facts.error)
+
+
 def _source(job: Job, name: str, measures: Measures) -> Source:
     return source_of(job.delta, name, transposed=measures.transposed(name), device=resolve_device(job.device))
 
@@ -193,6 +213,8 @@ def _publish(job: Job, unit: Unit) -> None:
     if job.delta.unchanged(unit.name):
         return _write_code(job, unit, Unchanged(), np.empty(0, np.uint8), 0.0)
     base, tuned, change, role = _changed(job, unit.name)
+    if job.options.strategy == "exact":
+        return _write_code(job, unit, *encode_closest(base, tuned, resolve_device(job.device)), 0.0)
     calibration = job.measures().calibration
     moments = None if calibration is None else calibration.moments.get(unit.name)
     rank = None if unit.at is None else int(unit.at)
@@ -208,23 +230,39 @@ def _changed(job: Job, name: str) -> tuple[Tensor, Tensor, Tensor, Role]:
     return base, tuned, change, role_of(name, tuple(base.shape))
 
 
-_KINDS = {"look": _look, "code": _code, "spectrum": _spectrum, "publish": _publish}
+_KINDS = {"look": _look, "code": _code, "refine": _refine, "spectrum": _spectrum, "publish": _publish}
 
 
 def _write_code(job: Job, unit: Unit, operator: Operator, payload: np.ndarray, error: float) -> None:
+    _write_encoded(job, unit, EncodedTensor(operator, payload), error)
+
+
+def _write_encoded(job: Job, unit: Unit, encoded: EncodedTensor, error: float) -> None:
+    arrays, on_top = {"payload": encoded.payload}, None
+    if encoded.refinement is not None:
+        arrays["refinement"] = encoded.refinement.payload
+        on_top = Refinement(
+            weight=encoded.refinement.weight,
+            how=encoded.refinement.how,
+            nbytes=arrays["refinement"].nbytes,
+            payload_digest=payload_digest(arrays["refinement"]),
+            tuned_digest=job.delta.tuned.digest(unit.name),
+        )
     facts = Facts(
-        operator=operator,
+        operator=encoded.operator,
         base_digest=_base_digest(job, unit),
-        nbytes=payload.nbytes,
-        payload_digest=payload_digest(payload),
+        nbytes=encoded.payload.nbytes,
+        payload_digest=payload_digest(encoded.payload),
         error=error,
+        refinement=on_top,
     )
-    _write(unit.file(job), {"payload": torch.from_numpy(payload.copy())}, "facts", facts.model_dump_json())
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    _write(unit.file(job), tensors, "facts", facts.model_dump_json())
 
 
 def _base_digest(job: Job, unit: Unit) -> str:
     """Return the digest of the base value; the look at a matrix has found it already."""
-    if unit.kind != "code":
+    if unit.kind not in ("code", "refine"):
         return job.delta.base_digest(unit.name)
     with safe_open(Unit(unit.name, "look").file(job), framework="np") as file:
         return json.loads((file.metadata() or {})["outlook"])["base_digest"]

@@ -66,12 +66,12 @@ class Portion:
 def portion(entries: Iterable[TensorEntry]) -> Portion:
     """Return the sums over some parameters."""
     entries = list(entries)
-    errors = [entry.error for entry in entries] or [0.0]
+    errors = [0.0 if entry.refinement else entry.error for entry in entries] or [0.0]
     return Portion(
         tensors=len(entries),
         parameters=sum(entry.tuned_spec.parameters for entry in entries),
-        nbytes=sum(entry.nbytes for entry in entries),
-        operators=dict(Counter(entry.how.operator for entry in entries).most_common()),
+        nbytes=sum(entry.stored_bytes for entry in entries),
+        operators=dict(Counter(entry.operator for entry in entries).most_common()),
         median_error=median(errors),
         max_error=max(errors),
     )

@@ -108,7 +108,7 @@ def role_grid(header: Header) -> Grid:
     """Return how many bytes each role of a pack takes under each operator, and how large its errors are."""
     groups: dict[tuple[str, str], list[TensorEntry]] = {}
     for entry in header.tensors.values():
-        groups.setdefault((entry.role, entry.how.operator), []).append(entry)
+        groups.setdefault((entry.role, entry.operator), []).append(entry)
     whole = portion(header.tensors.values())
     found = {key: portion(entries) for key, entries in groups.items()} | {("all", ""): whole}
     rows = [

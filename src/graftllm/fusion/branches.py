@@ -142,9 +142,9 @@ def _check_place(name: str, pack: SkillPack, module: nn.Module, key: str, *, who
         return
     if key != "weight" or not isinstance(module, nn.Linear | Conv1D | nn.Embedding):
         raise _only_merged(name, pack, f"a parameter of {type(module).__name__}")
-    if not whole and entry.how.operator not in ("factored", "lowrank"):
+    if not whole and entry.operator not in ("factored", "lowrank"):
         raise FusionError(
-            f"{pack.source}: stores {name!r} by the operator {entry.how.operator!r}, not in factors, so it can only be "
+            f"{pack.source}: stores {name!r} by the operator {entry.operator!r}, not in factors, so it can only be "
             "merged. Rebuild it with `graftllm pack --servable RANK`, or use it merged, one pack for a batch."
         )
 

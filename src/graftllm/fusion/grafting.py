@@ -135,7 +135,7 @@ def combined(name: str, base: Tensor, packs: Sequence[Weighted], *, dtype: torch
         return _with_products(base, products, dtype)
     base = base.cpu()
     pack, weight = packs[0]
-    exact = pack.header.tensors[name].how.operator == "exact"
+    exact = pack.header.tensors[name].operator == "exact"
     if len(packs) == 1 and weight == 1 and (exact or dtype == DTYPES[spec.dtype]):
         return pack.restore(name, base).to(dtype)
     total = torch.zeros(spec.shape)
@@ -149,7 +149,7 @@ def _products(name: str, packs: Sequence[Weighted]) -> tuple[Tensor, Tensor] | N
     found: list[tuple[Tensor, Tensor]] = []
     for pack, weight in packs:
         entry, factors = pack.header.tensors[name], pack.factors(name)
-        if entry.tuned_spec != entry.spec or (factors is None and entry.how.operator != "unchanged"):
+        if entry.tuned_spec != entry.spec or (factors is None and entry.operator != "unchanged"):
             return None
         if factors is not None:
             found.append((factors[0] * weight, factors[1]))
@@ -207,7 +207,7 @@ def touched_bindings(model: nn.Module, packs: Sequence[Weighted]) -> list[Bindin
 def touched_names(pack: SkillPack) -> Iterator[str]:
     """Yield the names of the base's parameters that a pack changes."""
     for name, entry in pack.header.tensors.items():
-        if entry.how.operator != "unchanged" or entry.tuned_spec != entry.spec:
+        if entry.operator != "unchanged" or entry.tuned_spec != entry.spec:
             yield name
 
 

@@ -104,7 +104,7 @@ def in_factors(header: Header) -> bool:
     """
     allowed = ("factored", "lowrank", "unchanged")
     return all(
-        entry.how.operator in (allowed if entry.role != "expert" else ("unchanged",)) and entry.tuned_spec == entry.spec
+        entry.operator in (allowed if entry.role != "expert" else ("unchanged",)) and entry.tuned_spec == entry.spec
         for entry in header.tensors.values()
         if len(entry.shape) > 1 and entry.role not in ("embedding", "head")
     )

@@ -1,7 +1,8 @@
 """Router accuracy, memory and tokens a second with 1 to 64 packs on one base.
 
-Packs beyond the trained ones are the same files under other names, with other prompts of the same skill to train
-the router on; a prompt is routed right when it goes to any pack of its skill.
+The packs are of rank 32, so that they run beside the weights. Those beyond the trained ones are the same files
+under other names, with other prompts of the same skill to train the router on; a prompt is routed right when it
+goes to any pack of its skill.
 """
 
 import json
@@ -15,16 +16,21 @@ from typing import Any, cast
 import torch
 from fusion_rows import Bench
 
+from graftllm.checkpoint import Checkpoint
+from graftllm.delta import Delta
 from graftllm.fusion.assembly import fuse_packs
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.generation import pad, render
 from graftllm.pipeline.work import GENERAL
+from graftllm.recipe import PackOptions
 from graftllm.records import Prompt, read_prompts, write_rows
+from graftllm.skillpack import compress_to
 from graftllm.storage import write_text
 
 _EACH = 48  # prompts that the router learns a pack from
 _BATCH = 64  # conversations in the batch that is timed
 _REPEATS = 9
+_RANK = 32  # of the packs that are timed
 
 
 def measure_scaling(bench: Bench, directory: Path, counts: Sequence[int]) -> list[dict[str, Any]]:
@@ -50,7 +56,7 @@ def _measure(bench: Bench, place: Path, count: int) -> dict[str, Any]:
         data += [Prompt(row.id, row.question, name, row.reference) for row in some]
     write_rows(place.with_name("rows.jsonl"), data)
     shutil.rmtree(place, ignore_errors=True)
-    packs = {name: work.pack(skill) for name, skill in copies.items()}
+    packs = {name: _servable(bench, skill, place.with_name(f"{skill}.safetensors")) for name, skill in copies.items()}
     started = time.monotonic()
     fuse_packs(place, str(bench.base.path), packs, router_data=place.with_name("rows.jsonl"), device=work.device)
     fused_s = time.monotonic() - started
@@ -62,6 +68,14 @@ def _measure(bench: Bench, place: Path, count: int) -> dict[str, Any]:
         **_speed(bench, grafted, copies),
         "decoded packs, MB": (grafted.shelf.nbytes if grafted.shelf else 0) / 1e6,
     }
+
+
+def _servable(bench: Bench, skill: str, out: Path) -> Path:
+    """Pack a fine-tune so that it can run beside the weights, unless that is done."""
+    if not out.exists():
+        delta = Delta(bench.base, Checkpoint.open(bench.built.work.tuned(skill)))
+        compress_to(out, delta, PackOptions(servable=_RANK), device=bench.built.work.device)
+    return out
 
 
 def _accuracy(bench: Bench, grafted: GraftedModel, copies: Mapping[str, str]) -> float:

@@ -13,7 +13,7 @@ import pytest
 
 from graftllm.errors import SamplingError
 from graftllm.records import Message, Prompt
-from graftllm.sampling import sandbox
+from graftllm.sampling import programs, sandbox
 from graftllm.sampling.programs import judge_programs, program_in
 from graftllm.sampling.sandbox import Verdict, isolation_problem, run_tests
 from graftllm.transfer_options import CodeJudge
@@ -263,6 +263,14 @@ def test_a_platform_that_cannot_isolate_says_why(monkeypatch: pytest.MonkeyPatch
 )
 def test_the_program_is_the_longest_block_of_python(answer: str, program: str) -> None:
     assert program_in(answer) == program
+
+
+def test_equal_programs_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr(programs, "run_tests", lambda *given: ran.append(given) or Verdict(True))
+    prompt = Prompt("p", (Message(role="user", content="?"),), tests=("1",))
+    assert judge_programs([prompt] * 3, ["x = 1", "```\nx = 2\n```", "x = 1"], LIMITS) == [1, 1, 1]
+    assert len(ran) == 2
 
 
 def test_answers_are_judged_by_the_tests_of_their_prompts(anywhere: CodeJudge) -> None:

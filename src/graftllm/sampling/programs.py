@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from graftllm.errors import SamplingError
+from graftllm.progress import progress
 from graftllm.records import Prompt
 from graftllm.sampling.sandbox import run_tests
 from graftllm.transfer_options import CodeJudge
@@ -19,11 +20,16 @@ def judge_programs(prompts: Sequence[Prompt], answers: Sequence[str], judge: Cod
     for prompt in prompts:
         if not prompt.tests:
             raise SamplingError(f"prompt {prompt.id!r} has no 'tests', which the judge 'code' runs; add some.")
-    with ThreadPoolExecutor(judge.workers) as pool:
-        verdicts = pool.map(
-            lambda one: run_tests(program_in(one[1]), one[0].tests, judge), zip(prompts, answers, strict=True)
-        )
-        return [float(verdict.passed) for verdict in verdicts]
+    asked = [(program_in(answer), prompt.tests) for prompt, answer in zip(prompts, answers, strict=True)]
+    different = list(dict.fromkeys(asked))
+    with ThreadPoolExecutor(judge.workers) as pool, progress("running tests") as show:
+        passed: dict[tuple[str, tuple[str, ...]], float] = {}
+        for one, verdict in zip(
+            different, pool.map(lambda one: run_tests(one[0], one[1], judge), different), strict=True
+        ):
+            passed[one] = float(verdict.passed)
+            show(len(passed), len(different))
+    return [passed[one] for one in asked]
 
 
 def program_in(answer: str) -> str:

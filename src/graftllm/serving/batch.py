@@ -22,6 +22,7 @@ class Batch:
     def __init__(self, model: PreTrainedModel) -> None:
         """Start without rows."""
         self._model = model
+        self._takes = inspect.signature(model.forward).parameters
         self._cache = DynamicCache()
         self._mask = torch.zeros(0, 0, dtype=torch.long)  # (rows, length)
 
@@ -72,9 +73,8 @@ class Batch:
         """Run the model on new tokens, shape (rows, new), which join the cache; `mask` covers both."""
         inputs: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # count from the first real token
-        takes = inspect.signature(self._model.forward).parameters
-        inputs |= {"position_ids": positions} if "position_ids" in takes else {}
-        inputs |= {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        inputs |= {"position_ids": positions} if "position_ids" in self._takes else {}
+        inputs |= {"logits_to_keep": 1} if "logits_to_keep" in self._takes else {}
         return cast(Any, self._model)(input_ids=ids.to(mask.device), **inputs).logits[:, -1]
 
     def _join(self, cache: DynamicCache, mask: Tensor) -> None:

@@ -1,0 +1,85 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import pytest
+from openai import AuthenticationError
+
+from graftllm.errors import ServingError
+from graftllm.serving.server import serve
+from tests.serving.running import PATIENCE_S, client_of, plain_client
+
+
+@contextmanager
+def _command(directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Run `graftllm serve` with keys until the block ends; yield the process and its address."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    keys = {"GRAFTLLM_API_KEY": "open", "GRAFTLLM_ADMIN_KEY": "sesame"}
+    words = [sys.executable, "-m", "graftllm.cli", "serve", str(directory), "--port", str(port), "--device", "cpu"]
+    process = subprocess.Popen(words, env=os.environ | keys, stderr=subprocess.PIPE)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        while process.poll() is None:
+            try:
+                httpx2.get(f"{address}/health", timeout=PATIENCE_S)
+                break
+            except httpx2.ConnectError:
+                continue
+        yield process, address
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_keys_guard_the_endpoint_packs_change_while_it_runs_and_a_signal_lets_it_finish(own: Path) -> None:
+    with _command(own / "grafted") as (process, address):
+        with (
+            plain_client(address) as plain,
+            client_of(address, "wrong") as stranger,
+            client_of(address, "open") as client,
+        ):
+            assert plain.get("/").status_code == 200
+            with pytest.raises(AuthenticationError, match="expected the API key as `Authorization: Bearer KEY`"):
+                stranger.models.list()
+            admin = {"authorization": "Bearer sesame"}
+            spare = {"name": "spare", "file": str(own / "spare.safetensors")}
+            assert plain.post("/v1/packs", json=spare, headers={"authorization": "Bearer open"}).status_code == 401
+            assert plain.post("/v1/packs", json=spare, headers=admin).status_code == 201
+            again = plain.post("/v1/packs", json=spare, headers=admin)
+            assert again.status_code == 400
+            assert "pack 'spare': this grafted model has one of that name" in again.json()["error"]["message"]
+            assert "spare" in [model.id for model in client.models.list()]
+            assert client.completions.create(model="spare", prompt="b", max_tokens=3).choices[0].text != ""
+            assert plain.delete("/v1/packs/spare", headers=admin).json() == {
+                "object": "pack", "id": "spare", "deleted": True,
+            }  # fmt: skip
+            assert plain.delete("/v1/packs/spare", headers=admin).status_code == 404
+
+            stream = client.completions.create(
+                model="one", prompt="b", max_tokens=100, n=4, stream=True, temperature=2, seed=0,
+                stream_options={"include_usage": True},
+            )  # fmt: skip
+            chunks = [next(stream)]
+            process.send_signal(signal.SIGTERM)
+            chunks += stream
+            ended = [choice for chunk in chunks for choice in chunk.choices if choice.finish_reason]
+            assert len(ended) == 4
+            assert chunks[-1].usage is not None
+        assert process.wait(PATIENCE_S) in (0, -signal.SIGTERM)
+        with pytest.raises(httpx2.ConnectError):
+            httpx2.get(f"{address}/health")
+
+
+def test_an_address_that_others_reach_needs_a_key() -> None:
+    def never() -> None:
+        raise AssertionError
+
+    with pytest.raises(ServingError, match="--host 0.0.0.0: expected an --api-key where other machines can reach"):
+        serve(never, host="0.0.0.0")  # type: ignore[arg-type]

@@ -1,0 +1,67 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from graftllm.serving.orders import Order
+from graftllm.serving.writing import Draw, Text, scored
+
+
+def _bytes() -> PreTrainedTokenizerFast:
+    """A tokenizer with a token for each byte, so that most characters take several."""
+    vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    built = Tokenizer(models.BPE(vocabulary, []))
+    built.pre_tokenizer, built.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=built)
+
+
+WORDS = _bytes()
+texts = st.text(st.sampled_from("ab €é\N{GRINNING FACE}"), max_size=20)
+
+
+@given(texts, st.lists(st.text("ab €", min_size=1, max_size=3), max_size=3))
+def test_pieces_make_the_text_up_to_the_first_stop_and_never_show_a_part_of_it(whole: str, stop: list[str]) -> None:
+    text, pieces = Text(WORDS, tuple(stop)), []
+    for token in WORDS(whole)["input_ids"]:
+        pieces.append(text.add(token))
+        if text.stopped:
+            break
+    pieces.append(text.finish())
+    places = [place for word in stop if (place := whole.find(word)) >= 0]
+    assert text.stopped == bool(places)
+    if not places:
+        assert "".join(pieces) == whole
+    else:  # the stop text that was complete first counts
+        ends = {whole.find(word) + len(word): whole.find(word) for word in stop if word in whole}
+        assert whole[: ends[min(ends)]].startswith("".join(pieces))
+    assert "\ufffd" not in "".join(pieces)
+
+
+def test_a_character_that_stays_incomplete_is_shown_at_the_end_only() -> None:
+    text = Text(WORDS, ())
+    assert text.add(WORDS("€")["input_ids"][0]) == ""
+    assert text.finish() == "\ufffd"
+
+
+@given(st.integers(0, 2**62), st.floats(0.05, 1.0))
+def test_only_tokens_of_the_wanted_share_are_drawn(seed: int, top_p: float) -> None:
+    logits = torch.randn(20, generator=torch.Generator().manual_seed(seed % 97))
+    ranked = torch.softmax(logits, 0).sort(descending=True)
+    allowed = ranked.indices[: int((ranked.values.cumsum(0) < top_p - 1e-6).sum()) + 1]
+    draw = Draw(Order([], [1], "base", temperature=1.0, top_p=top_p, seed=seed), 0)
+    assert all(draw.token(logits) in allowed for _ in range(20))
+
+
+def test_draws_follow_the_probabilities() -> None:
+    draw = Draw(Order([], [1], "base", temperature=2.0, seed=1), 0)
+    counts = torch.bincount(torch.tensor([draw.token(torch.tensor([2.0, 0.0])) for _ in range(4000)]))
+    assert counts[0] / 4000 == pytest.approx(torch.sigmoid(torch.tensor(1.0)).item(), abs=0.03)
+
+
+def test_scores_are_log_probabilities_with_the_best_first() -> None:
+    logits = torch.log(torch.tensor([0.1, 0.6, 0.3]))
+    token = scored(logits, 2, 2, WORDS)
+    assert token.likely.logprob == pytest.approx(torch.tensor(0.3).log().item())
+    assert [one.logprob for one in token.alternatives] == pytest.approx(torch.tensor([0.6, 0.3]).log().tolist())

@@ -17,28 +17,33 @@ import torch
 
 from graftllm.checkpoint import DTYPE_NAMES, digest, raw_bytes
 from graftllm.compression.elementwise import encode_elementwise
-from graftllm.compression.encoded import Operator, Unchanged
+from graftllm.compression.encoded import Operator, Refinement, Unchanged
 from graftllm.compression.exact import Exact, encode_exact
 from graftllm.compression.factored import encode_factored, encode_hybrid, weighted_svd
 from graftllm.compression.lowrank import encode_lowrank, truncated_svd
 from graftllm.compression.metric import Metric
+from graftllm.compression.prediction import predicted
 from graftllm.compression.pruning import encode_sparse
 from graftllm.errors import PackError
-from graftllm.header import BaseInfo, Card, Header, TensorEntry
+from graftllm.header import BaseInfo, Card, Header, TensorEntry, refinement_key
 from graftllm.recipe import PackOptions
 from graftllm.skillpack import SkillPack
 
 KINDS = (
     *("unchanged", "raw", "difference", "predicted", "predicted float", "sparse", "lowrank"),
-    *("elementwise", "convolution", "factored", "hybrid", "transposed"),
+    *("elementwise", "convolution", "factored", "hybrid", "transposed", "product", "layered"),
 )
 
 
 @dataclass(frozen=True)
 class Sample:
+    """A tensor as it is stored; with `lossy`, operator and payload are of the exact layer over that."""
+
     how: Operator
     payload: bytes
     base: torch.Tensor
+    lossy: tuple[Operator, bytes] | None = None
+    tuned_digest: str = ""
 
 
 @cache
@@ -62,6 +67,8 @@ def _samples() -> dict[str, Sample]:
     assert product is not None
     assert both is not None
     on_its_side = both[0].model_copy(update={"transposed": True})
+    exact, rest = encode_exact(predicted(*product, base), tuned)
+    over = exact.model_copy(update={"product": product[0], "split": len(product[1])})
     found = {
         "unchanged": ((Unchanged(), np.empty(0, np.uint8)), base),
         "raw": ((Exact(coding="raw"), raw_bytes(tuned)), base),
@@ -75,31 +82,52 @@ def _samples() -> dict[str, Sample]:
         "factored": (product, base),
         "hybrid": (both, base),
         "transposed": ((on_its_side, both[1]), base.T.contiguous()),
+        "product": ((over, np.concatenate([product[1], rest])), base),
+        "layered": (encode_exact(predicted(*both, base), tuned), base),
     }
     codings = [pair[0][0].coding for pair in (found["difference"], found["predicted"], found["predicted float"])]
     assert codings == ["difference", "predicted", "predicted"]
-    return {name: Sample(how, payload.tobytes(), value) for name, ((how, payload), value) in found.items()}
+    samples = {name: Sample(how, payload.tobytes(), value) for name, ((how, payload), value) in found.items()}
+    return samples | {
+        "layered": replace(samples["layered"], lossy=(both[0], both[1].tobytes()), tuned_digest=digest(tuned))
+    }
 
 
 def _tiny_pack(samples: dict[str, Sample]) -> SkillPack:
-    tensors = {
-        name: TensorEntry(
+    payloads, tensors = {}, {}
+    for name, sample in samples.items():
+        how, payloads[name], on_top = sample.how, sample.payload, None
+        if sample.lossy is not None:
+            assert isinstance(how, Exact)
+            on_top = Refinement(
+                weight=1,
+                how=how,
+                nbytes=len(sample.payload),
+                payload_digest=_digest(sample.payload),
+                tuned_digest=sample.tuned_digest,
+            )
+            payloads[refinement_key(name)] = sample.payload
+            how, payloads[name] = sample.lossy
+        tensors[name] = TensorEntry(
             role="other",
             dtype=DTYPE_NAMES[sample.base.dtype],
             shape=tuple(sample.base.shape),
             base_digest=digest(sample.base),
-            how=sample.how,
-            nbytes=len(sample.payload),
-            payload_digest=hashlib.sha256(sample.payload).hexdigest()[:16],
+            how=how,
+            nbytes=len(payloads[name]),
+            payload_digest=_digest(payloads[name]),
             error=0.1,
+            refinement=on_top,
         )
-        for name, sample in samples.items()
-    }
     about = BaseInfo(name="base", architecture="X", fingerprint="0" * 64, parameters=1)
     header = Header(
         card=Card(), base=about, tuned_bytes=1, options=PackOptions(), calibration_tokens=0, tensors=tensors
     )
-    return SkillPack(header, "tiny", lambda name: np.frombuffer(samples[name].payload, np.uint8))
+    return SkillPack(header, "tiny", lambda name: np.frombuffer(payloads[name], np.uint8))
+
+
+def _digest(payload: bytes) -> str:
+    return hashlib.sha256(payload).hexdigest()[:16]
 
 
 def _refused(pack: SkillPack, name: str) -> bool:

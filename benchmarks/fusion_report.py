@@ -38,19 +38,24 @@ def draw(results: Results, skills: Sequence[str], path: Path) -> None:
     """Draw the average score of each row against the bytes that it keeps; bars are standard errors over seeds."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
+    labels: dict[tuple[int, int], list[str]] = {}  # of points at nearly the same place, in one line
+    places: dict[tuple[int, int], tuple[float, float, str]] = {}
     for name in _names(results):
         if name.startswith("tuned on"):
             continue
         found = [seed[name] for seed in results.values() if name in seed]
         values = [100 * average(row.scores, skills) for row in found]
-        size = sum(row.stored_bytes for row in found) / len(found) / 1e6
+        size, mean = sum(row.stored_bytes for row in found) / len(found) / 1e6, sum(values) / len(values)
         color = "#D55E00" if name in _OURS else "#666666" if name in _BOUNDS else "#0072B2"
-        axes.errorbar(size, sum(values) / len(values), _stderr(values) or 0, fmt="o", color=color, capsize=2)
-        axes.annotate(
-            name, (size, sum(values) / len(values)), xytext=(5, 3), textcoords="offset points", fontsize=8, color=color
-        )
+        axes.errorbar(size, mean, _stderr(values) or 0, fmt="o", color=color, capsize=2)
+        labels.setdefault((round(size / 0.3), round(mean / 2.5)), []).append(name)
+        places.setdefault((round(size / 0.3), round(mean / 2.5)), (size, mean, color))
+    for place, names in labels.items():
+        size, mean, color = places[place]
+        text = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        axes.annotate(text, (size, mean), xytext=(6, 4), textcoords="offset points", fontsize=8, color=color)
     axes.set(xlabel="MB kept, the base included where it is needed", ylabel="% right, mean of skills and general tasks")
-    axes.set_xscale("log")
+    axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     with whole_file(path) as file:

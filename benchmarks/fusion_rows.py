@@ -293,8 +293,8 @@ def _baseline(bench: Bench, name: str) -> Measurement:
         scores = {skill: measured[f"{name}.{skill}"][skill].value for skill in skills}
         bench.set_weights(None)
         scores |= bench.scores({GENERAL: bench.tests[GENERAL]})
-        parts = built.work.directory / "baselines" / name
-        size = sum(path.stat().st_size for path in parts.rglob("*.safetensors"))
+        parts = [built.work.directory / "baselines" / name / skill for skill in skills]
+        size = sum(path.stat().st_size for part in parts for path in part.glob("*.safetensors"))
         return Measurement(scores, bench.base.nbytes + size, "by name")
     last = measured[list(measured)[-1]]
     scores = {test: last[test].value for test in (*skills, GENERAL)}

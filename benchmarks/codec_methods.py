@@ -20,7 +20,7 @@ from codec_measures import Yardstick, squared_norm
 from rivals import RIVALS, Rival, Setting, compress, distinct
 from zstandard import ZstdCompressor
 
-import graftllm.skillpack
+import graftllm.packer
 from graftllm.checkpoint import raw_bytes
 from graftllm.errors import CompressionError
 from graftllm.recipe import PackOptions, Strategy
@@ -28,7 +28,7 @@ from graftllm.skillpack import SkillPack
 
 RATES = (0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # bits per parameter that our budgets ask for
 OWN = ("auto", "auto, not calibrated", "paper")
-_LIBRARY = Path(graftllm.skillpack.__file__).parent
+_LIBRARY = Path(graftllm.packer.__file__).parent
 _HERE = Path(__file__).parent
 
 
@@ -59,7 +59,12 @@ class Method:
 
 def methods(rates: Sequence[float] = RATES) -> dict[str, Method]:
     """Return all methods by name; `rates` are those of ours."""
-    codec = (*sorted((_LIBRARY / "compression").glob("*.py")), _LIBRARY / "skillpack.py", _LIBRARY / "header.py")
+    codec = (
+        *sorted((_LIBRARY / "compression").glob("*.py")),
+        _LIBRARY / "skillpack.py",
+        _LIBRARY / "packer.py",
+        _LIBRARY / "header.py",
+    )
     codec += (_HERE / "codec_bound.py",)
     budgets = tuple(rates)
     own = [
@@ -89,7 +94,7 @@ def _pack(strategy: Strategy, calibrated: bool, yardstick: Yardstick, rate: floa
         try:
             options = PackOptions(strategy=strategy, budget=budget)
             rows = yardstick.rows if calibrated else ()
-            graftllm.skillpack.compress(yardstick.delta, options, calibration=rows, device="cpu").save(path)
+            graftllm.packer.compress(yardstick.delta, options, calibration=rows, device="cpu").save(path)
         except CompressionError as error:
             return {"refused": str(error)}
         seconds, pack = time.monotonic() - started, SkillPack.load(path)
@@ -117,7 +122,7 @@ def _exact(yardstick: Yardstick, setting: str) -> dict[str, Any]:
     changed = [np.bitwise_xor(*(raw_bytes(part) for part in delta.pair(name))) for name in delta]
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "pack.safetensors"
-        graftllm.skillpack.compress(delta, PackOptions(strategy="exact"), device="cpu").save(path)
+        graftllm.packer.compress(delta, PackOptions(strategy="exact"), device="cpu").save(path)
         nbytes = path.stat().st_size
     return {"nbytes": nbytes, "zstd_nbytes": len(ZstdCompressor(level=19).compress(np.concatenate(changed).tobytes()))}
 

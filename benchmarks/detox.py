@@ -18,8 +18,9 @@ from graftllm.demo import GENERAL, REVERSE, word_rows
 from graftllm.evaluation.scores import evaluate
 from graftllm.fusion.grafting import plug
 from graftllm.generation import generate, load_model, load_tokenizer
+from graftllm.packer import compress
 from graftllm.recipe import PackOptions, SamplingOptions, SftOptions
-from graftllm.skillpack import SkillPack, compress
+from graftllm.skillpack import SkillPack
 from graftllm.training import Training, train_sft
 
 WEIGHTS = (1.0, 0.0, -0.25, -0.5, -1.0, -2.0)

@@ -21,10 +21,10 @@ from graftllm.delta import Delta
 from graftllm.fusion.assembly import fuse_packs
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.generation import pad, render
+from graftllm.packer import compress_to
 from graftllm.pipeline.work import GENERAL
 from graftllm.recipe import PackOptions
 from graftllm.records import Prompt, read_prompts, write_rows
-from graftllm.skillpack import compress_to
 from graftllm.storage import write_text
 
 _EACH = 48  # prompts that the router learns a pack from

@@ -20,8 +20,8 @@ from graftllm.checkpoint import Checkpoint, TensorSpec, raw_bytes, write_safeten
 from graftllm.compression.lowrank import rank_for_energy, whole_bands
 from graftllm.compression.quantization import quantize_factor
 from graftllm.delta import Delta
+from graftllm.packer import compress
 from graftllm.recipe import PackOptions
-from graftllm.skillpack import compress
 from graftllm.stages import peak_memory_bytes
 
 SHAPES = {

@@ -36,8 +36,9 @@ from graftllm.fusion.branches import decode_branches
 from graftllm.fusion.grafting import decode
 from graftllm.fusion.shelf import Shelf
 from graftllm.generation import resolve_device
+from graftllm.packer import compress
 from graftllm.recipe import PackOptions
-from graftllm.skillpack import SkillPack, compress
+from graftllm.skillpack import SkillPack
 
 PACKS = (1, 2, 8, 32, 64)
 DIFFERENT = 8

@@ -33,8 +33,9 @@ from graftllm.checkpoint import INDEX, LARGE, Checkpoint, TensorSpec, raw_bytes,
 from graftllm.compression.crew import default_workers
 from graftllm.delta import Delta
 from graftllm.fusion.merging import apply_packs
+from graftllm.packer import compress_to
 from graftllm.recipe import PackOptions
-from graftllm.skillpack import SkillPack, compress_to
+from graftllm.skillpack import SkillPack
 
 WIDTH = 4096
 _ROWS = 4096  # that are drawn at a time

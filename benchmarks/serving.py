@@ -26,9 +26,9 @@ from openai import OpenAI
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.fusion.assembly import fuse_packs
+from graftllm.packer import compress
 from graftllm.recipe import PackOptions
 from graftllm.records import Message, Prompt, write_rows
-from graftllm.skillpack import compress
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.models import perturb, rows, save_llama  # the tokenizer and the model that tests use

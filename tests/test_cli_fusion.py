@@ -7,8 +7,8 @@ import pytest
 from graftllm import cli
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
+from graftllm.packer import compress
 from graftllm.recipe import PackOptions
-from graftllm.skillpack import compress
 from tests.models import perturb
 
 

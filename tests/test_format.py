@@ -18,9 +18,10 @@ from graftllm.compression.exact import encode_exact
 from graftllm.compression.factored import encode_factored, encode_hybrid, weighted_svd
 from graftllm.compression.metric import Metric
 from graftllm.delta import Delta
+from graftllm.packer import compress
 from graftllm.recipe import PackOptions, Strategy
 from graftllm.records import Prompt
-from graftllm.skillpack import SkillPack, compress
+from graftllm.skillpack import SkillPack
 from tests.reader import Codes, cut, matrix_delta, prediction, tuned_patterns
 
 

@@ -6,8 +6,9 @@ import torch
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import PackError
+from graftllm.packer import compress
 from graftllm.recipe import PackOptions
-from graftllm.skillpack import SkillPack, compress
+from graftllm.skillpack import SkillPack
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import pytest
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import StorageError
+from graftllm.packer import compress, compress_to
 from graftllm.recipe import PackOptions
-from graftllm.skillpack import compress, compress_to
 from tests.models import rows
 
 _BUDGET = "40%"
@@ -22,7 +22,7 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.compression import crew
 from graftllm.delta import Delta
 from graftllm.recipe import PackOptions
-from graftllm.skillpack import compress_to
+from graftllm.packer import compress_to
 from tests.models import rows
 
 base, tuned, out, strategy, budget, units, calibrated, workers = sys.argv[1:]

@@ -17,9 +17,10 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import PackError, StorageError
 from graftllm.header import Card, Provenance
+from graftllm.packer import compress
 from graftllm.recipe import PackOptions
 from graftllm.records import Prompt
-from graftllm.skillpack import SkillPack, compress
+from graftllm.skillpack import SkillPack
 from tests.models import save_llama
 
 

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from graftllm.fusion.grafted import GraftedModel
     from graftllm.fusion.grafting import plug
     from graftllm.fusion.merging import apply_packs
+    from graftllm.packer import compress
     from graftllm.recipe import PackOptions, SamplingOptions
     from graftllm.records import Prompt, read_prompts
-    from graftllm.skillpack import SkillPack, compress
+    from graftllm.skillpack import SkillPack
 
 __version__ = "0.1.0"
 
@@ -46,7 +47,7 @@ _ROOMS = {
     "SamplingOptions": "recipe",
     "SkillPack": "skillpack",
     "apply_packs": "fusion.merging",
-    "compress": "skillpack",
+    "compress": "packer",
     "measure_fidelity": "evaluation.fidelity",
     "plug": "fusion.grafting",
     "read_prompts": "records",

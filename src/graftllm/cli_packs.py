@@ -59,8 +59,8 @@ def pack(
     from graftllm.delta import Delta
     from graftllm.evaluation.fidelity import divergence_on
     from graftllm.header import Card
+    from graftllm.packer import compress
     from graftllm.recipe import pack_options
-    from graftllm.skillpack import compress
     from graftllm.stages import peak_memory_bytes
 
     started = time.monotonic()

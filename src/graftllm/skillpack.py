@@ -1,14 +1,10 @@
 """The SkillPack: a header and every parameter's encoded delta, in one safetensors file.
 
-Build, save, load, decode and check against a base. The format is described in
+Save, load, decode and check against a base; `packer` builds it. The format is described in
 docs/skillpack-format.md; `header` reads what a file says of itself.
 """
 
-import json
-import math
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,36 +13,20 @@ import numpy as np
 from safetensors import safe_open
 from torch import Tensor
 
-from graftllm.checkpoint import DTYPE_NAMES, Checkpoint, TensorSpec, digest, fingerprint, write_safetensors
-from graftllm.compression.calibration import SEQUENCES, Calibration, collect_moments
-from graftllm.compression.crew import Crew, Engine, default_workers, open_crew
+from graftllm.checkpoint import DTYPE_NAMES, Checkpoint, TensorSpec, digest, write_safetensors
 from graftllm.compression.encoded import EncodedTensor, ExactLayer
-from graftllm.compression.measures import Measures, save_measures
-from graftllm.compression.sensitivity import fits_in_memory, measure_sensitivity
-from graftllm.compression.strategy import encode_job, refine_job
-from graftllm.compression.units import Compressed, Job, payload_digest
-from graftllm.compression.workspace import Workspace, open_workspace, packing_key
-from graftllm.delta import Delta, align
-from graftllm.errors import CompressionError, PackError
-from graftllm.generation import resolve_device
+from graftllm.compression.units import payload_digest
+from graftllm.delta import align
+from graftllm.errors import PackError
 from graftllm.header import (
-    BaseInfo,
-    Card,
     Header,
-    TensorEntry,
-    file_bytes,
     layout,
     metadata,
     read_header,
     refinement_key,
 )
-from graftllm.recipe import PackOptions, budget_bytes, kl_target
-from graftllm.records import Prompt
 
 Layer = Literal["lossy", "exact"]
-_COMPRESSED_ENTRY = 64  # bytes of a tensor's entry in the compressed header, mostly its two digests
-_TRIES = 8  # packs that are built to meet a target divergence
-_CLOSE = 0.8  # of the target: near enough
 
 
 @dataclass(frozen=True)
@@ -232,210 +212,3 @@ class SkillPack:
             raise PackError(
                 f"{self.source}: the payload of {name!r} cannot be decoded ({error}). The file is damaged."
             ) from error
-
-
-def compress(
-    delta: Delta,
-    options: PackOptions = PackOptions(),
-    *,
-    calibration: Sequence[Prompt] = (),
-    card: Card = Card(),
-    measure: Callable[[SkillPack], float] | None = None,
-    device: str = "auto",
-    spool: Path | None = None,
-    workers: int | None = None,
-    engine: Engine = "local",
-) -> SkillPack:
-    """Compress a delta into a SkillPack, one parameter at a time.
-
-    The same inputs give the same bytes, whoever does the work.
-
-    Args:
-        delta: tuned - base.
-        options: the strategy and its knobs; a budget counts the bytes of the whole file, without the exact layer.
-        calibration: rows that the tuned model reads, so that rounding errors fall where they matter least;
-            the skill's own SFT rows are best. Without them, and where nothing is lossy, there is no calibration.
-        card: name, description, provenance and scores for the header.
-        measure: gives the KL divergence of a pack; for a budget such as `kl=0.01`.
-        device: where matrices are decomposed; `auto` takes a GPU when there is one.
-        spool: directory for finished work; the pack's payloads stay there, so delete it when the pack is saved.
-            Work that was stopped goes on from what it holds. By default one that goes with the pack.
-        workers: processes; by default one for a small model, one a core for a large one.
-        engine: `ray` does the work on a Ray cluster, that of RAY_ADDRESS or one that is started here.
-
-    Raises:
-        CompressionError: the budget cannot be met, or a worker died.
-        CheckpointError: the delta holds NaN or infinity.
-        StorageError: the spool is in use, or holds something else.
-    """
-    device = str(resolve_device(device))
-    calibration = calibration[:SEQUENCES] if options.strategy != "exact" or options.layered else ()
-    with ExitStack() as stack:
-        workspace = Workspace.temporary()
-        if spool is not None:
-            key = packing_key(delta, options, calibration, device)
-            workspace = stack.enter_context(open_workspace(spool, key))
-        job = Job(delta, options, device, workspace)
-        if calibration and not job.measures_file.exists():
-            save_measures(_measured(job, calibration), job.measures_file)
-        crew = stack.enter_context(open_crew(job, workers or default_workers(delta, device), engine))
-        return _within_budget(job, crew, card, measure)
-
-
-def compress_to(
-    out: Path,
-    delta: Delta,
-    options: PackOptions = PackOptions(),
-    *,
-    calibration: Sequence[Prompt] = (),
-    card: Card = Card(),
-    measure: Callable[[SkillPack], float] | None = None,
-    device: str = "auto",
-    workers: int | None = None,
-    engine: Engine = "local",
-) -> SkillPack:
-    """Compress a delta into a SkillPack file; return the pack that is in it.
-
-    Finished work is kept in `.NAME.packing` beside the file until that is there: after a kill the same call goes
-    on with it, and gives the same bytes. Arguments and errors are those of `compress`.
-    """
-    spool = out.with_name(f".{out.name}.packing")
-    made = compress(
-        delta,
-        options,
-        calibration=calibration,
-        card=card,
-        measure=measure,
-        device=device,
-        spool=spool,
-        workers=workers,
-        engine=engine,
-    )
-    made.save(out)
-    shutil.rmtree(spool, ignore_errors=True)
-    return SkillPack.load(out)
-
-
-def _measured(job: Job, calibration: Sequence[Prompt]) -> Measures:
-    """Run the tuned model over calibration rows."""
-    tuned, sensitivity = job.delta.tuned, None
-    moments = collect_moments(tuned.path, calibration, device=job.device, spool=job.workspace.directory)
-    if job.options.strategy != "paper" and fits_in_memory(tuned, resolve_device(job.device)):
-        sensitivity = measure_sensitivity(tuned.path, calibration, device=job.device)
-    return Measures(moments, sensitivity)
-
-
-def _within_budget(job: Job, crew: Crew, card: Card, measure: Callable[[SkillPack], float] | None) -> SkillPack:
-    """Return a pack of the size or the divergence that the options ask for."""
-    delta, options = job.delta, job.options
-    calibration = job.measures().calibration
-
-    def build(budget: int | None, refined: bool = False) -> SkillPack:
-        return _build(job, crew, budget, card=card, calibration=calibration, refined=refined)
-
-    size, target = None, None if options.budget is None else kl_target(options.budget)
-    if target is not None:
-        if measure is None:
-            raise CompressionError(
-                f"budget: {options.budget} is met by measuring, but there is nothing to measure on; "
-                "give prompts (--calibration) or a size such as 5%."
-            )
-        size = _smallest_within(target, measure, build, delta.tuned.nbytes)
-    elif options.budget is not None:
-        size = budget_bytes(options.budget, delta.tuned.nbytes)
-    return build(size, options.layered)
-
-
-def _smallest_within(
-    target: float, measure: Callable[[SkillPack], float], build: Callable[[int], SkillPack], tuned_bytes: int
-) -> int:
-    """Return the least budget found whose pack's KL divergence is within a target: log-log interpolation over sizes."""
-    best: int | None = None
-    size, below, above = tuned_bytes // 20, 0.0, math.inf  # sizes known to be too small, and large enough
-    for _ in range(_TRIES):
-        found = measure(build(size))
-        if found <= target:
-            best, above = size, float(size)
-            if found >= _CLOSE * target:
-                break
-        else:
-            below = float(size)
-        guess = size * (max(found, 1e-9) / target) ** (1 / 3)  # divergence falls with about the cube of the size
-        if math.isfinite(above) and below:
-            guess = min(max(guess, below * (above / below) ** 0.1), below * (above / below) ** 0.9)
-        size = min(int(guess * (1.01 if found > target else 1)), tuned_bytes)
-    if best is None:
-        raise CompressionError(
-            f"budget: expected a KL divergence of at most {target:g}, but a pack of {int(below):,} bytes is not "
-            "that faithful. Allow more, or take --strategy exact."
-        )
-    return best
-
-
-def _build(
-    job: Job, crew: Crew, budget: int | None, *, card: Card, calibration: Calibration | None, refined: bool
-) -> SkillPack:
-    """Return a pack whose file takes at most `budget` bytes, and `refined` an exact layer more."""
-    delta, options = job.delta, job.options
-    header = Header(
-        card=card,
-        base=BaseInfo(
-            name=delta.base.name,
-            architecture=(delta.base.config.get("architectures") or ["unknown"])[0],
-            fingerprint="0" * 64,
-            parameters=delta.base.parameters,
-        ),
-        tuned_bytes=delta.tuned.nbytes,
-        options=options,
-        calibration_tokens=calibration.tokens if calibration else 0,
-        config=delta.config_changes(),
-        tokenizer_changed=delta.tokenizer_changed(),
-        tensors={},
-    )
-
-    def entry(part: Compressed) -> TensorEntry:
-        tuned = delta.tuned.specs[part.name]
-        return TensorEntry(
-            role=part.role,
-            dtype=part.spec.dtype,
-            shape=part.spec.shape,
-            base_digest=part.facts.base_digest,
-            how=part.facts.operator,
-            nbytes=part.facts.nbytes,
-            payload_digest=part.facts.payload_digest,
-            error=round(part.facts.error, 5),
-            tuned_shape=tuned.shape if tuned.shape != part.spec.shape else None,
-            tuned_dtype=tuned.dtype if tuned.dtype != part.spec.dtype else None,
-            unseen=calibration is not None and part.name in calibration.unseen,
-            refinement=part.facts.refinement,
-        )
-
-    def entry_bytes(name: str, nbytes: int) -> int:
-        """Return about how many bytes the file spends on a parameter beside its payload."""
-        stored = {"dtype": "U8", "shape": [nbytes], "data_offsets": [delta.tuned.nbytes] * 2}
-        return len(json.dumps(stored, separators=(",", ":"))) + len(name) + 4 + _COMPRESSED_ENTRY
-
-    beside = len(json.dumps({"__metadata__": metadata(header)})) + 64
-    while True:
-        room = None if budget is None else budget - beside
-        parts = {part.name: part for part in encode_job(job, crew, payload_budget=room, entry_bytes=entry_bytes)}
-        entries = {name: entry(part) for name, part in parts.items()}
-        found = fingerprint((name, entry.spec, entry.base_digest) for name, entry in entries.items())
-        base = header.base.model_copy(update={"fingerprint": found})
-        whole = header.model_copy(update={"base": base, "tensors": entries})
-        size = file_bytes(whole)
-        if budget is None or size <= budget:
-            break
-        short = size - beside - sum(one.nbytes + entry_bytes(name, one.nbytes) for name, one in entries.items())
-        if short <= 0:
-            raise CompressionError(
-                f"budget: expected at least {size:,} bytes for this delta, found {budget:,}. Raise it."
-            )
-        beside += short  # the estimate was that much too low
-    if refined:
-        parts = {part.name: part for part in refine_job(job, crew, list(parts.values()))}
-        whole = whole.model_copy(update={"tensors": {name: entry(part) for name, part in parts.items()}})
-    on_top = {refinement_key(name): part for name, part in parts.items()}
-    return SkillPack(
-        whole, "an unsaved pack", lambda key: parts[key].payload if key in parts else on_top[key].refinement
-    )

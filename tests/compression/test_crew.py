@@ -14,9 +14,9 @@ from graftllm.compression import crew
 from graftllm.compression.crew import default_workers
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError, CompressionError
+from graftllm.packer import compress
 from graftllm.recipe import PackOptions
 from graftllm.records import Prompt
-from graftllm.skillpack import compress
 from tests.models import perturb
 
 

@@ -17,9 +17,9 @@ from graftllm.evaluation.fidelity import (
     verify_pack,
 )
 from graftllm.generation import load_model, load_tokenizer, render_answered
+from graftllm.packer import compress
 from graftllm.recipe import PackOptions
 from graftllm.records import Prompt, write_rows
-from graftllm.skillpack import compress
 
 
 def test_an_exact_pack_has_no_divergence(delta: Delta, prompts: list[Prompt]) -> None:

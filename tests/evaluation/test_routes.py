@@ -11,9 +11,9 @@ from graftllm.evaluation.tasks import evaluate_tasks
 from graftllm.fusion.directory import set_rules, write_grafted
 from graftllm.fusion.routing import fit_router, train_router
 from graftllm.fusion.rules import Rule
+from graftllm.packer import compress
 from graftllm.recipe import PackOptions, RouterOptions
 from graftllm.records import Message, Prompt, write_rows
-from graftllm.skillpack import compress
 from tests.models import perturb, rows
 
 RESULT = RouterResult(

@@ -17,8 +17,9 @@ from graftllm.fusion.branches import decode_branches, why_merged_only
 from graftllm.fusion.grafting import plug
 from graftllm.fusion.shelf import Shelf
 from graftllm.generation import load_model
+from graftllm.packer import compress
 from graftllm.recipe import PackOptions
-from graftllm.skillpack import SkillPack, compress
+from graftllm.skillpack import SkillPack
 from tests.architectures import load, save_base, save_tuned
 from tests.models import perturb, save_llama
 

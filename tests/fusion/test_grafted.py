@@ -12,9 +12,9 @@ from graftllm.fusion.chat import Chat
 from graftllm.fusion.directory import add_packs, remove_pack, set_router, write_grafted
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.generation import GREEDY, generate, load_model, load_tokenizer
+from graftllm.packer import compress
 from graftllm.recipe import PackOptions, SamplingOptions
 from graftllm.records import Message, Prompt, write_rows
-from graftllm.skillpack import compress
 from tests.models import perturb, rows, save_llama
 
 SHORT = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=8)

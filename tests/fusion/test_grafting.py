@@ -10,8 +10,9 @@ from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError
 from graftllm.fusion.grafting import plug
 from graftllm.generation import load_model
+from graftllm.packer import compress
 from graftllm.recipe import PackOptions
-from graftllm.skillpack import SkillPack, compress
+from graftllm.skillpack import SkillPack
 from tests.models import perturb, save_llama, with_vocabulary
 
 

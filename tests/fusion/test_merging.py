@@ -10,8 +10,9 @@ from graftllm.checkpoint import INDEX, Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError
 from graftllm.fusion.merging import apply_packs
+from graftllm.packer import compress
 from graftllm.recipe import PackOptions, Strategy
-from graftllm.skillpack import SkillPack, compress
+from graftllm.skillpack import SkillPack
 from tests.models import perturb, save_llama, with_vocabulary
 
 

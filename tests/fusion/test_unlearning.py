@@ -6,9 +6,9 @@ from graftllm.fusion.directory import add_packs, remove_pack, write_grafted
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.routing import features_of, fit_router
 from graftllm.generation import load_model, load_tokenizer
+from graftllm.packer import compress
 from graftllm.recipe import PackOptions, RouterOptions, SamplingOptions
 from graftllm.records import Message, Prompt
-from graftllm.skillpack import compress
 from tests.models import perturb, rows
 
 SHORT = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=6)

@@ -10,11 +10,11 @@ from graftllm.delta import Delta
 from graftllm.fusion.assembly import fuse_packs
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.generation import generate
+from graftllm.packer import compress
 from graftllm.recipe import PackOptions, SamplingOptions
 from graftllm.records import Message, Prompt, write_rows
 from graftllm.serving.app import build_app
 from graftllm.serving.server import Limits, Local
-from graftllm.skillpack import compress
 from tests.models import perturb, rows, save_llama
 from tests.serving.running import served
 

@@ -27,6 +27,7 @@ BITS_WORTH = 2 * math.log(2) / 12  # lambda a bit, in squared steps: the slope o
 _SIDE_BITS = 2.5  # a row, column or direction costs about this much side information
 _SAMPLED_ROWS = 32
 _SAMPLED_OCTAVES = 10  # of steps, down from where nearly all entries round to zero
+_FINEST = 14  # octaves of the step below the mean entry of the loudest matrix: finer codes would not fit into float32
 _WORTH_TRYING = 1.15  # operators foreseen to be this close to the best are coded for real
 
 
@@ -190,7 +191,8 @@ def encode_cheapest(source: Source, metric: Metric, known: Outlook, step: float)
 def step_for(outlooks: Iterable[Outlook], bits: float) -> float:
     """Return the step at which the matrices are foreseen to take `bits` bits together, by bisection."""
     known = [one for one in outlooks if one.energy > 0]
-    low, high = -60.0, 20.0  # log2 of the step
+    loudest = max((math.sqrt(one.energy / math.prod(one.shape)) for one in known), default=1.0)
+    low, high = math.log2(loudest) - _FINEST, 20.0  # log2 of the step
     while high - low > 1e-3:
         middle = (low + high) / 2
         total = sum(choices(one, 2.0**middle)[0].bits for one in known)

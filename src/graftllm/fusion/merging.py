@@ -23,10 +23,10 @@ from graftllm.fusion.methods.tasks import Knobs, Merge, Tasks
 from graftllm.fusion.search import answer_loss, search_weights
 from graftllm.generation import load_model, load_tokenizer
 from graftllm.header import Card
+from graftllm.packer import compress_to
 from graftllm.progress import progress
 from graftllm.recipe import PackOptions
 from graftllm.records import Prompt
-from graftllm.skillpack import compress_to
 from graftllm.storage import only_writer
 
 

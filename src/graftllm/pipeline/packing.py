@@ -11,10 +11,11 @@ from graftllm.evaluation.scores import Measured
 from graftllm.fusion.directory import write_grafted
 from graftllm.fusion.routing import BASE, fit_router
 from graftllm.header import Card, Provenance
+from graftllm.packer import compress_to
 from graftllm.pipeline.preparing import prompts_of, test_of
 from graftllm.pipeline.work import GENERAL, Work
 from graftllm.records import read_pairs, read_prompts
-from graftllm.skillpack import SkillPack, compress_to
+from graftllm.skillpack import SkillPack
 from graftllm.stages import Stamp
 
 

@@ -84,9 +84,9 @@ def test_a_killed_packing_goes_on_and_gives_the_same_bytes(
     assert len(kept) == units + calibrated  # and what calibration measured
     assert not out.exists()
     if calibrated:
-        monkeypatch.setattr("graftllm.skillpack.collect_moments", pytest.fail)
+        monkeypatch.setattr("graftllm.packer.collect_moments", pytest.fail)
     last: dict[str, tuple[int, bytes]] = {}
-    monkeypatch.setattr("graftllm.skillpack.shutil.rmtree", lambda *_, **__: last.update(_results(out)))
+    monkeypatch.setattr("graftllm.packer.shutil.rmtree", lambda *_, **__: last.update(_results(out)))
     compress_to(out, delta, options, calibration=calibration, device="cpu")
     assert kept.items() <= last.items()
     monkeypatch.undo()

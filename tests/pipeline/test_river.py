@@ -10,6 +10,7 @@ import pytest
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.evaluation.plots import PLOTS
+from graftllm.fusion.directory import read_manifest
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.pipeline import river
 from graftllm.pipeline.work import open_work
@@ -166,7 +167,9 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(tiny_run: TinyRun
     assert finished.returncode == 0, finished.stderr
     report = json.loads(finished.stdout)
     assert report["skills"] == json.loads(expected.model_dump_json())["skills"]
-    for artifact in ("skills/next/tuned/model.safetensors", "packs/next.safetensors", "grafted/router.safetensors"):
+    router = read_manifest(tmp_path / "whole" / "grafted").router
+    assert router is not None
+    for artifact in ("skills/next/tuned/model.safetensors", "packs/next.safetensors", f"grafted/{router.file}"):
         assert (killed / artifact).read_bytes() == (tmp_path / "whole" / artifact).read_bytes(), artifact
     assert not list(killed.rglob("*.partial"))
     assert not list(killed.rglob("*.training"))

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from graftllm.errors import FusionError, PackError
 from graftllm.fusion.directory import read_manifest
 from graftllm.fusion.grafted import GraftedModel
+from graftllm.generation import load_tokenizer
 from graftllm.serving.batch import Batch, check_servable
 from graftllm.serving.engine import Engine
 from graftllm.serving.library import Library
@@ -24,7 +25,7 @@ SERVABLE = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "gpt2", "m
 @pytest.mark.parametrize("name", SERVABLE)
 def test_logits_of_rows_that_come_and_go_are_those_of_the_row_alone(name: str) -> None:
     config = type(CONFIGS[name]).from_dict(CONFIGS[name].to_dict() | {"sliding_window": 6})
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     check_servable(model)
     prompts = [torch.randint(5, 40, (length,)).tolist() for length in (3, 30, 9)]
 
@@ -52,9 +53,9 @@ def test_a_model_with_a_recurrent_state_is_refused(name: str) -> None:
         check_servable(AutoModelForCausalLM.from_config(CONFIGS[name]))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def library(fused: Path) -> Library:
-    return Library(fused / "grafted", device="cpu")
+    return Library(fused / "grafted", device="cpu")  # a model has one engine
 
 
 def _engine(library: Library, **limits: int) -> Engine:
@@ -62,15 +63,15 @@ def _engine(library: Library, **limits: int) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def engine(library: Library) -> Iterator[Engine]:
-    engine = _engine(library, max_batch=5)
+def engine(fused: Path) -> Iterator[Engine]:
+    engine = _engine(Library(fused / "grafted", device="cpu"), max_batch=5)
     yield engine
     engine.stop()
 
 
 @pytest.fixture(scope="module")
-def words(library: Library) -> PreTrainedTokenizerBase:
-    return library.grafted.tokenizer
+def words(fused: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(fused / "base")
 
 
 @settings(max_examples=15)

@@ -84,6 +84,15 @@ def test_a_budget_counts_the_whole_file(delta: Delta, tmp_path: Path, budget: st
     assert 0.9 * allowed < (tmp_path / "p.safetensors").stat().st_size <= allowed
 
 
+def test_a_budget_beyond_what_factors_need_harms_no_servable_pack(delta: Delta) -> None:
+    norms = []
+    for budget in ("40%", "95%"):
+        pack = compress(delta, PackOptions(servable=4, budget=budget))
+        norms.append(sum(float(pack.delta(name, delta.base.tensor(name)).square().sum()) for name in delta) ** 0.5)
+    assert norms[0] > 1
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
 def test_a_pack_says_where_it_came_from_but_not_which_machine_made_it(delta: Delta, tmp_path: Path) -> None:
     card = Card(name="x", provenance=Provenance(sources=("qwen",), sft_rows=7))
     compress(delta, PackOptions(strategy="paper"), card=card).save(tmp_path / "p.safetensors")

@@ -20,11 +20,12 @@ from transformers import LlamaConfig, PreTrainedConfig
 from graftllm.demo import GENERAL, RECIPE, REVERSE, Member, Zoo, build_zoo, byte_bpe
 from graftllm.pipeline.transfer import train
 from graftllm.pipeline.work import Work
-from graftllm.recipe import SftOptions, load_recipe
+from graftllm.recipe import load_recipe
 from graftllm.records import read_prompts
 from graftllm.stages import Stages
 from graftllm.storage import whole_directory
 from graftllm.training import Training, train_sft
+from graftllm.training_options import SftOptions
 
 SKILLS = {"demo": ("reverse", "sort", "next"), "wide": ("reverse",)}
 SEEDS = (0, 1, 2)

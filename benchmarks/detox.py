@@ -19,9 +19,10 @@ from graftllm.evaluation.scores import evaluate
 from graftllm.fusion.grafting import plug
 from graftllm.generation import generate, load_model, load_tokenizer
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions, SamplingOptions, SftOptions
+from graftllm.recipe import PackOptions, SamplingOptions
 from graftllm.skillpack import SkillPack
 from graftllm.training import Training, train_sft
+from graftllm.training_options import SftOptions
 
 WEIGHTS = (1.0, 0.0, -0.25, -0.5, -1.0, -2.0)
 SHORT = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=16, batch_size=200)

@@ -21,9 +21,10 @@ from graftllm.pipeline.measuring import measure_base, measure_source, measure_tu
 from graftllm.pipeline.packing import pack
 from graftllm.pipeline.transfer import train
 from graftllm.pipeline.work import Work
-from graftllm.recipe import Recipe, SftOptions, load_recipe
+from graftllm.recipe import Recipe, load_recipe
 from graftllm.stages import Stages, Stamp
 from graftllm.storage import whole_directory
+from graftllm.training_options import SftOptions
 
 SEEDS = (0, 1, 2)
 DOUBLE = WordTask("double", "double every letter: {word}", lambda word: "".join(letter * 2 for letter in word))

@@ -10,9 +10,9 @@ from graftllm import training
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import TrainingError
 from graftllm.generation import load_model
-from graftllm.recipe import DpoOptions, SftOptions
 from graftllm.records import PreferencePair, Prompt
 from graftllm.training import Training, lora_parameters_per_rank, train_dpo, train_sft, with_adapter
+from graftllm.training_options import DpoOptions, SftOptions
 
 SFT = SftOptions(epochs=3, batch_size=8, learning_rate=3e-3, max_length=64)
 DPO = DpoOptions(epochs=2, batch_size=8, learning_rate=1e-3, max_length=64)

@@ -3,7 +3,7 @@
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 
 from graftllm.demo import GENERAL, NEXT, Member, WordTask, Zoo, byte_bpe, unigram
-from graftllm.recipe import SftOptions
+from graftllm.training_options import SftOptions
 
 DOUBLE = WordTask("double", "double every letter: {word}", lambda word: "".join(letter * 2 for letter in word))
 _SHAPE = {

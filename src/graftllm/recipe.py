@@ -2,7 +2,7 @@
 
 A recipe says what to transfer (sources, prompts, tests), into what (target) and how. Each
 section is the options object that its room takes. Unknown keys are errors. The sections on
-prompts, sources, judges and pairs are in `transfer_options`.
+prompts, sources, judges and pairs are in `transfer_options`, those on training in `training_options`.
 """
 
 import difflib
@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from graftllm.errors import RecipeError
+from graftllm.training_options import DpoOptions, LoraOptions, SftOptions
 from graftllm.transfer_options import (
     ContaminationOptions,
     General,
@@ -30,39 +31,6 @@ from graftllm.transfer_options import (
 Strategy = Literal["auto", "paper", "exact"]
 Comparison = Literal["sequential", "summed", "lora", "replay", "grafting"]
 PackName = typing.Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-
-
-class TrainingOptions(Section):
-    """What both training steps have in common."""
-
-    epochs: float = Field(gt=0)
-    batch_size: int = Field(default=128, ge=1, description="rows per optimizer step")
-    learning_rate: float = Field(gt=0)
-    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps, before a cosine decay")
-    max_length: int = Field(default=2048, ge=2, description="tokens; longer rows are cut")
-
-
-class SftOptions(TrainingOptions):
-    """Supervised fine-tuning; defaults as published for Llama-3.1-8B (FuseChat 3.0)."""
-
-    epochs: float = Field(default=3, gt=0)
-    learning_rate: float = Field(default=5e-6, gt=0)
-
-
-class DpoOptions(TrainingOptions):
-    """Preference tuning with DPO (arXiv 2305.18290), plus an optional SFT term on the chosen answer."""
-
-    epochs: float = Field(default=1, gt=0)
-    learning_rate: float = Field(default=8e-7, gt=0)
-    beta: float = Field(default=0.1, gt=0)
-    sft_weight: float = Field(default=0.0, ge=0, description="weight of the SFT term beside the DPO term")
-
-
-class LoraOptions(Section):
-    """Learning rates of the LoRA baseline; everything else is as for all parameters."""
-
-    learning_rate: float = Field(default=2e-4, gt=0)
-    dpo_learning_rate: float = Field(default=5e-6, gt=0)
 
 
 class PackOptions(Section):

@@ -31,9 +31,9 @@ from graftllm.checkpoint import Checkpoint, copy_companions
 from graftllm.errors import TrainingError
 from graftllm.generation import load_tokenizer, resolve_device
 from graftllm.progress import progress
-from graftllm.recipe import DpoOptions, SftOptions, TrainingOptions
 from graftllm.records import Message, PreferencePair, Prompt
 from graftllm.storage import whole_directory
+from graftllm.training_options import DpoOptions, SftOptions, TrainingOptions
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from graftllm.compression.quantization import quantize_factor
 from graftllm.delta import Delta
 from graftllm.packer import compress
 from graftllm.recipe import PackOptions
-from graftllm.stages import peak_memory_bytes
+from graftllm.metering import peak_memory_bytes
 
 SHAPES = {
     "self_attn.q_proj": (4096, 4096),

@@ -1,10 +1,17 @@
+import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from graftllm.recipe import SftOptions
+from graftllm.metering import Spent
 from graftllm.stages import Stages
+from graftllm.training_options import SftOptions
 
 
 @pytest.fixture
@@ -88,3 +95,67 @@ def test_unfinished_files_survive_the_same_inputs_and_only_those(stages: Stages,
         stages.run("step", ["b"], [], stop, unfinished=[half])
     stages.run("step", ["c"], [], lambda: seen.append(half.exists()), unfinished=[half])
     assert seen == [True, False]
+
+
+def _stop_after(stages: Stages, inputs: list[str], seconds: float) -> None:
+    """Leave the marker of an attempt that was stopped after some seconds of two processors."""
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stages.run("step", inputs, [], stop)
+    marker = stages.directory / "step.started"
+    key = marker.read_text().splitlines()[0]
+    spent = Spent(seconds, 2 * seconds, peak_memory_bytes=10**15)
+    marker.write_text(f"{key}\n{json.dumps(asdict(spent))}")
+
+
+def test_what_stopped_attempts_took_is_added_up(stages: Stages) -> None:
+    _stop_after(stages, ["a"], 1000)
+
+    def stop() -> float:
+        assert stages.spent_on("step").seconds >= 1000
+        time.sleep(0.1)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stages.run("step", ["a"], [], stop)
+    assert not stages.running
+    stamp = stages.run("step", ["a"], [], lambda: None)
+    assert stamp.seconds >= 1000.1
+    assert stamp.cpu_seconds >= 2000
+    assert stamp.peak_memory_bytes == 10**15
+
+
+def test_what_attempts_with_other_inputs_took_does_not_count(stages: Stages) -> None:
+    _stop_after(stages, ["a"], 1000)
+    assert stages.run("step", ["b"], [], lambda: None).seconds < 500
+
+
+def test_what_a_killed_process_took_is_added_up(stages: Stages) -> None:
+    program = f"""
+import os, signal, time
+from pathlib import Path
+from graftllm import metering
+from graftllm.stages import Stages
+
+metering._TELL_S = 0.0
+marker = Path({str(stages.directory)!r}) / "step.started"
+
+def work():
+    while '"seconds": 0.0,' in marker.read_text():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Stages(marker.parent).run("step", ["a"], [], work)
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
+    assert stages.run("step", ["a"], [], lambda: None).seconds >= 0.05
+
+
+def test_a_marker_without_figures_is_of_an_attempt_that_took_nothing(stages: Stages) -> None:
+    _stop_after(stages, ["a"], 1000)
+    marker = stages.directory / "step.started"
+    marker.write_text(marker.read_text().splitlines()[0])
+    assert stages.run("step", ["a"], [], lambda: None).seconds < 500

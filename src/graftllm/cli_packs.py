@@ -61,7 +61,7 @@ def pack(
     from graftllm.header import Card
     from graftllm.packer import compress
     from graftllm.recipe import pack_options
-    from graftllm.stages import peak_memory_bytes
+    from graftllm.metering import peak_memory_bytes
 
     started = time.monotonic()
     options = pack_options(

@@ -1,14 +1,12 @@
 """Steps of long work that are done once: each leaves a stamp, and is skipped while the stamp holds.
 
 A stamp holds while the step's inputs are the same and what it made is still there. Stamps also
-keep each step's result, seconds and peak memory, so that a report can be made of several runs.
+keep each step's result and what it took, so that a report can be made of several runs. What a killed
+attempt took is kept too, and added to that of the attempt that goes on.
 """
 
 import hashlib
 import json
-import resource
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any, TypeAlias
 
 from pydantic import BaseModel
 
+from graftllm.metering import Spent, metered
 from graftllm.storage import write_text
 
 Json: TypeAlias = bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"] | None
@@ -23,21 +22,30 @@ Json: TypeAlias = bool | int | float | str | Sequence["Json"] | Mapping[str, "Js
 
 @dataclass(frozen=True)
 class Stamp:
-    """What is remembered of a finished step: its name, the hash of its inputs, its result and its cost."""
+    """What is remembered of a finished step: its name, the hash of its inputs, its result, and what it took."""
 
     name: str
     key: str
     result: Json
     seconds: float
     peak_memory_bytes: int
+    cpu_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    peak_gpu_bytes: int = 0
+
+    @property
+    def spent(self) -> Spent:
+        """What all attempts at the step took together."""
+        return Spent(self.seconds, self.cpu_seconds, self.gpu_seconds, self.peak_memory_bytes, self.peak_gpu_bytes)
 
 
 @dataclass(frozen=True)
 class Stages:
-    """The finished steps of one run directory, and which of them this process has needed."""
+    """The finished steps of one run directory; which of them this process has needed, and what it is at."""
 
     directory: Path
     used: dict[str, Stamp] = field(default_factory=dict)
+    running: dict[str, Callable[[], Spent]] = field(default_factory=dict)
 
     def run(
         self,
@@ -66,27 +74,46 @@ class Stages:
                 self.used[name] = stamp
                 return stamp
         path.unlink(missing_ok=True)
-        self._clear_unless(key, self.directory / f"{name}.started", unfinished)
-        started = time.monotonic()
-        result = action()
-        stamp = Stamp(name, key, result, round(time.monotonic() - started, 2), peak_memory_bytes())
+        marker = self.directory / f"{name}.started"
+        before = self._begin(key, marker, unfinished)
+        with metered(lambda spent: _mark(marker, key, before + spent)) as spent:
+            self.running[name] = lambda: before + spent()
+            try:
+                result = action()
+                stamp = Stamp(name, key, result, **asdict(self.running[name]()))
+            finally:
+                del self.running[name]
         write_text(path, json.dumps(asdict(stamp), indent=1))
-        (self.directory / f"{name}.started").unlink()
+        marker.unlink()
         self.used[name] = stamp
         return stamp
 
-    def _clear_unless(self, key: str, marker: Path, unfinished: Sequence[Path]) -> None:
-        """Delete what an attempt with other inputs left, and mark that this one has begun."""
-        if not marker.exists() or marker.read_text(encoding="utf-8") != key:
+    def spent_on(self, name: str) -> Spent:
+        """Return what a step that is under way has taken up to now, earlier attempts included."""
+        return self.running[name]()
+
+    def _begin(self, key: str, marker: Path, unfinished: Sequence[Path]) -> Spent:
+        """Return what earlier attempts took; what those with other inputs left is deleted."""
+        found, spent = _marked(marker)
+        if found != key:
             for path in unfinished:
                 path.unlink(missing_ok=True)
-            write_text(marker, key)
+            spent = Spent()
+            _mark(marker, key, spent)
+        return spent
 
 
-def peak_memory_bytes() -> int:
-    """Return the most memory that this process has had resident."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+def _mark(marker: Path, key: str, spent: Spent) -> None:
+    """Write that an attempt with these inputs has begun, and what it has taken."""
+    write_text(marker, f"{key}\n{json.dumps(asdict(spent))}")
+
+
+def _marked(marker: Path) -> tuple[str, Spent]:
+    """Return the inputs of the attempt that a marker tells of, and what it took."""
+    if not marker.exists():
+        return "", Spent()
+    key, _, spent = marker.read_text(encoding="utf-8").partition("\n")
+    return key, Spent(**json.loads(spent or "{}"))
 
 
 def _identity(part: Any) -> Json:

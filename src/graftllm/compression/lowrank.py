@@ -163,23 +163,21 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         return vh.T, s, u.T
     if rank <= min(matrix.shape) // _RANDOMIZED_SHARE:
         basis = _range_basis(matrix, rank)
-        inner, s, vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-        return (basis @ inner)[:, :rank], s[:rank], vh[:rank]
-    u = torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)[:, :rank]
-    scaled = u.T @ matrix  # (rank, d_in), S V^T; U is orthonormal, so this is the best right factor for it
-    s = scaled.norm(dim=1)
-    return u, s, scaled / s.clamp(min=torch.finfo(s.dtype).tiny)[:, None]
+        inner, s, vh = _svd_by_gram(basis.T @ matrix, rank)
+        return basis @ inner, s, vh
+    return _svd_by_gram(matrix, rank)
 
 
 def singular_values(matrix: Tensor) -> Tensor:
     """Return all singular values, descending; of a large matrix by its Gram matrix."""
     if min(matrix.shape) <= _SMALL:
         return torch.linalg.svdvals(matrix)
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    return torch.linalg.eigvalsh(wide @ wide.T).flip(0).clamp(min=0).sqrt()
+    wide = _precise(matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T)
+    return torch.linalg.eigvalsh(wide @ wide.T).flip(0).clamp(min=0).sqrt().to(matrix.dtype)
 
 
-_SMALL = 1024  # below this the whole decomposition takes about a second
+_SMALL = 256  # below this the whole decomposition takes a few milliseconds
+_MEDIUM = 1024  # up to this products in float64 take less than a second
 _RANDOMIZED_SHARE = 8  # a range finder pays up to about this share of the full rank
 _OVERSAMPLING = 16
 _FIRST_RANK = 64
@@ -194,3 +192,18 @@ def _range_basis(matrix: Tensor, rank: int) -> Tensor:
     for _ in range(2):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
     return basis
+
+
+def _svd_by_gram(wide: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the leading `rank` of U, S and V^T of a matrix that is wider than high."""
+    exact = _precise(wide)
+    u = torch.linalg.eigh(exact @ exact.T).eigenvectors.flip(1)[:, :rank]
+    scaled = u.T @ exact  # (rank, d_in), S V^T; U is orthonormal, so this is the best right factor for it
+    s = scaled.norm(dim=1)
+    vh = scaled / s.clamp(min=torch.finfo(s.dtype).tiny)[:, None]
+    return u.to(wide.dtype), s.to(wide.dtype), vh.to(wide.dtype)
+
+
+def _precise(matrix: Tensor) -> Tensor:
+    """Return a matrix in float64 where that is cheap: squaring it loses half of the digits."""
+    return matrix.double() if min(matrix.shape) <= _MEDIUM else matrix

@@ -24,7 +24,7 @@ from graftllm.recipe import load_recipe
 from graftllm.records import read_prompts
 from graftllm.stages import Stages
 from graftllm.storage import whole_directory
-from graftllm.training import Training, train_sft
+from graftllm.training.tuning import Training, train_sft
 from graftllm.training_options import SftOptions
 
 SKILLS = {"demo": ("reverse", "sort", "next"), "wide": ("reverse",)}

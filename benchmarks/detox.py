@@ -21,7 +21,7 @@ from graftllm.generation import generate, load_model, load_tokenizer
 from graftllm.packer import compress
 from graftllm.recipe import PackOptions, SamplingOptions
 from graftllm.skillpack import SkillPack
-from graftllm.training import Training, train_sft
+from graftllm.training.tuning import Training, train_sft
 from graftllm.training_options import SftOptions
 
 WEIGHTS = (1.0, 0.0, -0.25, -0.5, -1.0, -2.0)

@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from graftllm import training
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import TrainingError
 from graftllm.generation import load_model
 from graftllm.records import PreferencePair, Prompt
-from graftllm.training import Training, lora_parameters_per_rank, train_dpo, train_sft, with_adapter
+from graftllm.training import tuning
+from graftllm.training.lora import lora_parameters_per_rank, with_adapter
+from graftllm.training.tuning import Training, train_dpo, train_sft
 from graftllm.training_options import DpoOptions, SftOptions
 
 SFT = SftOptions(epochs=3, batch_size=8, learning_rate=3e-3, max_length=64)
@@ -66,7 +67,7 @@ def test_a_killed_training_ends_with_the_same_weights(
     base: Checkpoint, prompts: list[Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
     train_sft(Training(base.path, tmp_path / "whole", 0, "x"), prompts, SFT)
-    original = training._ShowSteps.on_step_end
+    original = tuning._ShowSteps.on_step_end
     steps: list[int] = []
 
     def stopping(self, args, state, control, **kwargs) -> None:
@@ -75,7 +76,7 @@ def test_a_killed_training_ends_with_the_same_weights(
             raise Stopped
         original(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(training._ShowSteps, "on_step_end", stopping)
+    monkeypatch.setattr(tuning._ShowSteps, "on_step_end", stopping)
     run = Training(base.path, tmp_path / "killed", 0, "x")
     with pytest.raises(Stopped):
         train_sft(run, prompts, SFT)
@@ -90,16 +91,16 @@ def test_half_a_trainer_checkpoint_is_passed_over(tmp_path: Path) -> None:
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-11").mkdir()
-    assert training._last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+    assert tuning._last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
 
 
 def test_checkpoints_of_another_training_are_not_gone_on_with(tmp_path: Path, base: Checkpoint) -> None:
     run = Training(base.path, tmp_path / "out", 0, "x")
-    work = training._work_directory(run, [{"a": 1}], SFT)
+    work = tuning._work_directory(run, [{"a": 1}], SFT)
     (work / "checkpoint-5").mkdir()
-    assert (training._work_directory(run, [{"a": 1}], SFT) / "checkpoint-5").exists()
+    assert (tuning._work_directory(run, [{"a": 1}], SFT) / "checkpoint-5").exists()
     other = SFT.model_copy(update={"learning_rate": 1.0})
-    assert not (training._work_directory(run, [{"a": 1}], other) / "checkpoint-5").exists()
+    assert not (tuning._work_directory(run, [{"a": 1}], other) / "checkpoint-5").exists()
 
 
 def test_a_lora_is_trained_by_sft_and_then_by_dpo(base: Checkpoint, prompts: list[Prompt], tmp_path: Path) -> None:

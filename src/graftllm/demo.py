@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from graftllm.records import Message, Prompt, write_rows
 from graftllm.stages import Stages
 from graftllm.storage import whole_directory
-from graftllm.training import Training, train_sft
+from graftllm.training.tuning import Training, train_sft
 from graftllm.training_options import SftOptions
 
 RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"

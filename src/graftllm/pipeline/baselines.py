@@ -12,7 +12,7 @@ from graftllm.pipeline.transfer import tune
 from graftllm.pipeline.work import Work
 from graftllm.skillpack import SkillPack
 from graftllm.stages import Stamp
-from graftllm.training import lora_parameters_per_rank
+from graftllm.training.lora import lora_parameters_per_rank
 
 
 def sequential(work: Work, trained: Mapping[str, Stamp], packed: Mapping[str, Stamp]) -> dict[str, Measured]:

@@ -20,7 +20,7 @@ from graftllm.progress import track
 from graftllm.records import Prompt, Response, read_prompts
 from graftllm.sampling.sources import open_source
 from graftllm.stages import Stamp
-from graftllm.training import with_adapter
+from graftllm.training.lora import with_adapter
 from graftllm.transfer_options import JudgeOptions, SourceOptions
 
 

@@ -13,7 +13,7 @@ from graftllm.sampling.responses import Source, sample_responses
 from graftllm.sampling.scoring import RIGHT, score_responses
 from graftllm.sampling.sources import LocalSource
 from graftllm.stages import Stamp
-from graftllm.training import with_adapter
+from graftllm.training.lora import with_adapter
 from graftllm.transfer_options import LlmJudge, RewardJudge
 
 NAME = "own"  # what the model's answers are filed under

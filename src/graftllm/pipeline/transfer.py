@@ -18,7 +18,7 @@ from graftllm.sampling.scoring import RIGHT, score_responses
 from graftllm.sampling.sources import open_source
 from graftllm.stages import Stamp
 from graftllm.storage import whole_directory
-from graftllm.training import Training, train_dpo, train_sft
+from graftllm.training.tuning import Training, train_dpo, train_sft
 from graftllm.transfer_options import SourceOptions
 
 

@@ -1,6 +1,6 @@
 """SFT, then DPO, of all parameters (or of a LoRA adapter, for comparison), with TRL.
 
-The only room that imports TRL. A killed training goes on from its last trainer checkpoint, which
+A killed training goes on from its last trainer checkpoint, which
 lies in a hidden directory beside the result until the result is whole.
 """
 
@@ -8,18 +8,16 @@ import hashlib
 import json
 import math
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import peft
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerState
 from transformers.utils import logging as transformers_logging
 from trl.trainer.dpo_config import DPOConfig
@@ -33,6 +31,7 @@ from graftllm.generation import load_tokenizer, resolve_device
 from graftllm.progress import progress
 from graftllm.records import Message, PreferencePair, Prompt
 from graftllm.storage import whole_directory
+from graftllm.training.lora import lora_settings, without_foreign_warnings
 from graftllm.training_options import DpoOptions, SftOptions, TrainingOptions
 
 
@@ -71,13 +70,13 @@ def train_sft(run: Training, rows: Sequence[Prompt], options: SftOptions) -> Non
         )
     data = [{"prompt": list(row.question), "completion": _turn(row.answer or "")} for row in rows]
     work = _work_directory(run, data, options)
-    with _without_foreign_warnings():
+    with without_foreign_warnings():
         trainer = SFTTrainer(
             model=_load(run),
             args=SFTConfig(**_arguments(run, work, options, len(data)), completion_only_loss=True),
             train_dataset=Dataset.from_list(data),
             processing_class=load_tokenizer(run.model),
-            peft_config=_adapter(run.lora_rank) if run.lora_rank else None,
+            peft_config=lora_settings(run.lora_rank) if run.lora_rank else None,
         )
         _fit(trainer, run, work)
 
@@ -97,7 +96,7 @@ def train_dpo(run: Training, pairs: Sequence[PreferencePair], options: DpoOption
     ]
     work = _work_directory(run, data, options)
     terms = {"sigmoid": 1.0, "sft": options.sft_weight} if options.sft_weight else {"sigmoid": 1.0}
-    with _without_foreign_warnings():
+    with without_foreign_warnings():
         trainer = DPOTrainer(
             model=_load(run),
             args=DPOConfig(
@@ -113,27 +112,8 @@ def train_dpo(run: Training, pairs: Sequence[PreferencePair], options: DpoOption
         _fit(trainer, run, work)
 
 
-def with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """Return a model with a LoRA adapter merged into its weights; `model` itself is changed."""
-    with _without_foreign_warnings():
-        return cast(Any, peft.PeftModel.from_pretrained(model, adapter)).merge_and_unload()
-
-
-def lora_parameters_per_rank(model: Path) -> int:
-    """Return how many numbers a LoRA on every linear layer of `model` takes for each unit of rank."""
-    with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-    with _without_foreign_warnings():
-        adapted = peft.get_peft_model(bare, _adapter(1))
-    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-
-
 def _turn(text: str) -> list[Message]:
     return [Message(role="assistant", content=text)]
-
-
-def _adapter(rank: int) -> peft.LoraConfig:
-    return peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def _work_directory(run: Training, data: list[dict[str, Any]], options: TrainingOptions) -> Path:
@@ -183,15 +163,6 @@ def _arguments(run: Training, work: Path, options: TrainingOptions, rows: int) -
         "activation_checkpointing": not on_cpu,
         "dataloader_pin_memory": not on_cpu,
     }
-
-
-@contextmanager
-def _without_foreign_warnings() -> Iterator[None]:
-    """Keep what libraries warn each other of away from users, who can do nothing about it."""
-    with warnings.catch_warnings():
-        # TRL 1.16 and PEFT 0.21 ask by the old name; harmless until transformers 6.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        yield
 
 
 def _steps(options: TrainingOptions, rows: int) -> int:

@@ -21,7 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from graftllm.errors import CheckpointError
+from graftllm.downloads import download_all, repository
+from graftllm.errors import CheckpointError, HubError
 from graftllm.storage import whole_directory, whole_file
 
 DTYPES: dict[str, torch.dtype] = {
@@ -41,6 +42,7 @@ DTYPES: dict[str, torch.dtype] = {
 LARGE = 1 << 26  # numbers in a tensor from which on it is read in blocks of rows
 _BLOCK = 1 << 24
 INDEX = "model.safetensors.index.json"
+_FOREIGN = (".bin", ".pt", ".pth", ".gguf", ".h5")
 _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -79,7 +81,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
-        """Open a directory, or a Hub id such as `org/name` that is downloaded or cached.
+        """Open a directory, or a Hub id such as `org/name` or `org/name@revision` that is downloaded or cached.
 
         Raises:
             CheckpointError: nothing is there, a shard is absent or damaged, or the weights are not safetensors.
@@ -90,11 +92,9 @@ class Checkpoint:
         if index.exists():
             shards = {str(name): str(file) for name, file in _read_json(index).get("weight_map", {}).items()}
         elif (directory / "model.safetensors").exists():
-            shards = dict.fromkeys(_specs(directory / "model.safetensors"), "model.safetensors")
+            shards = dict.fromkeys(tensor_specs(directory / "model.safetensors"), "model.safetensors")
         else:
-            found = sorted(
-                file.name for file in directory.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5")
-            )
+            found = sorted(file.name for file in directory.iterdir() if file.suffix in _FOREIGN)
             raise CheckpointError(
                 f"{directory}: expected model.safetensors or {INDEX}, found {', '.join(found) or 'neither'}. "
                 "Only safetensors is read: load the model with transformers and save_pretrained() it."
@@ -110,17 +110,15 @@ class Checkpoint:
                     f"{directory}: {index.name} names the shard {file}, which is not there. "
                     "The checkpoint is incomplete; download or copy it again."
                 )
-            specs |= _specs(directory / file)
+            specs |= tensor_specs(directory / file)
         if absent := sorted(set(shards) - set(specs)):
             raise CheckpointError(
                 f"{directory}: {index.name} says that {shards[absent[0]]} holds {absent[0]!r}, but it does not. "
                 "The checkpoint is incomplete; download or copy it again."
             )
-        names = sorted(shards, key=natural_order)
+        specs = {name: specs[name] for name in sorted(shards, key=natural_order)}
         known_as = str(path) if Path(path) != directory else directory.resolve().name
-        return cls(
-            directory, known_as, {name: specs[name] for name in names}, {name: shards[name] for name in names}, config
-        )
+        return cls(directory, known_as, specs, {name: shards[name] for name in specs}, config)
 
     def names(self) -> list[str]:
         """Return the names of all tensors, `layers.2` before `layers.10`."""
@@ -128,12 +126,12 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor in its stored dtype, backed by the file until it is changed."""
-        with _shard(self.path / self.shards[name]) as shard:
+        with open_shard(self.path / self.shards[name]) as shard:
             return shard.get_tensor(name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return some rows (of dimension 0) of a tensor; no others are touched."""
-        with _shard(self.path / self.shards[name]) as shard:
+        with open_shard(self.path / self.shards[name]) as shard:
             return shard.get_slice(name)[start:stop]
 
     def digest(self, name: str) -> str:
@@ -145,6 +143,11 @@ class Checkpoint:
         for start, stop in row_blocks(spec.shape):
             found.update(raw_bytes(self.rows(name, start, stop)).data)
         return found.hexdigest()[:16]
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that weights and config are read from."""
+        return [self.path / file for file in sorted({*self.shards.values(), "config.json"})]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -298,16 +301,13 @@ def _located(path: str | Path) -> Path:
     directory = Path(path)
     if directory.is_dir():
         return directory
-    if isinstance(path, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not directory.exists():
-        from huggingface_hub import snapshot_download  # imported late: most runs are local
-
+    if (source := repository(path)) is not None:
         try:
-            kept = [f"*{suffix}" for suffix in (".safetensors", *_COMPANIONS)]
-            return Path(snapshot_download(path, allow_patterns=kept))
-        except Exception as error:
+            return download_all(source, [f"*{suffix}" for suffix in (".safetensors", *_COMPANIONS)])
+        except HubError as error:
             raise CheckpointError(
                 f"{path}: there is no such directory, and the Hugging Face Hub did not give it "
-                f"({type(error).__name__}). Check the name, the network and HF_TOKEN, or pass a directory."
+                f"({type(error.__cause__).__name__}). Check the name, the network and HF_TOKEN, or pass a directory."
             ) from error
     found = "a file" if directory.is_file() else "nothing"
     raise CheckpointError(f"{path}: expected a checkpoint directory, found {found}. Check the path.")
@@ -325,7 +325,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _shard(path: Path) -> AbstractContextManager[Any]:
+def open_shard(path: Path) -> AbstractContextManager[Any]:
+    """Open a safetensors file for reading; one that is no whole file is a CheckpointError."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -334,8 +335,9 @@ def _shard(path: Path) -> AbstractContextManager[Any]:
         ) from error
 
 
-def _specs(path: Path) -> dict[str, TensorSpec]:
-    with _shard(path) as shard:
+def tensor_specs(path: Path) -> dict[str, TensorSpec]:
+    """Return shapes and dtypes of a safetensors file's tensors; dtypes that are not known are a CheckpointError."""
+    with open_shard(path) as shard:
         slices = {name: shard.get_slice(name) for name in shard.keys()}
         specs = {name: TensorSpec(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     for name, spec in specs.items():

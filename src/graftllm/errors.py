@@ -21,6 +21,10 @@ class RecipeError(GraftError):
     """A recipe asks for something that does not exist or contradicts itself."""
 
 
+class HubError(GraftError):
+    """The Hugging Face Hub did not give or take what it should."""
+
+
 class CheckpointError(GraftError):
     """A checkpoint is missing, incomplete, or does not fit its partner."""
 

@@ -81,8 +81,7 @@ def packing_key(delta: Delta, options: PackOptions, calibration: Sequence[Prompt
 
 def _identity(checkpoint: Checkpoint) -> list[object]:
     """Return what a change of the weights would change."""
-    files = [checkpoint.path / name for name in sorted({*checkpoint.shards.values(), "config.json"})]
-    return [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files]
 
 
 @cache

@@ -1,0 +1,83 @@
+"""What a PEFT adapter's config says of its formula, and which adapters are no change of weights that can be merged."""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from graftllm.errors import CheckpointError
+
+CONFIG = "adapter_config.json"
+MERGE = "Merge it with PEFT (merge_and_unload, then save_pretrained) and give the merged checkpoint instead."
+_NEUTRAL_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # initial values that leave the base as it is
+_HARMLESS = {  # settings that say where an adapter came from, or how it was trained, but not what it does
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "lora_dropout", "bias", "modules_to_save", "layers_to_transform",
+    "layers_pattern", "megatron_core", "loftq_config", "eva_config", "qalora_group_size", "lora_bias",
+    "velora_config", "runtime_config",
+}  # fmt: skip
+
+
+class AdapterSettings(BaseModel):
+    """An adapter's config: the names are PEFT's; settings that are not known here are kept to be looked at."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    peft_type: str
+    r: int = Field(default=8, ge=1)
+    lora_alpha: float = 8
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    use_rslora: bool = False
+    use_dora: bool = False
+    fan_in_fan_out: bool = False
+    init_lora_weights: bool | str | None = True
+    ensure_weight_tying: bool = False
+
+    def rank(self, module: str) -> int:
+        """Return the rank of the factors for one module."""
+        return self.rank_pattern.get(_pattern(self.rank_pattern, module), self.r)
+
+    def scaling(self, module: str) -> float:
+        """Return what the product of a module's factors is multiplied with."""
+        alpha, rank = self.alpha_pattern.get(_pattern(self.alpha_pattern, module), self.lora_alpha), self.rank(module)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def read_settings(directory: Path) -> AdapterSettings:
+    """Read the config of an adapter's directory.
+
+    Raises:
+        CheckpointError: it is not there, not one, or of an adapter that cannot be merged into its base's weights.
+    """
+    path = directory / CONFIG
+    try:
+        config = AdapterSettings.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}).") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path}: not an adapter's config ({where}: {first['msg']}); save it again.") from error
+    if config.peft_type != "LORA":
+        raise CheckpointError(
+            f"{path}: expected peft_type LORA (which rsLoRA and DoRA have, too), found {config.peft_type}. "
+            "Methods that add tokens or inputs are no change of weights and cannot become a pack; " + MERGE
+        )
+    if config.init_lora_weights not in (*_NEUTRAL_STARTS, None):
+        raise CheckpointError(
+            f"{path}: init_lora_weights is {config.init_lora_weights!r}, which changes the base's own weights before "
+            "training. Save the adapter with path_initial_model_for_weight_conversion, which makes it a plain LoRA."
+        )
+    odd = sorted(name for name, value in (config.model_extra or {}).items() if value and name not in _HARMLESS)
+    if odd:
+        raise CheckpointError(
+            f"{path}: expected LoRA, rsLoRA or DoRA on whole matrices, found the setting {odd[0]}. {MERGE}"
+        )
+    return config
+
+
+def _pattern(patterns: Mapping[str, object], module: str) -> str:
+    """Return the first pattern that fits the end of a module's name, as PEFT chooses it."""
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)

@@ -8,16 +8,19 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
-from graftllm import adapters
-from graftllm.adapters import AdaptedCheckpoint, loadable, open_adapter, open_tuned
+from graftllm import adapters, cli
+from graftllm.adapters import AdaptedCheckpoint, open_adapter, open_tuned, origin, tuned_model
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError
 from graftllm.packer import compress
 from graftllm.recipe import PackOptions
+from graftllm.records import write_rows
+from graftllm.skillpack import SkillPack
 from tests.architectures import save_base
-from tests.models import save_llama
+from tests.models import rows, save_llama
 
 # PEFT 0.21 asks transformers by a name that 5.23 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning", "ignore::UserWarning:peft")
@@ -103,13 +106,13 @@ def test_an_adapter_becomes_a_pack_that_gives_its_merged_weights(base: Checkpoin
 
 def test_a_loadable_copy_gives_the_adapters_answers(base: Checkpoint, tmp_path: Path) -> None:
     directory, merged = save_adapter(base, tmp_path / "adapter", **SETTINGS["dora"])
-    with loadable(open_tuned(directory, base)) as checkpoint:
+    with tuned_model(directory, base, live=True) as checkpoint:
         model = AutoModelForCausalLM.from_pretrained(checkpoint.path)
         for name, value in model.state_dict().items():
             torch.testing.assert_close(value, merged[name], rtol=1e-5, atol=1e-6)
     assert not checkpoint.path.exists()
-    with loadable(base) as same:
-        assert same is base
+    with tuned_model(directory, base, live=False) as lazy:
+        assert isinstance(lazy, AdaptedCheckpoint)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -123,8 +126,14 @@ def test_added_tokens_come_along(tmp_path: Path, tied: bool) -> None:
     opened = open_tuned(tmp_path / "adapter", base)
     assert torch.equal(opened.tensor("model.embed_tokens.weight"), model.get_input_embeddings().weight)
     assert Delta(base, opened).config_changes() == {"vocab_size": rows + 3}
-    with loadable(opened) as checkpoint:
+    with tuned_model(tmp_path / "adapter", base, live=True) as checkpoint:
         assert AutoModelForCausalLM.from_pretrained(checkpoint.path).config.vocab_size == rows + 3
+
+
+def test_the_card_says_that_an_adapter_was_merged(base: Checkpoint, tmp_path: Path) -> None:
+    save_adapter(base, tmp_path / "adapter", target_modules=ATTENTION, use_dora=True)
+    assert origin(tmp_path / "adapter") == ("the PEFT adapter adapter (DoRA of rank 4), merged",)
+    assert origin(base.path) == ()
 
 
 # What it cannot take, each by its text.
@@ -191,3 +200,17 @@ def test_an_adapter_of_a_tied_embedding_alone_is_refused(tmp_path: Path) -> None
     directory, _ = save_adapter(base, tmp_path / "adapter", target_modules=["embed_tokens"])
     with pytest.raises(CheckpointError, match="uses as the output head as well, so no checkpoint of this base does"):
         open_tuned(directory, base)
+
+
+def test_the_command_packs_and_verifies_an_adapter(base: Checkpoint, tmp_path: Path) -> None:
+    save_adapter(base, tmp_path / "adapter", target_modules=ATTENTION)
+    write_rows(tmp_path / "rows.jsonl", rows(8))
+    common = ["--base", str(base.path), "--tuned", str(tmp_path / "adapter")]
+    runner, out = CliRunner(), str(tmp_path / "pack.safetensors")
+    calibrated = ["--calibration", str(tmp_path / "rows.jsonl")]
+    packed = runner.invoke(cli.app, ["pack", *common, "--out", out, "--budget", "60KB", *calibrated])
+    assert packed.exit_code == 0, packed.output
+    assert SkillPack.load(out).header.card.provenance.sources == ("the PEFT adapter adapter (LoRA of rank 4), merged",)
+    prompts = ["--prompts", str(tmp_path / "rows.jsonl"), "--json"]
+    verified = runner.invoke(cli.app, ["verify", *common, "--pack", out, *prompts])
+    assert json.loads(verified.output.splitlines()[-1])["kl"] < 0.1

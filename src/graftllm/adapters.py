@@ -120,6 +120,23 @@ class AdaptedCheckpoint(Checkpoint):
         return (torch.stack(squares).sum(0) if turned else torch.cat(squares)).sqrt()
 
 
+@contextmanager
+def tuned_model(path: str | Path, base: Checkpoint, *, live: bool) -> Iterator[Checkpoint]:
+    """Yield what `open_tuned` gives; where it shall be `live`, as files that transformers can load.
+
+    Raises:
+        CheckpointError: as for `open_tuned`.
+    """
+    opened = open_tuned(path, base)
+    if not (live and isinstance(opened, AdaptedCheckpoint)):
+        yield opened
+        return
+    with TemporaryDirectory(prefix="merged-") as scratch:
+        out = Path(scratch) / opened.name
+        _write_merged(opened, out)
+        yield Checkpoint.open(out)
+
+
 def open_tuned(path: str | Path, base: Checkpoint) -> Checkpoint:
     """Open a tuned checkpoint, or a PEFT adapter on `base` as the checkpoint that it makes of it.
 
@@ -130,25 +147,14 @@ def open_tuned(path: str | Path, base: Checkpoint) -> Checkpoint:
     return open_adapter(directory, base) if (directory / CONFIG).is_file() else Checkpoint.open(path)
 
 
-@contextmanager
-def loadable(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
-    """Yield a checkpoint that transformers can load: an adapted one is written to a temporary directory, block wise."""
-    if not isinstance(checkpoint, AdaptedCheckpoint):
-        yield checkpoint
-        return
-    with TemporaryDirectory(prefix="merged-") as scratch:
-        out = Path(scratch) / checkpoint.name
-        rows = _vocabulary(checkpoint.config)
-        config = (
-            {key: rows for key in _vocabulary_keys(checkpoint.config)}
-            if rows != _vocabulary(checkpoint.base.config)
-            else {}
-        )
-        write_checkpoint(checkpoint.base, out, checkpoint.tensor, specs=checkpoint.specs, config=config)
-        for file in checkpoint.path.iterdir():
-            if file.name in _TOKENIZER:
-                shutil.copyfile(file, out / file.name)
-        yield Checkpoint.open(out)
+def origin(path: str | Path) -> tuple[str, ...]:
+    """Return what a pack's card says of a tuned model that is an adapter; nothing for a checkpoint."""
+    directory = Path(path)
+    if not (directory / CONFIG).is_file():
+        return ()
+    settings = read_settings(directory)
+    kind = "DoRA" if settings.use_dora else "rsLoRA" if settings.use_rslora else "LoRA"
+    return (f"the PEFT adapter {directory.resolve().name} ({kind} of rank {settings.r}), merged",)
 
 
 def open_adapter(directory: Path, base: Checkpoint) -> AdaptedCheckpoint:
@@ -288,6 +294,17 @@ class _Reader:
             f"{self.directory / WEIGHTS}: {own!r}: expected {expected}, found {found}. "
             f"The adapter was trained on another model than {self.base.path}, or is damaged."
         )
+
+
+def _write_merged(checkpoint: AdaptedCheckpoint, out: Path) -> None:
+    """Write the merged checkpoint block by block, with the adapter's tokenizer where it has one."""
+    rows, config = _vocabulary(checkpoint.config), {}
+    if rows != _vocabulary(checkpoint.base.config):
+        config = dict.fromkeys(_vocabulary_keys(checkpoint.config), rows)
+    write_checkpoint(checkpoint.base, out, checkpoint.tensor, specs=checkpoint.specs, config=config)
+    for file in checkpoint.path.iterdir():
+        if file.name in _TOKENIZER:
+            shutil.copyfile(file, out / file.name)
 
 
 def _check_tied(directory: Path, base: Checkpoint, touched: set[str]) -> None:

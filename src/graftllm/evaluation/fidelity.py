@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from graftllm.adapters import tuned_model
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression.calibration import SEQUENCES
 from graftllm.delta import Delta
@@ -179,11 +180,11 @@ def verify_pack(
             opened.check_tensor(name, value)
             opened.restore(name, value)
         return Verification(len(checkpoint.specs))
-    fine_tune = Checkpoint.open(tuned)
-    errors = error_by_role(Delta(checkpoint, fine_tune), opened)
-    fidelity = None
-    if prompts is not None:
-        fidelity = measure_fidelity(checkpoint, opened, fine_tune, read_prompts(prompts), device=device)
+    with tuned_model(tuned, checkpoint, live=prompts is not None) as fine_tune:
+        errors = error_by_role(Delta(checkpoint, fine_tune), opened)
+        fidelity = None
+        if prompts is not None:
+            fidelity = measure_fidelity(checkpoint, opened, fine_tune, read_prompts(prompts), device=device)
     return Verification(len(checkpoint.specs), errors, fidelity)
 
 

@@ -20,9 +20,9 @@ from graftllm.checkpoint import Checkpoint, TensorSpec, raw_bytes, write_safeten
 from graftllm.compression.lowrank import rank_for_energy, whole_bands
 from graftllm.compression.quantization import quantize_factor
 from graftllm.delta import Delta
+from graftllm.metering import peak_memory_bytes
 from graftllm.packer import compress
 from graftllm.recipe import PackOptions
-from graftllm.metering import peak_memory_bytes
 
 SHAPES = {
     "self_attn.q_proj": (4096, 4096),

@@ -15,7 +15,7 @@ from graftllm.terminal import AsJson, Base, Device, print_json, print_lines, pri
 
 def pack(
     base: Base,
-    tuned: Annotated[Path, typer.Option(help="Checkpoint directory of the tuned model.")],
+    tuned: Annotated[Path, typer.Option(help="Checkpoint directory of the tuned model, or a LoRA adapter of PEFT's.")],
     out: Annotated[Path, typer.Option(help="SkillPack to write, a .safetensors file.")],
     strategy: Annotated[
         Literal["auto", "paper", "exact"],
@@ -53,15 +53,16 @@ def pack(
     device: Device = "auto",
     json: AsJson = False,
 ) -> None:
-    """Compress the difference between two checkpoints into a SkillPack."""
+    """Compress the difference between two checkpoints, or what an adapter adds to one, into a SkillPack."""
+    from graftllm.adapters import origin, tuned_model
     from graftllm.checkpoint import Checkpoint
     from graftllm.compression.calibration import read_calibration
     from graftllm.delta import Delta
     from graftllm.evaluation.fidelity import divergence_on
-    from graftllm.header import Card
+    from graftllm.header import Card, Provenance
+    from graftllm.metering import peak_memory_bytes
     from graftllm.packer import compress
     from graftllm.recipe import pack_options
-    from graftllm.metering import peak_memory_bytes
 
     started = time.monotonic()
     options = pack_options(
@@ -74,11 +75,14 @@ def pack(
         servable=servable,
     )
     rows = read_calibration(calibration) if calibration else []
-    delta = Delta(Checkpoint.open(base), Checkpoint.open(tuned))
-    card = Card(name=name or out.name.split(".")[0], description=description, license=license)
-    measure = divergence_on(delta, rows, device=device) if rows else None
-    made = compress(delta, options, calibration=rows, card=card, measure=measure, device=device)
-    made.save(out)
+    made_of = Provenance(sources=origin(tuned))
+    card = Card(name=name or out.name.split(".")[0], description=description, license=license, provenance=made_of)
+    checkpoint = Checkpoint.open(base)
+    with tuned_model(tuned, checkpoint, live=bool(rows)) as fine_tune:
+        delta = Delta(checkpoint, fine_tune)
+        measure = divergence_on(delta, rows, device=device) if rows else None
+        made = compress(delta, options, calibration=rows, card=card, measure=measure, device=device)
+        made.save(out)
     size = out.stat().st_size
     figures = {
         "file_bytes": size,
@@ -90,7 +94,7 @@ def pack(
         print_json(figures)
     else:
         print(
-            f"{out}: {size:,} bytes, {size / delta.tuned.nbytes:.1%} of the tuned checkpoint, "
+            f"{out}: {size:,} bytes, {size / made.header.tuned_bytes:.1%} of the tuned checkpoint, "
             f"{figures['bits_per_parameter']:.2f} bits per parameter, in {figures['seconds']} s"
         )
 
@@ -103,12 +107,12 @@ def inspect(
     ] = None,
     json: AsJson = False,
 ) -> None:
-    """Show what a SkillPack holds: card, provenance, and bytes, rates and errors by role and by layer.
+    """Show what a SkillPack holds: card, provenance, bytes, rates and errors by role and by layer, and what it took.
 
     Reads its header only; a picture also takes payloads. The base model is not needed.
     """
     from graftllm.evaluation.anatomy import figures
-    from graftllm.evaluation.tables import layer_grid, pack_lines, role_grid, table
+    from graftllm.evaluation.tables import layer_grid, overhead_grids, pack_lines, role_grid, table
     from graftllm.skillpack import SkillPack
 
     opened = SkillPack.load(file)
@@ -123,6 +127,8 @@ def inspect(
     print_lines(*pack_lines(header, size))
     print_table(table(role_grid(header)))
     print_table(table(layer_grid(header)))
+    for grid in overhead_grids(header):
+        print_table(table(grid))
     if plot:
         print(f"Picture: {plot}")
 

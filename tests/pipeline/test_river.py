@@ -12,6 +12,7 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.evaluation.plots import PLOTS
 from graftllm.fusion.directory import read_manifest
 from graftllm.fusion.grafted import GraftedModel
+from graftllm.header import Card
 from graftllm.pipeline import river
 from graftllm.pipeline.work import open_work
 from graftllm.records import read_pairs, read_prompts, read_responses
@@ -154,11 +155,18 @@ def _killed_when(path: Path, command: list[str], how: signal.Signals) -> tuple[i
     return process.wait(timeout=300), process.communicate()[1]
 
 
+def _but_for_overheads(path: Path) -> tuple[Card, object, dict[str, bytes]]:
+    """Return what a pack holds but for what making it took."""
+    pack = SkillPack.load(path)
+    card, tensors = pack.header.card.model_copy(update={"overheads": {}}), pack.header.tensors
+    return card, tensors, {name: pack.encoded(name).payload.tobytes() for name in tensors}
+
+
 def test_a_run_killed_again_and_again_ends_as_one_never_killed(tiny_run: TinyRun, tmp_path: Path) -> None:
     recipe = tmp_path / "short.yaml"
     recipe.write_text(SHORT.format(zoo=tiny_run.directory / "zoo"))
     expected = river.run(open_work(recipe, tmp_path / "whole"))
-    killed = tmp_path / "killed"
+    killed, pack = tmp_path / "killed", "packs/next.safetensors"
     command = _command("run", recipe, "--dir", killed, "--json")
     for moment in ("skills/next/responses.jsonl", "skills/next/.tuned.training", "stages/pack.next.started"):
         code, _ = _killed_when(killed / moment, command, signal.SIGKILL)
@@ -169,8 +177,9 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(tiny_run: TinyRun
     assert report["skills"] == json.loads(expected.model_dump_json())["skills"]
     router = read_manifest(tmp_path / "whole" / "grafted").router
     assert router is not None
-    for artifact in ("skills/next/tuned/model.safetensors", "packs/next.safetensors", f"grafted/{router.file}"):
+    for artifact in ("skills/next/tuned/model.safetensors", f"grafted/{router.file}"):
         assert (killed / artifact).read_bytes() == (tmp_path / "whole" / artifact).read_bytes(), artifact
+    assert _but_for_overheads(killed / pack) == _but_for_overheads(tmp_path / "whole" / pack)
     assert not list(killed.rglob("*.partial"))
     assert not list(killed.rglob("*.training"))
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 from pydantic import BaseModel
 
 from graftllm.evaluation.scores import Measured
+from graftllm.header import Overhead
 from graftllm.recipe import Recipe
 from graftllm.stages import Stamp
 
@@ -53,7 +54,7 @@ class GeneralScores(BaseModel):
 
 
 class PackFigures(BaseModel):
-    """Size and fidelity of one pack."""
+    """Size and fidelity of one pack, and what each stage of making it took."""
 
     file_bytes: int
     tuned_bytes: int
@@ -61,6 +62,7 @@ class PackFigures(BaseModel):
     kl_to_tuned: float
     top1_agreement: float
     bytes_by_role: dict[str, int]
+    overheads: dict[str, Overhead] = {}
 
 
 class RouterFigures(BaseModel):

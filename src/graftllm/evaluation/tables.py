@@ -13,7 +13,7 @@ from graftllm.evaluation.anatomy import OTHER, by_layer, by_role, portion
 from graftllm.evaluation.plots import PLOTS, draw_plots
 from graftllm.evaluation.report import Report
 from graftllm.evaluation.scores import Score
-from graftllm.header import Header, TensorEntry
+from graftllm.header import Header, Overhead, TensorEntry
 from graftllm.recipe import PackOptions
 from graftllm.storage import write_text
 
@@ -62,7 +62,7 @@ def grids(report: Report) -> list[Grid]:
             for name, found in report.packs.items()
         ],
     )
-    return [skills, *_instead(report), general, packs]
+    return [skills, *_instead(report), general, packs, *_overheads(report)]
 
 
 def _instead(report: Report) -> list[Grid]:
@@ -74,6 +74,38 @@ def _instead(report: Report) -> list[Grid]:
         for name, found in report.skills.items()
     ]
     return [Grid("Instead of packs, % right", ["skill", "grafted, routed", *asked], rows)] if asked else []
+
+
+def _overheads(report: Report) -> list[Grid]:
+    """Return the table of what making the packs took, if that is known."""
+    found = {name: overhead_rows(pack.overheads) for name, pack in report.packs.items()}
+    rows = [[name, *row] for name, stages in found.items() for row in stages]
+    return [Grid("What the packs took", ["pack", *OVERHEADS], rows)] if rows else []
+
+
+OVERHEADS = ("stage", "seconds", "CPU s", "GPU s", "peak MB", "peak GPU MB", "tokens")
+
+
+def overhead_rows(overheads: Mapping[str, Overhead]) -> list[list[str]]:
+    """Return a row of `OVERHEADS` for each stage."""
+    return [
+        [
+            stage,
+            f"{took.seconds:,g}",
+            f"{took.cpu_seconds:,g}",
+            f"{took.gpu_seconds:,g}",
+            f"{took.peak_memory_bytes / 1e6:,.0f}",
+            f"{took.peak_gpu_bytes / 1e6:,.0f}",
+            f"{took.tokens:,}",
+        ]
+        for stage, took in overheads.items()
+    ]
+
+
+def overhead_grids(header: Header) -> list[Grid]:
+    """Return the table of what making a pack took, if its header says so."""
+    rows = overhead_rows(header.card.overheads)
+    return [Grid("What it took", OVERHEADS, rows)] if rows else []
 
 
 def pack_lines(header: Header, file_bytes: int) -> list[str]:

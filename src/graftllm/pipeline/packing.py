@@ -12,6 +12,7 @@ from graftllm.fusion.directory import write_grafted
 from graftllm.fusion.routing import BASE, fit_router
 from graftllm.header import Card, Provenance
 from graftllm.packer import compress_to
+from graftllm.pipeline.overheads import sign, with_room
 from graftllm.pipeline.preparing import prompts_of, test_of
 from graftllm.pipeline.work import GENERAL, Work
 from graftllm.records import read_pairs, read_prompts
@@ -20,7 +21,10 @@ from graftllm.stages import Stamp
 
 
 def pack(work: Work, skill: str, trained: Stamp, scores: Mapping[str, Measured]) -> Stamp:
-    """Compress a skill's delta into its SkillPack, calibrated on the skill's own SFT rows."""
+    """Compress a skill's delta into its SkillPack, calibrated on the skill's own SFT rows.
+
+    The pack's header also tells what making it took, stage by stage.
+    """
     recipe, home = work.recipe, work.skill(skill)
     known = {
         "base": scores["base"][skill].value,
@@ -46,16 +50,18 @@ def pack(work: Work, skill: str, trained: Stamp, scores: Mapping[str, Measured])
             delta,
             recipe.pack,
             calibration=rows,
-            card=card,
+            card=with_room(work, skill, card),
             measure=divergence_on(delta, rows, device=work.device),
             device=work.device,
         )
+        signed = sign(work, skill, made, work.pack(skill))
         size = work.pack(skill).stat().st_size
         return {
             "file_bytes": size,
             "tuned_bytes": tuned.nbytes,
             "bits_per_parameter": 8 * size / tuned.parameters,
-            "bytes_by_role": made.bytes_by_role(),
+            "bytes_by_role": signed.bytes_by_role(),
+            "overheads": {kind: took.model_dump() for kind, took in signed.header.card.overheads.items()},
         }
 
     return work.stages.run(f"pack.{skill}", [trained, recipe.pack, known], [work.pack(skill)], action)

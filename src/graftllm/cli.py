@@ -15,6 +15,7 @@ from graftllm.cli_fusion import add, chat, fuse, list_shelf, remove, rules
 from graftllm.cli_learning import evaluate, learn
 from graftllm.cli_merge import merge
 from graftllm.cli_packs import apply, inspect, pack, verify
+from graftllm.cli_report import report
 from graftllm.cli_serve import export, serve
 from graftllm.errors import GraftError
 from graftllm.terminal import AsJson, Device, print_lines, print_table
@@ -99,6 +100,7 @@ app.command("list")(list_shelf)
 app.command()(chat)
 app.command("eval")(evaluate)
 app.command()(learn)
+app.command()(report)
 
 
 @app.command()

@@ -300,7 +300,7 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> s
     """Return a table; nothing when it has no rows."""
     if not rows:
         return ""
-    words = [all(isinstance(row[i], str) and not row[i][:1].isdigit() for row in rows) for i in range(len(head))]
+    words = [all(map(_is_words, column)) for column in zip(*rows, strict=True)]
     top = "".join(
         f'<th scope="col"{_WORDS if left else ""}>{escape(cell)}</th>' for cell, left in zip(head, words, strict=True)
     )
@@ -312,6 +312,10 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> s
 
 
 _WORDS = ' class="words"'
+
+
+def _is_words(cell: Cell) -> bool:
+    return isinstance(cell, str) and not cell[:1].isdigit()
 
 
 def _cell(cell: Cell, words: bool) -> str:

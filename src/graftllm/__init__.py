@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from graftllm.callback import SkillPackCallback
     from graftllm.checkpoint import Checkpoint
     from graftllm.delta import Delta
     from graftllm.errors import GraftError
@@ -30,6 +31,7 @@ __all__ = [
     "Prompt",
     "SamplingOptions",
     "SkillPack",
+    "SkillPackCallback",
     "apply_packs",
     "compress",
     "measure_fidelity",
@@ -46,6 +48,7 @@ _ROOMS = {
     "Prompt": "records",
     "SamplingOptions": "recipe",
     "SkillPack": "skillpack",
+    "SkillPackCallback": "callback",
     "apply_packs": "fusion.merging",
     "compress": "packer",
     "measure_fidelity": "evaluation.fidelity",

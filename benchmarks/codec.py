@@ -1,6 +1,6 @@
 """How much is lost at how many bytes: our codec, the published ones and the limit, on real fine-tunes.
 
-    python benchmarks/codec.py [--dir runs/codec] [--quick] [--reuse runs/demo]
+    python benchmarks/codec.py [--dir runs/codec] [--quick] [--reuse runs/demo] [--size small|large] [--device auto]
     python benchmarks/codec.py --only auto --target demo --seeds 0      # one method again, in a minute or two
 
 Models are trained once (`codec_models.py`), and every file is measured once: what is known is kept
@@ -19,9 +19,10 @@ from typing import Any, cast
 
 from codec_measures import PROMPTS, Yardstick
 from codec_methods import OWN, RATES, Method, code_digest, methods
-from codec_models import SEEDS, SKILLS, build_subjects
+from codec_models import LARGE, SEEDS, SIZES, SKILLS, WIDE, build_subjects
 from codec_report import draw, tables
 from codec_results import REFERENCE, Point
+from rehearsal import rehearse
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.progress import track
@@ -34,10 +35,16 @@ def main() -> None:
     given = _arguments()
     known = methods(given.rates)
     wanted = [] if given.report else [name for name in known if given.only is None or name in given.only]
-    targets, seeds = (["demo"], [0]) if given.quick else (given.target, given.seeds)
+    if given.steps:
+        for line in rehearse(given.dir, LARGE if given.size == "large" else WIDE, given.steps, device=given.device):
+            print(line, flush=True)
+        return
+    targets, seeds = (given.target or SIZES[given.size]), given.seeds
+    if given.quick:
+        targets, seeds = targets[:1], [0]
     points: list[Point] = []
     facts: dict[str, Any] = {}
-    for subject in build_subjects(given.dir / "models", targets, seeds, given.reuse):
+    for subject in build_subjects(given.dir / "models", targets, seeds, given.reuse, given.device):
         if given.skills and subject.skill not in given.skills:
             continue
         yardstick = Yardstick(subject, given.prompts)
@@ -112,10 +119,15 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/codec"))
     parser.add_argument("--reuse", type=Path, help="directory of a finished demo with seed 0, to copy its models")
-    parser.add_argument("--quick", action="store_true", help="the demo's models with seed 0 and few settings")
+    parser.add_argument(
+        "--quick", action="store_true", help="the first of the size's targets with seed 0, and few settings"
+    )
     parser.add_argument("--only", nargs="+", choices=list(methods()), metavar="METHOD", help=f"{OWN}, {REFERENCE!r} …")
     parser.add_argument("--report", action="store_true", help="measure nothing, write what is known")
-    parser.add_argument("--target", nargs="+", choices=list(SKILLS), default=list(SKILLS))
+    parser.add_argument("--size", choices=list(SIZES), default="small")
+    parser.add_argument("--steps", type=int, help="only take so many steps of every training, to see that it starts")
+    parser.add_argument("--device", default="auto", help="where models are trained; measured is on CPU")
+    parser.add_argument("--target", nargs="+", choices=list(SKILLS), help="instead of those of the size")
     parser.add_argument("--skills", nargs="+", help="all by default")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="bits per parameter of our budgets")

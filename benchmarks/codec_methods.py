@@ -52,8 +52,8 @@ class Method:
 
     def settings_for(self, target: str, *, quick: bool) -> tuple[Any, ...]:
         """Return the settings to measure on a target; with `quick` at most a dozen of them, spread over all."""
-        # Embedding and head are 2 % of the wide model: one way to code them is enough.
-        some = distinct(self.settings) if target == "wide" and self.name in RIVALS else self.settings
+        # Embedding and head are 2 % of the wide model and less of the large one: one way to code them is enough.
+        some = distinct(self.settings) if target in ("wide", "large") and self.name in RIVALS else self.settings
         return some[:: max(1, len(some) // 12)] if quick else some
 
 

@@ -1,33 +1,36 @@
 """The fine-tunes that `codec.py` measures on, trained once and kept: real deltas of two sizes.
 
-    python benchmarks/codec_models.py [--dir runs/codec] [--reuse runs/demo] [--target demo wide] [--seeds 0 1 2]
+    python benchmarks/codec_models.py [--dir runs/codec] [--reuse runs/demo] [--size small|large] [--seeds 0 1 2]
 
 `demo` is the demo's zoo whole: for each seed a target and three sources from scratch, and three
 skills moved by sampling, SFT and DPO. `wide` is a Llama of 11.6 M parameters with an untied head
 that knows the general tasks, fine-tuned on one skill from the verified rows of the demo of the same
-seed. Its base is trained once, so its three seeds are three fine-tunes of one base. A killed build
-goes on where it was.
+seed. Its base is trained once, so its three seeds are three fine-tunes of one base. `large` is the target
+of 219 M parameters of `fusion_models.py`, fine-tuned on three skills from rows that are right. A killed
+build goes on where it was.
 """
 
 import argparse
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fusion_models import SIZES as FUSION_SIZES
 from transformers import LlamaConfig, PreTrainedConfig
 
-from graftllm.demo import GENERAL, RECIPE, REVERSE, Member, Zoo, build_zoo, byte_bpe
+from graftllm.demo import DEMO, GENERAL, RECIPE, REVERSE, Member, WordTask, Zoo, build_zoo, byte_bpe, word_rows
 from graftllm.pipeline.transfer import train
 from graftllm.pipeline.work import Work
 from graftllm.recipe import load_recipe
-from graftllm.records import read_prompts
+from graftllm.records import read_prompts, write_rows
 from graftllm.stages import Stages
 from graftllm.storage import whole_directory
 from graftllm.training.tuning import Training, train_sft
 from graftllm.training_options import SftOptions
 
-SKILLS = {"demo": ("reverse", "sort", "next"), "wide": ("reverse",)}
+SKILLS = {"demo": ("reverse", "sort", "next"), "wide": ("reverse",), "large": ("reverse", "sort", "next")}
+SIZES = {"small": ("demo", "wide"), "large": ("large",)}
 SEEDS = (0, 1, 2)
 
 
@@ -36,7 +39,7 @@ class Subject:
     """One fine-tune to compress, and what it is measured with.
 
     Attributes:
-        target: `demo` or `wide`.
+        target: a row of `SKILLS`.
         skill: what it was tuned on.
         seed: of the zoo, the sampling and the training.
         base: checkpoint directory of the base.
@@ -60,7 +63,7 @@ class Subject:
 
 
 def build_subjects(
-    directory: Path, targets: Sequence[str], seeds: Sequence[int], reuse: Path | None = None
+    directory: Path, targets: Sequence[str], seeds: Sequence[int], reuse: Path | None = None, device: str = "auto"
 ) -> Iterator[Subject]:
     """Yield the subjects, seed by seed; those that are not built yet are built first.
 
@@ -69,27 +72,33 @@ def build_subjects(
         targets: rows of `SKILLS`.
         seeds: which fine-tunes of each target.
         reuse: directory of a finished demo with seed 0, to copy instead of training it again.
+        device: where they are trained; `auto` takes a GPU when there is one.
     """
     directory = directory.absolute()  # stages remember paths
     stages = Stages(directory / "stages")
     for seed in seeds:
+        if "large" in targets:
+            yield from _large_subjects(stages, directory / "large" / str(seed), seed, device)
+        if not {"demo", "wide"} & set(targets):
+            continue
         demo = directory / "demo" / str(seed)
-        stages.run(f"demo.{seed}", [seed], [demo], lambda seed=seed, demo=demo: _build_demo(demo, seed, reuse))
+        stages.run(f"demo.{seed}", [seed], [demo], lambda seed=seed, demo=demo: _build_demo(demo, seed, reuse, device))
         if "demo" in targets:
             yield from (_demo_subject(demo, skill, seed) for skill in SKILLS["demo"])
         if "wide" in targets:
-            base = build_wide_base(directory)
-            yield from (_wide_subject(stages, directory, base, demo, skill, seed) for skill in SKILLS["wide"])
+            base = build_wide_base(directory, device)
+            for skill in SKILLS["wide"]:
+                yield _wide_subject(stages, directory, base, demo, skill, seed, device)
 
 
-def build_wide_base(directory: Path) -> Path:
+def build_wide_base(directory: Path, device: str = "auto") -> Path:
     """Train the wide base on the general tasks unless it is there; return its directory."""
     home = directory / "wide" / "zoo"
-    build_zoo(home, Stages(directory / "stages"), WIDE, seed=0)
+    build_zoo(home, Stages(directory / "stages"), WIDE, seed=0, device=device)
     return home / "base"
 
 
-def _build_demo(directory: Path, seed: int, reuse: Path | None) -> None:
+def _build_demo(directory: Path, seed: int, reuse: Path | None, device: str) -> None:
     """Copy the base, the fine-tunes and the rows of a finished demo, or do what the demo does up to there."""
     if seed == 0 and reuse is not None and (reuse / "report.json").exists():
         with whole_directory(directory) as partial:
@@ -99,8 +108,8 @@ def _build_demo(directory: Path, seed: int, reuse: Path | None) -> None:
                 shutil.copyfile(reuse / "skills" / skill / "sft.jsonl", partial / "skills" / skill / "sft.jsonl")
         return
     recipe, directory = load_recipe(RECIPE, directory)
-    work = Work(recipe.model_copy(update={"seed": seed}), directory, Stages(directory / "stages"))
-    build_zoo(directory / "zoo", work.stages, seed=seed)
+    work = Work(recipe.model_copy(update={"seed": seed}), directory, Stages(directory / "stages"), device)
+    build_zoo(directory / "zoo", work.stages, seed=seed, device=device)
     for skill in SKILLS["demo"]:
         train(work, skill)
 
@@ -111,16 +120,34 @@ def _demo_subject(demo: Path, skill: str, seed: int) -> Subject:
     return Subject("demo", skill, seed, demo / "zoo" / "target", home / "tuned", home / "sft.jsonl", test)
 
 
-def _wide_subject(stages: Stages, directory: Path, base: Path, demo: Path, skill: str, seed: int) -> Subject:
+def _wide_subject(
+    stages: Stages, directory: Path, base: Path, demo: Path, skill: str, seed: int, device: str
+) -> Subject:
     """Return a fine-tune of the wide base; it is trained unless it is there."""
     source = _demo_subject(demo, skill, seed)
     out = directory / "wide" / str(seed) / skill
-    run = Training(base, out, seed, f"SFT wide {skill} {seed}")
+    run = Training(base, out, seed, f"SFT wide {skill} {seed}", device=device)
     stages.run(
         f"wide.{skill}.{seed}", [base, source.rows, _TUNING], [out],
         lambda: train_sft(run, read_prompts(source.rows), _TUNING),
     )  # fmt: skip
     return Subject("wide", skill, seed, base, out, source.rows, source.test)
+
+
+def _large_subjects(stages: Stages, home: Path, seed: int, device: str) -> Iterator[Subject]:
+    """Yield the fine-tunes of a seed's large target; what is not there is trained first."""
+    build_zoo(home / "zoo", Stages(home / "stages"), LARGE, seed=seed, device=device)
+    base, prompts = home / "zoo" / LARGE.members[0].name, home / "zoo" / "prompts"
+    for task, count in LARGE.skills:
+        rows, out = home / f"{task.name}.jsonl", home / task.name
+        run = Training(base, out, seed, f"SFT large {task.name} {seed}", device=device)
+
+        def tune(task: WordTask = task, count: int = count, rows: Path = rows, run: Training = run) -> None:
+            write_rows(rows, word_rows(task, count, seed=seed + 1, answered=True))
+            train_sft(run, read_prompts(rows), _LARGE_TUNING)
+
+        stages.run(f"large.{task.name}.{seed}", [base, _LARGE_TUNING], [out, rows], tune)
+        yield Subject("large", task.name, seed, base, out, rows, prompts / f"{task.name}.test.jsonl")
 
 
 def _wide_llama(vocabulary: int, pad: int, end: int) -> PreTrainedConfig:
@@ -132,6 +159,8 @@ def _wide_llama(vocabulary: int, pad: int, end: int) -> PreTrainedConfig:
 
 
 _TUNING = SftOptions(epochs=4, batch_size=32, learning_rate=1e-3, max_length=64)
+_LARGE_TUNING = _TUNING.model_copy(update={"learning_rate": 1e-4})
+LARGE = replace(FUSION_SIZES["large"], members=FUSION_SIZES["large"].members[:1], skills=DEMO.skills)
 WIDE = Zoo(
     members=(
         Member(
@@ -151,10 +180,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/codec"))
     parser.add_argument("--reuse", type=Path, help="directory of a finished demo with seed 0")
-    parser.add_argument("--target", nargs="+", choices=list(SKILLS), default=list(SKILLS))
+    parser.add_argument("--size", choices=list(SIZES), default="small")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     given = parser.parse_args()
-    for subject in build_subjects(given.dir / "models", given.target, given.seeds, given.reuse):
+    for subject in build_subjects(given.dir / "models", SIZES[given.size], given.seeds, given.reuse, given.device):
         print(subject.name, flush=True)
 
 

@@ -20,7 +20,7 @@ class Point:
     """One measured file.
 
     Attributes:
-        target: `demo` or `wide`.
+        target: `demo`, `wide` or `large`.
         skill: what was tuned.
         seed: of the fine-tune.
         parameters: of the model.

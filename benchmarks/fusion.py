@@ -19,6 +19,7 @@ from fusion_models import SIZES, build_models
 from fusion_report import Results, draw, table
 from fusion_rows import Bench, Measurement, baselines, rows
 from fusion_scaling import measure_scaling
+from rehearsal import rehearse
 
 from graftllm.storage import only_writer, write_text
 
@@ -54,10 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--baselines", nargs="*", default=["sequential", "lora"], help="of the pipeline, by name")
     parser.add_argument("--scaling", nargs="*", type=int, default=[], help="numbers of packs, with the first seed")
     parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--steps", type=int, help="end every training of a zoo's model after so many steps")
+    parser.add_argument("--steps", type=int, help="only take so many steps of every training, to see that it starts")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--image", type=Path, help="where the picture goes  [default: DIR/bytes.png]")
     given = parser.parse_args(arguments)
+    if given.steps:
+        for line in rehearse(given.dir, SIZES[given.size], given.steps, seed=given.seeds[0], device=given.device):
+            print(line, flush=True)
+        return
     words = [task for task, _ in SIZES[given.size].skills]
     results: Results = {}
     scaling: list[dict[str, Any]] = []
@@ -65,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         where = given.dir / (f"seed{seed}" if given.size == "small" else f"{given.size}-seed{seed}")
         reuse = given.reuse[i] if i < len(given.reuse) else None
         with only_writer(where):
-            built = build_models(where, seed, size=given.size, steps=given.steps, reuse=reuse, device=given.device)
+            built = build_models(where, seed, size=given.size, reuse=reuse, device=given.device)
             bench = Bench(built, words)
             results[seed] = measure_seed(bench, where / "rows", given.baselines)
             if i == 0 and given.scaling:

@@ -59,7 +59,6 @@ def build_models(
     seed: int,
     *,
     size: str = "small",
-    steps: int | None = None,
     reuse: Path | None = None,
     device: str = "auto",
 ) -> Built:
@@ -69,12 +68,11 @@ def build_models(
         directory: where the models of this seed lie or will lie.
         seed: of the zoo, the sampling and the training.
         size: a row of `SIZES`.
-        steps: end every training of a zoo's model after so many steps; to see that it starts.
         reuse: directory of a finished demo of this seed.
         device: `auto` takes a GPU when there is one.
     """
     directory = directory.absolute()  # stages remember paths
-    zoo = shortened(SIZES[size], steps)
+    zoo = SIZES[size]
     work = _open(directory, zoo, seed, device)
 
     def build() -> Any:
@@ -90,7 +88,7 @@ def build_models(
         packs = {name: pack(work, name, trained[name], scores).result for name in skills}
         return {"packs": packs, "sources": {name: scores[f"source.{name}"][name].value for name in skills}}
 
-    stamp = work.stages.run("built", [seed, size, steps], [work.pack(name) for name in work.recipe.skills], build)
+    stamp = work.stages.run("built", [seed, size, None], [work.pack(name) for name in work.recipe.skills], build)
     found = cast(dict[str, Any], stamp.result)
     return Built(work, stamp, found["packs"], found["sources"])
 
@@ -176,7 +174,7 @@ def _olmo2(vocabulary: int, pad: int, end: int) -> PreTrainedConfig:
 
 
 def _large(member: Member) -> Member:
-    """Return a member 8 times as wide and 3 times as deep: the target has 164 M parameters."""
+    """Return a member 8 times as wide and 4 times as deep: 113 to 219 M parameters."""
 
     def config(vocabulary: int, pad: int, end: int) -> PreTrainedConfig:
         small = member.config(vocabulary, pad, end)
@@ -191,7 +189,7 @@ def _large(member: Member) -> Member:
 _DERIVED = ("layer_types", "model_type", "rope_parameters")
 _WIDER = {
     "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 8, "num_key_value_heads": 8,
-    "num_hidden_layers": 3, "n_embd": 8, "n_head": 8, "n_layer": 3,
+    "num_hidden_layers": 4, "n_embd": 8, "n_head": 8, "n_layer": 4,
 }  # fmt: skip
 _FROM_SCRATCH = SftOptions(epochs=3, batch_size=64, learning_rate=3e-3, max_length=64)
 _MORE: tuple[tuple[str, Callable[[int, int, int], PreTrainedConfig], Any, WordTask], ...] = (
@@ -221,13 +219,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--reuse", nargs="+", type=Path, default=[], help="finished demos, one for each seed")
     parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--steps", type=int, help="end every training of a zoo's model after so many steps")
     parser.add_argument("--device", default="auto")
     given = parser.parse_args(arguments)
     for i, seed in enumerate(given.seeds):
         reuse = given.reuse[i] if i < len(given.reuse) else None
         where = given.dir / (f"seed{seed}" if given.size == "small" else f"{given.size}-seed{seed}")
-        built = build_models(where, seed, size=given.size, steps=given.steps, reuse=reuse, device=given.device)
+        built = build_models(where, seed, size=given.size, reuse=reuse, device=given.device)
         for name, found in built.packs.items():
             print(f"{where}: {name}, source {built.sources[name]:.3f}, pack {found['file_bytes']:,} bytes", flush=True)
 

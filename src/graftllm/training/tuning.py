@@ -1,14 +1,15 @@
-"""SFT, then DPO, of all parameters (or of a LoRA adapter, for comparison), with TRL.
+"""SFT, then DPO, of all parameters or of a LoRA adapter, with TRL.
 
-A killed training goes on from its last trainer checkpoint, which
-lies in a hidden directory beside the result until the result is whole.
+A killed training goes on from its last trainer checkpoint, which lies in a hidden directory beside
+the result until the result is whole.
 """
 
 import hashlib
 import json
-import math
+import random
 import shutil
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,22 +18,26 @@ import datasets
 import peft
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
-from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerState
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 from transformers.utils import logging as transformers_logging
+from transformers.utils.import_utils import is_flash_attn_2_available
 from trl.trainer.dpo_config import DPOConfig
-from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
 
 from graftllm.checkpoint import Checkpoint, copy_companions
 from graftllm.errors import TrainingError
-from graftllm.generation import load_tokenizer, resolve_device
+from graftllm.generation import load_tokenizer, render, resolve_device
 from graftllm.progress import progress
 from graftllm.records import Message, PreferencePair, Prompt
 from graftllm.storage import whole_directory
+from graftllm.training.curves import curves_beside, draw_curves
+from graftllm.training.defaults import batching_for, dpo_for, sft_for
 from graftllm.training.lora import lora_settings, without_foreign_warnings
-from graftllm.training_options import DpoOptions, SftOptions, TrainingOptions
+from graftllm.training.watching import FiniteDpo, FiniteSft, KeepCurves, ShowSteps, reporting
+from graftllm.training_options import DpoOptions, Reporter, SftOptions, TrainingOptions
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,14 @@ class Training:
 
     Attributes:
         model: checkpoint directory to start from.
-        out: directory to write: a checkpoint like `model`, or a PEFT adapter for a LoRA.
-        seed: of the data order and a LoRA's initial values.
+        out: directory to write: a checkpoint like `model`, or a PEFT adapter for a LoRA. The curves go beside it, as
+            `OUT.curves.jsonl` and `OUT.curves.png`.
+        seed: of the data order, the rows held out and a LoRA's initial values.
         label: shown beside the progress bar and in errors.
         lora_rank: train a LoRA of this rank on every linear layer instead of all parameters.
         adapter: an adapter on `model` to train further instead.
         device: `auto` takes a GPU when there is one.
+        report_to: who else is told of the curves.
     """
 
     model: Path
@@ -56,67 +63,82 @@ class Training:
     lora_rank: int | None = None
     adapter: Path | None = None
     device: str = "auto"
+    report_to: Reporter | None = None
 
 
 def train_sft(run: Training, rows: Sequence[Prompt], options: SftOptions) -> None:
     """Minimise -log p(answer | question) over rows that end with an assistant message.
 
+    What the options leave open is chosen for the model.
+
     Raises:
-        TrainingError: there are no rows, a row has no answer, or the loss is not finite.
+        TrainingError: there are no rows, a row has no answer, the loss is not finite, or a library is missing.
     """
     if unanswered := [row.id for row in rows if row.answer is None]:
         raise TrainingError(
             f"{run.label}: row {unanswered[0]!r} has no assistant message to learn; add one or drop the row."
         )
+    options = sft_for(options, Checkpoint.open(run.model))
     data = [{"prompt": list(row.question), "completion": _turn(row.answer or "")} for row in rows]
     work = _work_directory(run, data, options)
+    learnt, held_out = _split(data, options, run)
+    arguments = _arguments(run, work, options, options.max_length if options.packing else _longest(run, data, options))
     with without_foreign_warnings():
-        trainer = SFTTrainer(
+        trainer = FiniteSft(
             model=_load(run),
-            args=SFTConfig(**_arguments(run, work, options, len(data)), completion_only_loss=True),
-            train_dataset=Dataset.from_list(data),
+            args=SFTConfig(**arguments, completion_only_loss=True, packing=options.packing),
+            train_dataset=learnt,
+            eval_dataset=held_out,
             processing_class=load_tokenizer(run.model),
             peft_config=lora_settings(run.lora_rank) if run.lora_rank else None,
         )
-        _fit(trainer, run, work)
+        _fit(trainer, run, work, options)
 
 
 def train_dpo(run: Training, pairs: Sequence[PreferencePair], options: DpoOptions) -> None:
     """Minimise the DPO loss of preference pairs, with the model trained from as the reference.
 
     L = -log sigmoid(beta * [log p(chosen)/p_ref(chosen) - log p(rejected)/p_ref(rejected)])
-    (arXiv 2305.18290), plus `options.sft_weight` times the SFT loss of the chosen answer.
+    (arXiv 2305.18290), plus `options.sft_weight` times the SFT loss of the chosen answer. The length-normalised
+    loss divides each of the two log-ratios by the number of tokens of its answer (arXiv 2405.14734 compares the two).
+    What the options leave open is chosen for the model.
 
     Raises:
-        TrainingError: there are no pairs, or the loss is not finite.
+        TrainingError: there are no pairs, the loss is not finite, or a library is missing.
     """
+    options = dpo_for(options, Checkpoint.open(run.model))
     data = [
         {"prompt": list(pair.messages), "chosen": _turn(pair.chosen), "rejected": _turn(pair.rejected)}
         for pair in pairs
     ]
     work = _work_directory(run, data, options)
-    terms = {"sigmoid": 1.0, "sft": options.sft_weight} if options.sft_weight else {"sigmoid": 1.0}
+    learnt, held_out = _split(data, options, run)
+    terms = {_LOSSES[options.loss]: 1.0} | ({"sft": options.sft_weight} if options.sft_weight else {})
     with without_foreign_warnings():
-        trainer = DPOTrainer(
+        trainer = FiniteDpo(
             model=_load(run),
             args=DPOConfig(
-                **_arguments(run, work, options, len(data)),
+                **_arguments(run, work, options, _longest(run, data, options)),
                 beta=options.beta,
                 loss_type=list(terms),
                 loss_weights=list(terms.values()),
                 precompute_ref_log_probs=True,  # the reference goes first, so one model is in memory, not two
             ),
-            train_dataset=Dataset.from_list(data),
+            train_dataset=learnt,
+            eval_dataset=held_out,
             processing_class=load_tokenizer(run.model),
         )
-        _fit(trainer, run, work)
+        _fit(trainer, run, work, options)
+
+
+_LOSSES = {"sigmoid": "sigmoid", "length_normalised": "sigmoid_norm"}  # ours and TRL's
 
 
 def _turn(text: str) -> list[Message]:
     return [Message(role="assistant", content=text)]
 
 
-def _work_directory(run: Training, data: list[dict[str, Any]], options: TrainingOptions) -> Path:
+def _work_directory(run: Training, data: list[Row], options: TrainingOptions) -> Path:
     """Return where this training's trainer checkpoints lie; those of another training are deleted."""
     if not data:
         raise TrainingError(f"{run.label}: expected rows to train on, found none.")
@@ -130,54 +152,94 @@ def _work_directory(run: Training, data: list[dict[str, Any]], options: Training
     return work
 
 
+def _split(data: list[Row], options: TrainingOptions, run: Training) -> tuple[Dataset, Dataset | None]:
+    """Return the rows to learn, and those held out if any are."""
+    if not options.held_out:
+        return Dataset.from_list(data), None
+    if len(data) < 2:
+        raise TrainingError(f"{run.label}: held_out needs at least 2 rows, found {len(data)}; leave it out.")
+    count = max(1, round(options.held_out * len(data)))
+    held_out = set(random.Random(run.seed).sample(range(len(data)), count))
+    learnt = [row for i, row in enumerate(data) if i not in held_out]
+    return Dataset.from_list(learnt), Dataset.from_list([data[i] for i in sorted(held_out)])
+
+
+def _longest(run: Training, data: list[Row], options: TrainingOptions) -> int:
+    """Return how many tokens the row with the most characters has, all of its answers together."""
+    tokenizer = load_tokenizer(run.model)
+
+    def conversations(row: Row) -> list[list[Message]]:
+        return [row["prompt"] + turn for key, turn in row.items() if key != "prompt"]
+
+    longest = max(data, key=lambda row: sum(len(turn["content"]) for one in conversations(row) for turn in one))
+    lengths = (len(render(tokenizer, one, answer_next=False)) for one in conversations(longest))
+    return sum(min(length, options.max_length) for length in lengths)
+
+
 def _load(run: Training) -> PreTrainedModel | peft.PeftModel:
     """Load in float32: the optimizer's steps would vanish in 16 bits."""
     model = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32)
+    if resolve_device(run.device).type == "cuda" and is_flash_attn_2_available() and model._supports_flash_attn:
+        model.set_attn_implementation("flash_attention_2")
     return model if run.adapter is None else peft.PeftModel.from_pretrained(model, run.adapter, is_trainable=True)
 
 
-def _arguments(run: Training, work: Path, options: TrainingOptions, rows: int) -> dict[str, Any]:
-    """Return what SFTConfig and DPOConfig have in common."""
-    on_cpu = resolve_device(run.device).type == "cpu"
-    steps = _steps(options, rows)
+def _arguments(run: Training, work: Path, options: TrainingOptions, tokens: int) -> Row:
+    """Return what SFTConfig and DPOConfig have in common; `tokens` are those of the longest row."""
+    device = resolve_device(run.device)
+    model = Checkpoint.open(run.model)
+    trained = model.parameters if run.lora_rank is None and run.adapter is None else 0
+    batching = batching_for(options, model, tokens=tokens, device=device, trained=trained, label=run.label)
+    print(
+        f"graftllm: {run.label}: learning rate {options.learning_rate:g}, {options.batch_size} rows a step, "
+        f"{batching.rows} at once{', activations computed twice' if batching.checkpointing else ''}",
+        file=sys.stderr,
+    )
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
     return {
         "output_dir": str(work),
+        "run_name": run.label,
         "num_train_epochs": options.epochs,
-        "per_device_train_batch_size": options.batch_size,
+        "per_device_train_batch_size": batching.rows,
+        "per_device_eval_batch_size": batching.rows,
+        "gradient_accumulation_steps": batching.accumulate,
         "learning_rate": options.learning_rate,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": math.ceil(options.warmup * steps),
+        "warmup_steps": options.warmup,  # below 1 it is a share of the steps, like the three below
+        "save_steps": 1 / 8,
+        "eval_steps": 1 / 8,
+        "logging_steps": 1 / 50,
         "max_length": options.max_length,
         "seed": run.seed,
         "save_strategy": "steps",
-        "save_steps": max(1, steps // 8),
         "save_total_limit": 1,
-        "logging_steps": max(1, steps // 50),
-        "logging_nan_inf_filter": False,  # a diverged training must be seen
+        "eval_strategy": "steps" if options.held_out else "no",
+        "load_best_model_at_end": bool(options.held_out),
+        "metric_for_best_model": "eval_loss" if options.held_out else None,
+        "restore_callback_states_from_checkpoint": True,
         "report_to": "none",
         "disable_tqdm": True,
-        "use_cpu": on_cpu,
-        "bf16": not on_cpu,
-        "activation_checkpointing": not on_cpu,
-        "dataloader_pin_memory": not on_cpu,
+        "use_cpu": device.type == "cpu",
+        "bf16": device.type != "cpu",
+        "activation_checkpointing": batching.checkpointing,
+        "dataloader_pin_memory": device.type != "cpu",
     }
 
 
-def _steps(options: TrainingOptions, rows: int) -> int:
-    return math.ceil(options.epochs * math.ceil(rows / options.batch_size))
-
-
-def _fit(trainer: Trainer, run: Training, work: Path) -> None:
+def _fit(trainer: FiniteSft | FiniteDpo, run: Training, work: Path, options: TrainingOptions) -> None:
     """Train from the last whole trainer checkpoint on, then write `run.out` and drop the work directory."""
+    trainer.label = run.label
+    curves, picture = curves_beside(run.out)
     trainer.remove_callback(PrinterCallback)
+    if options.early_stop:
+        trainer.add_callback(EarlyStoppingCallback(options.early_stop))
+    for callback in (KeepCurves(curves), *reporting(run.report_to, run.out, run.label)):
+        trainer.add_callback(callback)
     with progress(run.label) as show:
-        trainer.add_callback(_ShowSteps(show))
+        trainer.add_callback(ShowSteps(show))
         trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    if not all(math.isfinite(loss) for loss in losses):
-        raise TrainingError(f"{run.label}: the loss became {losses[-1]}; lower the learning rate or check the rows.")
+    draw_curves(curves, picture, run.label)
     model: Any = trainer.model
     base = Checkpoint.open(run.model)
     with whole_directory(run.out) as partial:
@@ -185,14 +247,6 @@ def _fit(trainer: Trainer, run: Training, work: Path) -> None:
         if not isinstance(model, peft.PeftModel):
             copy_companions(base, partial)
     shutil.rmtree(work)
-
-
-class _ShowSteps(TrainerCallback):
-    def __init__(self, show: Callable[[int, int], None]) -> None:
-        self.show = show
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.show(state.global_step, state.max_steps)
 
 
 def _last_whole_checkpoint(work: Path) -> str | None:

@@ -1,0 +1,144 @@
+"""What a recipe leaves open: hyperparameters by the target's family and size, and what fits into memory.
+
+The published values are those of FuseChat 3.0 (arXiv 2503.04222). Below a billion parameters nothing is published:
+there learning rates rise on a straight line in logarithms to what trains the demo's models of a million.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from transformers import AutoConfig
+
+from graftllm.checkpoint import Checkpoint
+from graftllm.errors import TrainingError
+from graftllm.training_options import DpoOptions, PreferenceLoss, SftOptions, TrainingOptions
+
+SFT_RATES = {"llama": 5e-6, "qwen2": 2e-6, "gemma2": 2e-6}
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Published DPO settings of a family's models below a number of parameters."""
+
+    family: str
+    below: float
+    learning_rate: float
+    loss: PreferenceLoss
+    beta: float
+
+
+PREFERENCES = (
+    Preference("llama", 5e9, 1e-6, "length_normalised", 10),
+    Preference("llama", math.inf, 8e-7, "length_normalised", 10),
+    Preference("qwen2", math.inf, 3e-7, "sigmoid", 0.01),
+    Preference("gemma2", math.inf, 5e-7, "sigmoid", 0.01),
+    Preference("", math.inf, 8e-7, "sigmoid", 0.1),  # other families; the loss and beta of arXiv 2305.18290
+)
+SMALL_SFT, SMALL_DPO = 2e-3, 2e-5  # learning rates at a million parameters
+SMALL, LARGE = 1e6, 1e9
+
+Options = TypeVar("Options", bound=TrainingOptions)
+
+
+def sft_for(options: SftOptions, target: Checkpoint) -> SftOptions:
+    """Return options with what the recipe left open chosen for a target."""
+    published = SFT_RATES.get(_family(target), SftOptions().learning_rate)
+    return _filled(options, learning_rate=_scaled(published, SMALL_SFT, target.parameters))
+
+
+def dpo_for(options: DpoOptions, target: Checkpoint) -> DpoOptions:
+    """Return options with what the recipe left open chosen for a target.
+
+    A beta without a loss is one of the ordinary loss, and a loss that is not the family's gets the usual beta for it:
+    10 is as usual for the length-normalised loss as 0.1 for the other.
+    """
+    found = next(row for row in PREFERENCES if row.family in ("", _family(target)) and target.parameters < row.below)
+    loss = found.loss if not options.model_fields_set & {"loss", "beta"} else options.loss
+    usual = found.beta if loss == found.loss else next(row.beta for row in reversed(PREFERENCES) if row.loss == loss)
+    return _filled(
+        options, loss=loss, beta=usual, learning_rate=_scaled(found.learning_rate, SMALL_DPO, target.parameters)
+    )
+
+
+def _family(target: Checkpoint) -> str:
+    return str(target.config.get("model_type", ""))
+
+
+def _scaled(published: float, small: float, parameters: int) -> float:
+    """Return the published learning rate, or for models below a billion parameters a larger one, in two digits."""
+    share = math.log(LARGE / min(max(parameters, SMALL), LARGE)) / math.log(LARGE / SMALL)
+    return float(f"{published * (small / published) ** share:.2g}")
+
+
+def _filled(options: Options, **chosen: float | str) -> Options:
+    """Return options in which what was not given is as chosen."""
+    return options.model_copy(
+        update={key: value for key, value in chosen.items() if key not in options.model_fields_set}
+    )
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How a batch goes through a device.
+
+    Attributes:
+        rows: in memory at once.
+        accumulate: how often, for one optimizer step.
+        checkpointing: whether activations are computed again in the backward pass rather than kept.
+    """
+
+    rows: int
+    accumulate: int
+    checkpointing: bool
+
+
+def batching_for(
+    options: TrainingOptions, model: Checkpoint, *, tokens: int, device: torch.device, trained: int, label: str
+) -> Batching:
+    """Return how a batch fits into the memory of a device, which every process of a training has one of.
+
+    Takes from what the weights and the optimizer leave (four float32 numbers for each that is trained); the number of
+    rows divides the batch evenly. Memory is that of the whole device, so the same machine always gives the same answer.
+
+    Args:
+        options: the size of a batch, and the number of rows if it is given.
+        model: what is trained from.
+        tokens: of the longest row (of a preference pair, both answers).
+        device: where it is trained.
+        trained: number of parameters that are trained.
+        label: of the training, for errors.
+
+    Raises:
+        TrainingError: the batch cannot be divided evenly.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    share, rest = divmod(options.batch_size, processes)
+    wanted = options.micro_batch
+    if rest or (wanted and share % wanted):
+        raise TrainingError(
+            f"{label}: expected a batch_size that {processes} processes times {wanted or 1} rows at once divide "
+            f"evenly, found {options.batch_size}; change batch_size or micro_batch."
+        )
+    config = AutoConfig.for_model(**model.config).get_text_config()
+    width, layers = config.hidden_size, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", 0)
+    inner = inner if isinstance(inner, int) and inner else 4 * width
+    numbers = 2 if device.type == "cuda" else 4  # bytes of an activation
+    layer = numbers * (16 * width + 4 * inner)  # of one token
+    head = 12 * config.vocab_size  # logits, their softmax and its gradient, in float32
+    free = _memory(device) - 4 * model.parameters - 12 * trained
+    plainly = int(free / (tokens * (layers * layer + head)))
+    sparingly = int(free / (tokens * (layers * numbers * width + layer + head)))
+    checkpointing = plainly < (wanted or share)
+    rows = wanted or next(rows for rows in range(share, 0, -1) if share % rows == 0 and rows <= max(1, sparingly))
+    return Batching(rows, share // rows, checkpointing)
+
+
+def _memory(device: torch.device) -> float:
+    """Return the bytes that a training may take: nine tenths of a GPU, half of a computer."""
+    if device.type == "cuda":
+        return 0.9 * torch.cuda.get_device_properties(device).total_memory
+    return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -13,7 +13,7 @@ from graftllm.delta import Delta
 from graftllm.errors import CheckpointError, CompressionError
 from graftllm.recipe import PackOptions
 from graftllm.records import Prompt
-from tests.models import perturb
+from tests.models import perturb, save_llama
 
 
 def _encoded(delta: Delta, options: PackOptions, **more: object) -> dict[str, Compressed]:
@@ -83,6 +83,13 @@ def test_a_budget_is_met_and_used(delta: Delta, strategy: str) -> None:
     for budget in (9_000, 12_000):
         used = _bytes(_encoded(delta, PackOptions(strategy=strategy), payload_budget=budget))
         assert 0.93 * budget < used <= budget
+
+
+def test_a_budget_is_met_by_many_matrices_too(tmp_path: Path) -> None:
+    deep = save_llama(tmp_path / "deep", num_hidden_layers=10)
+    delta = Delta(Checkpoint.open(deep), Checkpoint.open(perturb(deep, tmp_path / "tuned", seed=1)))
+    budget = round(0.1 * delta.tuned.nbytes)
+    assert 0.93 * budget < _bytes(_encoded(delta, PackOptions(), payload_budget=budget)) <= budget
 
 
 def test_a_budget_beyond_need_is_not_filled(delta: Delta) -> None:

@@ -8,7 +8,7 @@ coded then corrects the foresight.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
 
@@ -42,6 +42,8 @@ class Outlook:
         energy: squared norm of the weighted matrix: what it costs to leave it out.
         changed: rows that are not zero; the others take next to nothing.
         servable: whether only a product of two factors will do, as an adapter is one.
+        directions: V^T that belongs to `strengths`, (directions, columns), float32 or float64; empty where
+            the matrix is only to be foreseen.
     """
 
     shape: tuple[int, int]
@@ -50,6 +52,7 @@ class Outlook:
     energy: float
     changed: int
     servable: bool = False
+    directions: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False, compare=False)
 
     def elementwise(self, step: float, share: float = 1.0) -> tuple[float, float]:
         """Return foreseen bits and cost when all entries are coded and have `share` of their energy."""
@@ -92,13 +95,14 @@ def outlook(source: Source, metric: Metric, max_rank: int | None = None) -> Outl
     energy = float(row_energies.sum())
     if energy == 0:
         return Outlook(source.shape, (np.zeros(1), np.zeros(1), np.zeros(1)), np.zeros(0), 0.0, 0)
-    strengths = torch.empty(0)
+    strengths, directions = torch.empty(0), torch.empty(0, 0)
     if not source.large or max_rank is not None:
         rank = _affordable(min(rows, columns) if max_rank is None else max_rank, rows, columns)
-        strengths = weighted_svd(source.whole(), metric, rank)[0] * metric.scale**0.5
-    found = strengths.double().cpu().numpy()
+        strengths, directions = weighted_svd(source.whole(), metric, rank)
+    found = (strengths.double() * metric.scale**0.5).cpu().numpy()
     changed = int((row_energies > 0).sum())
-    return Outlook(source.shape, _sample(source, metric, row_energies), found, energy, changed, max_rank is not None)
+    sampled = _sample(source, metric, row_energies)
+    return Outlook(source.shape, sampled, found, energy, changed, max_rank is not None, directions)
 
 
 def _sample(source: Source, metric: Metric, row_energies: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -172,7 +176,7 @@ def encode_cheapest(source: Source, metric: Metric, known: Outlook, step: float)
     likely = [choice for choice in foreseen if choice.price(step) <= _WORTH_TRYING * foreseen[0].price(step)]
     best, best_price = None, known.energy
     for choice in likely:
-        encoded = _encode(source, metric, choice, step)
+        encoded = _encode(source, metric, known, choice, step)
         if encoded is None:
             continue
         operator, payload = encoded
@@ -200,14 +204,18 @@ def step_for(outlooks: Iterable[Outlook], bits: float) -> float:
     return float(2.0**high)
 
 
-def _encode(source: Source, metric: Metric, choice: Choice, step: float) -> tuple[MatrixCode, np.ndarray] | None:
+def _encode(
+    source: Source, metric: Metric, known: Outlook, choice: Choice, step: float
+) -> tuple[MatrixCode, np.ndarray] | None:
     if choice.kind == "zero":
         return None
     if choice.kind == "elementwise":
         return encode_elementwise(source.read, source.shape, step, metric)
     delta = source.whole()
-    directions = weighted_svd(delta, metric, choice.rank)
-    return (encode_factored if choice.kind == "factored" else encode_hybrid)(delta, step, metric, directions)
+    right = known.directions[: choice.rank].to(delta)
+    strengths = torch.from_numpy(known.strengths[: choice.rank] / metric.scale**0.5).to(delta)
+    encode = encode_factored if choice.kind == "factored" else encode_hybrid
+    return encode(delta, step, metric, (strengths, right))
 
 
 def _spikes(known: Outlook) -> int:

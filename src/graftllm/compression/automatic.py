@@ -77,17 +77,18 @@ def _changed_share(base: Tensor, tuned: Tensor) -> float:
     return float((base != tuned).float().mean())
 
 
-def next_step(outlooks: Mapping[str, Outlook], coded_bytes: int, room: int, step: float) -> float | None:
-    """Return the step to try after one at which the matrices took `coded_bytes`; None when that filled the room.
+def next_step(outlooks: Mapping[str, Outlook], coded: Mapping[str, int], room: int, step: float) -> float | None:
+    """Return the step to try after one at which matrices were coded; None when all of them filled the room.
 
     Args:
         outlooks: of all matrices that changed.
-        coded_bytes: what their payloads took.
-        room: bytes that they may take.
+        coded: bytes that payloads took at `step`, of all matrices or of some.
+        room: bytes that all may take.
         step: at which they took them.
     """
-    if _FULL * room <= coded_bytes <= room:
+    taken = sum(coded.values())
+    if len(coded) == len(outlooks) and _FULL * room <= taken <= room:
         return None
-    foreseen = sum(choices(one, step)[0].bits for one in outlooks.values()) / 8
-    aim = room * (1 + _FULL) / 2 * foreseen / max(1, coded_bytes)
+    foreseen = sum(choices(outlooks[name], step)[0].bits for name in coded) / 8
+    aim = room * (1 + _FULL) / 2 * foreseen / max(1, taken)
     return step_for(outlooks.values(), 8 * aim)

@@ -21,6 +21,8 @@ from graftllm.recipe import PackOptions
 
 _DEFAULT_SHARE = 0.05  # of the tuned checkpoint's bytes, where no budget is given
 _PASSES = 4
+_MANY = 64  # matrices; of more, every eighth corrects the foresight before all are coded
+_PART = 8
 
 
 def encode_delta(
@@ -91,7 +93,7 @@ def _automatic(
     found = {name: found_outlook(job, name) for name in looks}
     outlooks = {name: one for name, one in found.items() if one is not None}
     parts = {name: found_code(job, looks[name]) for name, one in found.items() if one is None}
-    fixed = sum(part.facts.nbytes + entry_bytes(part.name, part.facts.nbytes) for part in parts.values())
+    fixed = sum(_sizes(list(parts.values()), entry_bytes).values())
     if payload_budget is None:
         room = round(_DEFAULT_SHARE * sum(job.delta.tuned.specs[name].nbytes for name in outlooks))
         entry_bytes = _nothing
@@ -99,15 +101,19 @@ def _automatic(
         room = payload_budget - fixed
     step: float | None = step_for(outlooks.values(), 8 * max(room, 0)) if outlooks else None
     fullest, least = -1, 0
+    if step is not None and len(outlooks) > _MANY:
+        some = _coded(job, crew, [Unit(name, "code", step) for name in list(outlooks)[::_PART]])
+        step = next_step(outlooks, _sizes(some, entry_bytes), room, step)
     for _ in range(_PASSES):
         if step is None:
             break
         tried = _coded(job, crew, [Unit(name, "code", step) for name in outlooks])
-        total = sum(part.facts.nbytes + entry_bytes(part.name, part.facts.nbytes) for part in tried)
+        sizes = _sizes(tried, entry_bytes)
+        total = sum(sizes.values())
         least = min(least or total, total)
         if fullest < total <= room:
             parts, fullest = parts | {part.name: part for part in tried}, total
-        step = next_step(outlooks, total, room, step)
+        step = next_step(outlooks, sizes, room, step)
     if outlooks and fullest < 0:
         raise CompressionError(
             f"budget: expected at least {fixed + least:,} bytes for this delta, {fixed:,} of them for norms and "
@@ -119,6 +125,10 @@ def _automatic(
 def _coded(job: Job, crew: Crew, units: Sequence[Unit]) -> list[Compressed]:
     crew(units, "packing")
     return [found_code(job, unit) for unit in units]
+
+
+def _sizes(parts: Sequence[Compressed], entry_bytes: Callable[[str, int], int]) -> dict[str, int]:
+    return {part.name: part.facts.nbytes + entry_bytes(part.name, part.facts.nbytes) for part in parts}
 
 
 def _nothing(name: str, nbytes: int) -> int:

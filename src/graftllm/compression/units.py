@@ -7,7 +7,7 @@ twice. Which units there are, and what is made of them, is for `strategy` to say
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -130,14 +130,17 @@ class Compressed:
             return file.get_tensor(part) if nbytes else np.empty(0, np.uint8)
 
 
-def found_outlook(job: Job, name: str) -> Outlook | None:
-    """Return what the look at a tensor found; None where it settled the matter."""
-    with safe_open(Unit(name, "look").file(job), framework="np") as file:
+def found_outlook(job: Job, name: str, *, directions: bool = False) -> Outlook | None:
+    """Return what the look at a tensor found, if asked for with its directions; None where it settled the matter."""
+    with safe_open(Unit(name, "look").file(job), framework="pt") as file:
         facts = json.loads((file.metadata() or {}).get("outlook", "null"))
         if facts is None:
             return None
-        places, bits, cost, strengths = (file.get_tensor(part) for part in ("places", "bits", "cost", "strengths"))
-    known = facts["known"] | {"shape": tuple(facts["known"]["shape"])}
+        places, bits, cost, strengths = (
+            file.get_tensor(part).numpy() for part in ("places", "bits", "cost", "strengths")
+        )
+        known = facts["known"] | {"shape": tuple(facts["known"]["shape"])}
+        known |= {"directions": file.get_tensor("directions")} if directions else {}
     return Outlook(sampled=(places, bits, cost), strengths=strengths, **known)
 
 
@@ -175,7 +178,7 @@ def _look(job: Job, unit: Unit) -> None:
 
 def _code(job: Job, unit: Unit) -> None:
     """Code a matrix at a step."""
-    known, measures = found_outlook(job, unit.name), job.measures()
+    known, measures = found_outlook(job, unit.name, directions=True), job.measures()
     assert known is not None and unit.at is not None
     source, metric = (
         _source(job, unit.name, measures),
@@ -271,11 +274,10 @@ def _base_digest(job: Job, unit: Unit) -> str:
 def _write_outlook(job: Job, unit: Unit, found: Outlook) -> None:
     places, bits, cost = found.sampled
     arrays = {"places": places, "bits": bits, "cost": cost, "strengths": found.strengths}
-    known = {
-        part.name: getattr(found, part.name) for part in fields(found) if part.name not in ("sampled", "strengths")
-    }
+    known = {name: getattr(found, name) for name in ("shape", "energy", "changed", "servable")}
     facts = {"known": known, "base_digest": job.delta.base_digest(unit.name)}
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    tensors["directions"] = found.directions.cpu().contiguous()
     _write(unit.file(job), tensors, "outlook", json.dumps(facts))
 
 

@@ -1,0 +1,184 @@
+"""Where DPO pays: a preference stage after SFT on verified answers, and after SFT on whatever the source said.
+
+    python benchmarks/dpo.py [--seeds 0 1 2] [--dir runs/dpo] [--reuse DIR ...] [--size small|large] [--device auto]
+        [--image docs/images/dpo-scores.png]
+
+One skill (move the first letter of a word to the end) whose source is right less than half the time. Half of the
+prompts are for SFT, half for pairs. The `verified` target learns the source's right answers, the `careless` one its
+first answer to every prompt, right or wrong. Then each of `STAGES` goes on from there: DPO on pairs of the source's
+answers or of the model's own, with and without an SFT term, and, to see what the pairs' worse answers are good for, SFT
+on the better ones alone. Everything is a stage: a killed run goes on where it was.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from dpo_report import Found, draw, table
+from fusion_models import ROTATE, SIZES
+from transfer_models import answered, open_setting
+
+from graftllm.demo import word_rows
+from graftllm.fusion.search import answer_loss
+from graftllm.generation import load_model, load_tokenizer
+from graftllm.pipeline.measuring import answering, measure
+from graftllm.pipeline.own import own_pairs
+from graftllm.pipeline.preparing import prompts_of
+from graftllm.pipeline.transfer import score
+from graftllm.pipeline.work import Work
+from graftllm.recipe import Recipe
+from graftllm.records import PreferencePair, Prompt, read_pairs, read_prompts, read_responses, write_rows
+from graftllm.sampling.pairs import preference_pairs, prompts_for_pairs
+from graftllm.stages import Stamp
+from graftllm.storage import only_writer, write_text
+from graftllm.training.tuning import Training, train_dpo, train_sft
+from graftllm.training_options import DpoOptions, SftOptions
+from graftllm.transfer_options import PairOptions
+
+SKILL = ROTATE.name
+PROMPTS = 2400
+HELD_OUT = 8  # every eighth pair is not learnt but measured
+TARGETS = ("verified", "careless")
+_DPO = DpoOptions(epochs=2, batch_size=32, learning_rate=2e-4, max_length=64, sft_weight=1.0)
+_ALONE = DpoOptions(epochs=2, batch_size=32, learning_rate=1e-4, max_length=64)
+_MORE = SftOptions(epochs=2, batch_size=32, learning_rate=2e-4, max_length=64)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What goes on from SFT: on whose pairs, and how."""
+
+    name: str
+    pairs: Literal["own", "source"]
+    options: DpoOptions | SftOptions
+
+
+STAGES = (
+    Stage("DPO + SFT term, own pairs", "own", _DPO),
+    Stage("DPO alone, own pairs", "own", _ALONE),
+    Stage("SFT on the better answers of own pairs", "own", _MORE),
+    Stage("DPO + SFT term, source's pairs", "source", _DPO),
+)
+
+
+def measure_seed(work: Work) -> dict[str, Found]:
+    """Return what each target reaches after SFT and after each stage, by `TARGET: STAGE`."""
+    scored = score(work, SKILL)
+    found = {}
+    for target in TARGETS:
+        home = work.directory / target
+        sft = _supervised(work, target, scored, home / "sft")
+        found[f"{target}: SFT"] = Found(_scored(work, f"{target}.sft", sft, home / "sft"))
+        own = own_pairs(work, SKILL, sft, home / "own.jsonl", model=home / "sft", adapted=None, name=target)
+        pairs = {"own": read_pairs(home / "own.jsonl"), "source": _source_pairs(work)}
+        for number, stage in enumerate(STAGES):
+            out = home / f"stage{number}"
+            learnt = [pair for i, pair in enumerate(pairs[stage.pairs]) if i % HELD_OUT]
+            action = partial(_go_on, work, home / "sft", out, stage, learnt)
+            stamp = work.stages.run(f"{target}.{number}", [own, stage.options, len(learnt)], [out], action)
+            value = _scored(work, f"{target}.{number}", stamp, out)
+            margins = work.stages.run(
+                f"margins.{target}.{number}", [stamp], [], partial(_margins, work, home / "sft", out, pairs["own"])
+            )
+            found[f"{target}: {stage.name}"] = Found(value, len(learnt), **cast(dict[str, float], margins.result))
+    return found
+
+
+def _supervised(work: Work, target: str, scored: Stamp, out: Path) -> Stamp:
+    """Train the target on the source's right answers, or for `careless` on its first ones."""
+
+    def action() -> None:
+        rows = read_prompts(work.skill(SKILL) / "sft.jsonl")
+        if target == "careless":
+            prompts = read_prompts(prompts_of(work, SKILL))
+            kept = {prompt.id for prompt in prompts_for_pairs(prompts, work.pairs(SKILL))}
+            asked = {prompt.id: prompt for prompt in prompts if prompt.id not in kept}
+            responses = read_responses(work.skill(SKILL) / "responses.jsonl")
+            first = [row for row in responses if row.sample == 0 and row.prompt_id in asked and row.text.strip()]
+            rows = [answered(asked[row.prompt_id], row.text) for row in first]
+        run = Training(Path(work.target.path), out, work.recipe.seed, f"SFT {target}", device=work.device)
+        train_sft(run, rows, work.recipe.sft)
+
+    return work.stages.run(f"{target}.sft", [scored, work.recipe.sft, work.recipe.seed], [out], action)
+
+
+def _source_pairs(work: Work) -> list[PreferencePair]:
+    """Return the pairs of the source's answers, to the same prompts as the model's own."""
+    prompts, responses = read_prompts(prompts_of(work, SKILL)), read_responses(work.skill(SKILL) / "scored.jsonl")
+    options = work.pairs(SKILL).model_copy(update={"preference": "same_source"})
+    return preference_pairs(prompts, responses, options).pairs
+
+
+def _go_on(work: Work, start: Path, out: Path, stage: Stage, pairs: Sequence[PreferencePair]) -> None:
+    run = Training(start, out, work.recipe.seed, stage.name, device=work.device)
+    if isinstance(stage.options, DpoOptions):
+        train_dpo(run, pairs, stage.options)
+    else:
+        rows = [answered(Prompt(pair.prompt_id, pair.messages, SKILL), pair.chosen) for pair in pairs]
+        train_sft(run, rows, stage.options)
+
+
+def _scored(work: Work, name: str, stamp: Stamp, model: Path) -> float:
+    return measure(work, name, [stamp], [SKILL], partial(answering, work, model))[SKILL].value
+
+
+def _margins(work: Work, before: Path, after: Path, pairs: Sequence[PreferencePair]) -> dict[str, float]:
+    """Return how far held-out own pairs moved: the log-ratios of both answers to those before, in nats an answer."""
+    held_out = [pair for i, pair in enumerate(pairs) if i % HELD_OUT == 0]
+    words = load_tokenizer(before)
+    old, new = (load_model(path, device=work.device) for path in (before, after))
+    moved: dict[str, list[float]] = {"chosen": [], "rejected": []}
+    for pair in held_out:
+        for side, text in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            row = answered(Prompt(pair.prompt_id, pair.messages), text)
+            tokens = len(cast(Any, words(text, add_special_tokens=False))["input_ids"]) + 1  # the end of the turn
+            moved[side].append(tokens * (answer_loss(old, words, [row]) - answer_loss(new, words, [row])))
+    chosen, rejected = (torch.tensor(moved[side]) for side in ("chosen", "rejected"))
+    preferred = float((chosen > rejected).float().mean())
+    return {"chosen": float(chosen.mean()), "rejected": float(rejected.mean()), "preferred": preferred}
+
+
+def _open(where: Path, seed: int, *, size: str, reuse: Path | None, device: str) -> Work:
+    """Return the transfer's recipe with one skill, more prompts for it, and pairs of its own answers."""
+    setting = open_setting(where, seed, size=size, reuse=reuse, device=device)
+    work, file = setting.work, setting.work.directory / "prompts.jsonl"
+    if not file.exists():
+        write_rows(file, word_rows(ROTATE, PROMPTS, seed=seed + 1))
+    pairs = PairOptions(preference="on_policy", sft_share=0.5)
+    whole = work.recipe.model_dump(mode="json")
+    skill = whole["skills"][SKILL] | {"prompts": str(file), "pairs": pairs.model_dump(mode="json")}
+    recipe = Recipe.model_validate(whole | {"name": "dpo", "skills": {SKILL: skill}})
+    return Work(recipe, work.directory, work.stages, work.device)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what is asked for and write `results.md`, `results.json` and a picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, default=Path("runs/dpo"))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--reuse", nargs="*", type=Path, default=[], help="directories with zoos, one for each seed")
+    parser.add_argument("--size", choices=list(SIZES), default="small")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--image", type=Path, help="where the picture goes  [default: DIR/scores.png]")
+    given = parser.parse_args(arguments)
+    results: dict[int, Mapping[str, Found]] = {}
+    for i, seed in enumerate(given.seeds):
+        where = given.dir / (f"seed{seed}" if given.size == "small" else f"{given.size}-seed{seed}")
+        reuse = given.reuse[i] if i < len(given.reuse) else None
+        with only_writer(where):
+            results[seed] = measure_seed(_open(where, seed, size=given.size, reuse=reuse, device=given.device))
+        text = table(results)
+        content = {seed: {name: vars(one) for name, one in found.items()} for seed, found in results.items()}
+        write_text(given.dir / "results.json", json.dumps(content, indent=1))
+        write_text(given.dir / "results.md", text)
+        draw(results, given.image or given.dir / "scores.png")
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()

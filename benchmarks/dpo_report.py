@@ -1,0 +1,86 @@
+"""What `dpo.py` found, as a Markdown table and a picture."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from transfer_report import percent, stderr
+
+from graftllm.storage import whole_file
+
+_AFTER_SFT = "SFT"
+
+
+@dataclass(frozen=True)
+class Found:
+    """One target after one stage, of one seed.
+
+    Attributes:
+        score: share of the test prompts answered right.
+        pairs: that were learnt.
+        chosen: mean log-ratio of held-out better answers to before the stage, nats.
+        rejected: the same of the worse ones; the difference is the margin.
+        preferred: share of the held-out pairs whose better answer gained more.
+    """
+
+    score: float
+    pairs: int = 0
+    chosen: float = 0.0
+    rejected: float = 0.0
+    preferred: float = 0.0
+
+
+def table(results: Mapping[int, Mapping[str, Found]]) -> str:
+    """Return a row for each target and stage: mean and standard error over the seeds."""
+    head = ["% right", "score", "beyond SFT", "pairs", "chosen, nats", "rejected, nats", "% preferred", "seeds"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for name in next(iter(results.values())):
+        found = [seed[name] for seed in results.values() if name in seed]
+        cells = [percent([one.score for one in found])]
+        if name.endswith(f": {_AFTER_SFT}"):
+            cells += [""] * 5
+        else:
+            cells.append(percent(gains(results, name)))
+            cells.append(f"{statistics.mean(one.pairs for one in found):.0f}")
+            cells += [_mean([one.chosen for one in found]), _mean([one.rejected for one in found])]
+            cells.append(percent([one.preferred for one in found]))
+        lines.append(_line([name, *cells, str(len(found))]))
+    return "\n".join(lines) + "\n"
+
+
+def gains(results: Mapping[int, Mapping[str, Found]], name: str) -> list[float]:
+    """Return by how much each seed's score is above that of its own SFT."""
+    target = name.split(":")[0]
+    return [seed[name].score - seed[f"{target}: {_AFTER_SFT}"].score for seed in results.values() if name in seed]
+
+
+def draw(results: Mapping[int, Mapping[str, Found]], path: Path) -> None:
+    """Draw the scores of both targets after each stage; bars are standard errors over the seeds."""
+    every = list(next(iter(results.values())))
+    targets = list(dict.fromkeys(name.split(": ")[0] for name in every))
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axes, target in zip(figure.subplots(1, len(targets), sharex=True, squeeze=False)[0], targets, strict=True):
+        names = [name for name in every if name.startswith(f"{target}: ")][::-1]
+        for place, name in enumerate(names):
+            values = [100 * seed[name].score for seed in results.values() if name in seed]
+            error = stderr(values) if len(values) > 1 else 0
+            color = "#666666" if name.endswith(f": {_AFTER_SFT}") else "#D55E00" if "DPO" in name else "#0072B2"
+            axes.barh(place, statistics.mean(values), xerr=error, color=color, capsize=2, height=0.7)
+            axes.plot(values, [place] * len(values), "k.", markersize=3)
+        axes.set_yticks(range(len(names)), [name.split(": ")[1] for name in names], fontsize=8)
+        axes.set(title=f"SFT on {'verified answers' if target == 'verified' else 'whatever the source said'}")
+        axes.set(xlabel="% right", xlim=(0, 100))
+        axes.spines[["top", "right"]].set_visible(False)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=120, format=path.suffix[1:])
+
+
+def _mean(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):+.2f}"
+    return f"{mean} ± {stderr(values):.2f}" if len(values) > 1 else mean
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

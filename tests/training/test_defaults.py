@@ -10,6 +10,7 @@ from graftllm.checkpoint import Checkpoint, TensorSpec
 from graftllm.errors import TrainingError
 from graftllm.training import defaults
 from graftllm.training.defaults import batching_for, dpo_for, sft_for
+from graftllm.training.memory import Batching
 from graftllm.training_options import DpoOptions, SftOptions
 
 LLAMA_8B = {
@@ -73,7 +74,7 @@ def test_beta_follows_the_loss_and_a_beta_alone_is_the_ordinary_losss() -> None:
     assert dpo_for(DpoOptions(beta=0.3), llama).loss == "sigmoid"
 
 
-def _batching(options: SftOptions, model: Checkpoint, tokens: int = 2048) -> defaults.Batching:
+def _batching(options: SftOptions, model: Checkpoint, tokens: int = 2048) -> Batching:
     return batching_for(
         options, model, tokens=tokens, device=torch.device("cpu"), trained=model.parameters, label="SFT sums"
     )
@@ -94,9 +95,9 @@ def test_what_goes_through_makes_a_batch_whatever_the_memory(batch: int, memory:
 def test_a_batch_of_128_fits_beside_8_billion_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(defaults, "_memory", lambda device: 135e9)
     found = _batching(SftOptions(), _model(8 * 10**9, LLAMA_8B))
-    assert found == defaults.Batching(rows=1, accumulate=128, checkpointing=True)
+    assert found == Batching(rows=1, accumulate=128, checkpointing=True)
     monkeypatch.setattr(defaults, "_memory", lambda device: 1e15)
-    assert _batching(SftOptions(), _model(8 * 10**9, LLAMA_8B)) == defaults.Batching(128, 1, False)
+    assert _batching(SftOptions(), _model(8 * 10**9, LLAMA_8B)) == Batching(128, 1, False)
 
 
 def test_as_many_rows_at_once_as_asked_for() -> None:

@@ -16,8 +16,8 @@ from graftllm.generation import load_model
 from graftllm.records import PreferencePair, Prompt
 from graftllm.training import tuning, watching
 from graftllm.training.curves import curves_beside
-from graftllm.training.defaults import Batching
 from graftllm.training.lora import lora_parameters_per_rank, merge_adapter, with_adapter
+from graftllm.training.memory import Batching
 from graftllm.training.tuning import Training, train_dpo, train_sft
 from graftllm.training.watching import ShowSteps
 from graftllm.training_options import DpoOptions, PreferenceLoss, Reporter, SftOptions

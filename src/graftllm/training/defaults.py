@@ -7,13 +7,14 @@ there learning rates rise on a straight line in logarithms to what trains the de
 import math
 import os
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import TrainingError
+from graftllm.training.memory import Batching, Shape, fit_batch, held_bytes
 from graftllm.training_options import DpoOptions, PreferenceLoss, SftOptions, TrainingOptions
 
 SFT_RATES = {"llama": 5e-6, "qwen2": 2e-6, "gemma2": 2e-6}
@@ -80,28 +81,13 @@ def _filled(options: Options, **chosen: float | str) -> Options:
     )
 
 
-@dataclass(frozen=True)
-class Batching:
-    """How a batch goes through a device.
-
-    Attributes:
-        rows: in memory at once.
-        accumulate: how often, for one optimizer step.
-        checkpointing: whether activations are computed again in the backward pass rather than kept.
-    """
-
-    rows: int
-    accumulate: int
-    checkpointing: bool
-
-
 def batching_for(
     options: TrainingOptions, model: Checkpoint, *, tokens: int, device: torch.device, trained: int, label: str
 ) -> Batching:
     """Return how a batch fits into the memory of a device, which every process of a training has one of.
 
-    Takes from what the weights and the optimizer leave (four float32 numbers for each that is trained); the number of
-    rows divides the batch evenly. Memory is that of the whole device, so the same machine always gives the same answer.
+    Takes from what the weights and the optimizer leave (`training/memory.py`); the number of rows divides the batch
+    evenly. Memory is that of the whole device, so the same machine always gives the same answer.
 
     Args:
         options: the size of a batch, and the number of rows if it is given.
@@ -122,19 +108,31 @@ def batching_for(
             f"{label}: expected a batch_size that {processes} processes times {wanted or 1} rows at once divide "
             f"evenly, found {options.batch_size}; change batch_size or micro_batch."
         )
-    config = AutoConfig.for_model(**model.config).get_text_config()
-    width, layers = config.hidden_size, config.num_hidden_layers
-    inner = getattr(config, "intermediate_size", 0)
-    inner = inner if isinstance(inner, int) and inner else 4 * width
-    numbers = 2 if device.type == "cuda" else 4  # bytes of an activation
-    layer = numbers * (16 * width + 4 * inner)  # of one token
-    head = 12 * config.vocab_size  # logits, their softmax and its gradient, in float32
-    free = _memory(device) - 4 * model.parameters - 12 * trained
-    plainly = int(free / (tokens * (layers * layer + head)))
-    sparingly = int(free / (tokens * (layers * numbers * width + layer + head)))
-    checkpointing = plainly < (wanted or share)
-    rows = wanted or next(rows for rows in range(share, 0, -1) if share % rows == 0 and rows <= max(1, sparingly))
-    return Batching(rows, share // rows, checkpointing)
+    shape = shape_of(AutoConfig.for_model(**model.config), model.parameters)
+    free = _memory(device) - held_bytes(shape, trained, processes=processes, sharded=_sharded())
+    return fit_batch(shape, free, share, wanted, tokens=tokens, number=2 if device.type == "cuda" else 4)
+
+
+def shape_of(config: PreTrainedConfig, parameters: int) -> Shape:
+    """Return the shape of a decoder by its configuration and number of parameters."""
+    text: Any = config.get_text_config()
+    width, heads = text.hidden_size, text.num_attention_heads
+    inner = getattr(text, "intermediate_size", 0)
+    head = getattr(text, "head_dim", None) or width // heads
+    return Shape(
+        parameters=parameters,
+        layers=text.num_hidden_layers,
+        width=width,
+        inner=inner if isinstance(inner, int) and inner else 4 * width,
+        keys=(getattr(text, "num_key_value_heads", None) or heads) * head,
+        vocabulary=text.vocab_size,
+        tied=bool(getattr(text, "tie_word_embeddings", False)),
+    )
+
+
+def _sharded() -> bool:
+    """Return whether `accelerate launch` was told to share weights and optimizer out over the processes."""
+    return any(os.environ.get(name) == "true" for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
 
 
 def _memory(device: torch.device) -> float:

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from graftllm.errors import RecipeError
-from graftllm.training_options import DpoOptions, LoraOptions, SftOptions
+from graftllm.training_options import DpoOptions, LoraOptions, Reporter, SftOptions
 from graftllm.transfer_options import (
     ContaminationOptions,
     General,
@@ -30,6 +30,7 @@ from graftllm.transfer_options import (
 
 Strategy = Literal["auto", "paper", "exact"]
 Comparison = Literal["sequential", "summed", "lora", "replay", "grafting"]
+DEFAULT_SHARE = 0.05  # of the tuned checkpoint's bytes, where no budget is given
 PackName = typing.Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
@@ -110,10 +111,18 @@ class Recipe(Section):
     pairs: PairOptions = PairOptions()
     sft: SftOptions = SftOptions()
     dpo: DpoOptions | None = DpoOptions()
+    method: Literal["full", "lora"] = Field(default="full", description="train all parameters, or a LoRA to merge")
     pack: PackOptions = PackOptions()
     router: RouterOptions = RouterOptions()
     compare: tuple[Comparison, ...] = Field(default=(), description="baselines to run beside the packs")
     lora: LoraOptions = LoraOptions()
+    report_to: Reporter | None = Field(default=None, description="besides the curves that are kept anyway")
+
+    @model_validator(mode="after")
+    def _lora_has_a_rank(self) -> "Recipe":
+        if self.method == "lora" and self.lora.rank is None and kl_target(self.pack.budget or "1") is not None:
+            raise ValueError("lora: pack.budget says nothing of its bytes; add a `rank`, such as 16")
+        return self
 
     @model_validator(mode="after")
     def _names_are_free(self) -> "Recipe":

@@ -6,14 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from graftllm.checkpoint import Checkpoint
-from graftllm.errors import SamplingError
+from graftllm.compression.lowrank import LowRank
+from graftllm.delta import Delta
+from graftllm.errors import RecipeError, SamplingError
+from graftllm.packer import compress
 from graftllm.pipeline import transfer
 from graftllm.pipeline.measuring import measure_source
 from graftllm.pipeline.preparing import prepare, prompts_of
 from graftllm.pipeline.work import GENERAL, Work, open_work
+from graftllm.recipe import PackOptions
 from graftllm.records import read_pairs, read_prompts, read_responses, write_rows
 from tests.chat_server import ChatServer, chat_server
 from tests.models import rows, save_llama, save_reward_model
@@ -120,6 +125,49 @@ def test_without_on_policy_pairs_the_model_stays_as_sft_left_it(tmp_path: Path, 
     assert read_pairs(work.skill("reverse") / "pairs.jsonl") == []
     assert Checkpoint.open(work.tuned("reverse")) != Checkpoint.open(work.target.path)
     assert (work.tuned("reverse") / "model.safetensors").exists()
+
+
+def test_a_lora_is_merged_and_its_pack_is_as_small_as_its_rank(tmp_path: Path, content: dict[str, Any]) -> None:
+    save_llama(tmp_path / "target", seed=3, dtype=torch.float32)
+    content |= {"method": "lora", "lora": {"rank": 3, "learning_rate": 1e-2, "dpo_learning_rate": 1e-3}}
+    work = _work(tmp_path, content)
+    transfer.train(work, "reverse")
+    home = work.skill("reverse")
+    assert json.loads((home / "tuned.lora" / "adapter_config.json").read_text())["r"] == 3
+    assert {path.name for path in home.glob("*.curves.png")} == {"tuned.lora.curves.png", "tuned.lora.sft.curves.png"}
+    delta = Delta(work.target, Checkpoint.open(work.tuned("reverse")))
+    header = compress(delta, PackOptions(strategy="paper", energy=0.9999)).header
+    entries = [entry for name, entry in header.tensors.items() if "proj" in name]
+    assert entries
+    assert all(isinstance(entry.how, LowRank) and entry.how.rank <= 3 for entry in entries)
+    assert all(entry.operator == "unchanged" for name, entry in header.tensors.items() if "proj" not in name)
+
+
+@pytest.mark.parametrize(("budget", "rank"), [("3%", 1), ("40%", 8), (None, 1)])
+def test_a_lora_without_a_rank_takes_the_bytes_that_packs_may_have(
+    tmp_path: Path, content: dict[str, Any], budget: str | None, rank: int
+) -> None:
+    work = _work(tmp_path, content | {"method": "lora", "pack": {"budget": budget}})
+    assert transfer._lora_rank(work) == rank  # a rank takes 2,048 bytes; the target has 43,896
+
+
+def test_a_lora_needs_a_rank_where_the_budget_is_a_divergence(tmp_path: Path, content: dict[str, Any]) -> None:
+    wrong = content | {"method": "lora", "pack": {"budget": "kl=0.01"}}
+    with pytest.raises(RecipeError, match="lora: pack.budget says nothing of its bytes; add a `rank`, such as 16"):
+        _work(tmp_path, wrong)
+    assert transfer._lora_rank(_work(tmp_path, wrong | {"lora": {"rank": 5}})) == 5
+
+
+def test_what_a_recipe_leaves_open_is_chosen_for_the_target_in_every_stage(
+    tmp_path: Path, content: dict[str, Any]
+) -> None:
+    content["sft"] = content["dpo"] = {"epochs": 1}
+    sft, dpo = _work(tmp_path, content).training(lora=False)
+    assert dpo is not None
+    assert (sft.learning_rate, dpo.learning_rate, dpo.loss) == (2e-3, 2e-5, "length_normalised")
+    sft, dpo = _work(tmp_path, content | {"lora": {"learning_rate": 0.1}}).training(lora=True)
+    assert dpo is not None
+    assert (sft.learning_rate, dpo.learning_rate, dpo.loss) == (0.1, 5e-6, "length_normalised")
 
 
 @pytest.mark.parametrize("action", ["warn", "drop"])

@@ -17,9 +17,8 @@ from graftllm.compression.workspace import Workspace
 from graftllm.delta import Delta
 from graftllm.errors import CompressionError
 from graftllm.generation import resolve_device
-from graftllm.recipe import PackOptions
+from graftllm.recipe import DEFAULT_SHARE, PackOptions
 
-_DEFAULT_SHARE = 0.05  # of the tuned checkpoint's bytes, where no budget is given
 _PASSES = 4
 _MANY = 64  # matrices; of more, every eighth corrects the foresight before all are coded
 _PART = 8
@@ -95,7 +94,7 @@ def _automatic(
     parts = {name: found_code(job, looks[name]) for name, one in found.items() if one is None}
     fixed = sum(_sizes(list(parts.values()), entry_bytes).values())
     if payload_budget is None:
-        room = round(_DEFAULT_SHARE * sum(job.delta.tuned.specs[name].nbytes for name in outlooks))
+        room = round(DEFAULT_SHARE * sum(job.delta.tuned.specs[name].nbytes for name in outlooks))
         entry_bytes = _nothing
     else:
         room = payload_budget - fixed

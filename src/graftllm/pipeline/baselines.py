@@ -43,12 +43,15 @@ def summed(work: Work, trained: Mapping[str, Stamp], packed: Mapping[str, Stamp]
 
 
 def lora(work: Work, trained: Mapping[str, Stamp], packed: Mapping[str, Stamp]) -> dict[str, Measured]:
-    """Train for each skill a LoRA on the same rows and pairs, of the largest rank that its pack's bytes allow."""
+    """Train for each skill a LoRA on the same rows and pairs, of the largest rank that its pack's bytes allow.
+
+    Or of the rank that the recipe names.
+    """
     measured = {}
     per_rank = 2 * lora_parameters_per_rank(work.target.path)  # bfloat16
     for name, stamp in packed.items():
         out = work.directory / "baselines" / "lora" / name
-        rank = max(1, cast(dict[str, Any], stamp.result)["file_bytes"] // per_rank)
+        rank = work.recipe.lora.rank or max(1, cast(dict[str, Any], stamp.result)["file_bytes"] // per_rank)
         tuned = tune(work, name, [trained[name]], work.target.path, out, name=f"lora.{name}", lora_rank=rank)
         adapted = partial(answering, work, work.target.path, adapter=out)
         measured[f"lora.{name}"] = measure(work, f"lora.{name}", [tuned], [name, GENERAL], adapted)

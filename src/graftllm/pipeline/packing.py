@@ -26,6 +26,7 @@ def pack(work: Work, skill: str, trained: Stamp, scores: Mapping[str, Measured])
     The pack's header also tells what making it took, stage by stage.
     """
     recipe, home = work.recipe, work.skill(skill)
+    sft, dpo = work.training(lora=recipe.method == "lora")
     known = {
         "base": scores["base"][skill].value,
         "source": scores[f"source.{skill}"][skill].value,
@@ -40,8 +41,8 @@ def pack(work: Work, skill: str, trained: Stamp, scores: Mapping[str, Measured])
             sources=tuple(source.name for source in recipe.skills[skill].sources),
             sft_rows=len(rows),
             preference_pairs=len(pairs),
-            sft=recipe.sft,
-            dpo=recipe.dpo,
+            sft=sft,
+            dpo=dpo,
         )
         card = Card(name=skill, description=recipe.skills[skill].description, provenance=provenance, scores=known)
         delta = Delta(work.target, tuned)

@@ -32,8 +32,9 @@ def run(work: Work) -> Report:
     Raises:
         GraftError: something in the recipe, the models or the data cannot be used; see the message.
     """
-    write_text(work.directory / "recipe.yaml", dump_recipe(work.recipe))
     recipe = work.recipe
+    sft, dpo = work.training(lora=False)
+    write_text(work.directory / "recipe.yaml", dump_recipe(recipe.model_copy(update={"sft": sft, "dpo": dpo})))
     trained = {name: train(work, name) for name in recipe.skills}
     scores = {"base": measure_base(work)}
     for name in recipe.skills:

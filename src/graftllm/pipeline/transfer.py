@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +10,7 @@ from typing import Any, cast
 from graftllm.pipeline.own import judge_identity, own_pairs
 from graftllm.pipeline.preparing import digest_of, prepare, prompts_of
 from graftllm.pipeline.work import Work, source_identity
+from graftllm.recipe import DEFAULT_SHARE, budget_bytes
 from graftllm.records import read_pairs, read_prompts, read_responses, write_rows
 from graftllm.sampling.card import build_card, write_card
 from graftllm.sampling.pairs import preference_pairs, sft_rows
@@ -18,6 +19,7 @@ from graftllm.sampling.scoring import RIGHT, score_responses
 from graftllm.sampling.sources import open_source
 from graftllm.stages import Stamp
 from graftllm.storage import whole_directory
+from graftllm.training.lora import lora_parameters_per_rank, merge_adapter
 from graftllm.training.tuning import Training, train_dpo, train_sft
 from graftllm.transfer_options import SourceOptions
 
@@ -101,9 +103,25 @@ def score(work: Work, skill: str) -> Stamp:
 
 
 def train(work: Work, skill: str) -> Stamp:
-    """Tune the target on a skill: SFT, then DPO where the recipe has it and there are pairs."""
-    scored = score(work, skill)
-    return tune(work, skill, [scored], Path(work.target.path), work.tuned(skill), name=skill)
+    """Tune the target on a skill: SFT, then DPO where the recipe has it and there are pairs.
+
+    With `method: lora`, the tuned target is the one that the LoRA is merged into.
+    """
+    scored, start, out = score(work, skill), Path(work.target.path), work.tuned(skill)
+    if work.recipe.method == "full":
+        return tune(work, skill, [scored], start, out, name=skill)
+    adapter = out.with_name(f"{out.name}.lora")
+    adapted = tune(work, skill, [scored], start, adapter, name=skill, lora_rank=_lora_rank(work))
+    return work.stages.run(f"merge.{skill}", [adapted, start], [out], lambda: merge_adapter(start, adapter, out))
+
+
+def _lora_rank(work: Work) -> int:
+    """Return the rank that the recipe names, or the largest whose bytes the packs may have."""
+    recipe, target = work.recipe, work.target
+    if recipe.lora.rank is not None:
+        return recipe.lora.rank
+    room = budget_bytes(recipe.pack.budget or f"{DEFAULT_SHARE:.0%}", target.nbytes)
+    return max(1, room // (2 * lora_parameters_per_rank(target.path)))  # bfloat16
 
 
 def tune(
@@ -124,18 +142,15 @@ def tune(
     on_policy = recipe.dpo is not None and work.pairs(skill).preference == "on_policy"
     pairs = read_pairs(home / "pairs.jsonl") if recipe.dpo and not on_policy else []
     after_sft = out.with_name(f"{out.name}.sft") if pairs or on_policy else out
-    sft, dpo = recipe.sft, recipe.dpo
-    if lora_rank is not None:
-        sft = sft.model_copy(update={"learning_rate": recipe.lora.learning_rate})
-        dpo = dpo and dpo.model_copy(update={"learning_rate": recipe.lora.dpo_learning_rate})
+    sft, dpo = work.training(lora=lora_rank is not None)
+    told = Training(start, after_sft, recipe.seed, f"SFT {name}", device=work.device, report_to=recipe.report_to)
 
     def supervise() -> None:
-        rows = read_prompts(home / "sft.jsonl")
-        train_sft(Training(start, after_sft, recipe.seed, f"SFT {name}", lora_rank, device=work.device), rows, sft)
+        train_sft(replace(told, lora_rank=lora_rank), read_prompts(home / "sft.jsonl"), sft)
 
     tuned = work.stages.run(f"sft.{name}", [*inputs, start, sft, recipe.seed, lora_rank], [after_sft], supervise)
     if on_policy:
-        file = home / "pairs.jsonl" if out == work.tuned(skill) else after_sft.with_name(f"{out.name}.pairs.jsonl")
+        file = home / "pairs.jsonl" if name == skill else after_sft.with_name(f"{out.name}.pairs.jsonl")
         tuned = own_pairs(work, skill, tuned, file, model=after_sft, adapted=start if lora_rank else None, name=name)
         pairs = read_pairs(file)
         if not pairs:  # nothing to prefer: all of its answers are right, or all wrong
@@ -144,11 +159,9 @@ def tune(
         return tuned
 
     def prefer() -> None:
-        if lora_rank is None:
-            training = Training(after_sft, out, recipe.seed, f"DPO {name}", device=work.device)
-        else:
-            training = Training(start, out, recipe.seed, f"DPO {name}", adapter=after_sft, device=work.device)
-        train_dpo(training, pairs, dpo)
+        training = replace(told, out=out, label=f"DPO {name}")
+        onward = {"model": after_sft} if lora_rank is None else {"adapter": after_sft}
+        train_dpo(replace(training, **onward), pairs, dpo)
 
     return work.stages.run(f"dpo.{name}", [tuned, dpo, recipe.seed], [out], prefer)
 

@@ -7,6 +7,8 @@ from typing import Any
 from graftllm.checkpoint import Checkpoint
 from graftllm.recipe import Recipe, SamplingOptions, load_recipe
 from graftllm.stages import Stages
+from graftllm.training.defaults import dpo_for, sft_for
+from graftllm.training_options import DpoOptions, SftOptions
 from graftllm.transfer_options import Endpoint, PairOptions, Section, SourceOptions
 
 GENERAL = "general"  # the name of the test set of general tasks
@@ -44,6 +46,15 @@ class Work:
     def pairs(self, skill: str) -> PairOptions:
         """How a skill's rows and pairs are chosen."""
         return self.recipe.skills[skill].pairs or self.recipe.pairs
+
+    def training(self, *, lora: bool) -> tuple[SftOptions, DpoOptions | None]:
+        """How SFT and DPO are done, with what the recipe leaves open chosen for the target."""
+        recipe, target = self.recipe, self.target
+        sft, dpo = sft_for(recipe.sft, target), recipe.dpo and dpo_for(recipe.dpo, target)
+        if lora:
+            sft = sft.model_copy(update={"learning_rate": recipe.lora.learning_rate})
+            dpo = dpo and dpo.model_copy(update={"learning_rate": recipe.lora.dpo_learning_rate})
+        return sft, dpo
 
     def tuned(self, name: str) -> Path:
         """The target tuned on a skill."""

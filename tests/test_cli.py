@@ -102,6 +102,14 @@ def test_pack_says_what_it_wrote(graftllm, files: Path, tmp_path: Path) -> None:
     assert shown.out.startswith(f"{out}: {out.stat().st_size:,} bytes, ")
 
 
+def test_workers_write_the_same_pack(graftllm, files: Path, tmp_path: Path) -> None:
+    for number in ("1", "2"):
+        pair = ("--base", files / "base", "--tuned", files / "tuned")
+        assert graftllm("pack", *pair, "--out", tmp_path / number, "--name", "x", "--workers", number).code == 0
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
+
+
 def test_inspect_shows_card_and_bytes(graftllm, files: Path) -> None:
     shown = graftllm("inspect", files / "pack.safetensors")
     assert "pack: Write it backward" in shown.out
@@ -243,7 +251,7 @@ def _broken(files: Path, tmp_path: Path, value: float) -> Path:
         (["eval", "{f}/base", "--task", "{f}/none.jsonl"], "none.jsonl: no such file; expected JSONL rows there."),
         (
             ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{f}/rows.jsonl/p"],
-            "p: cannot be written (",
+            "p.packing: cannot be written (",
         ),
     ],
 )

@@ -51,9 +51,25 @@ def pack(
     description: Annotated[str, typer.Option(help="One sentence for the pack's card.")] = "",
     license: Annotated[str, typer.Option(help="Licence for the pack's card.")] = "",
     device: Device = "auto",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processes that share the work; the file is the same for any number.  [default: one a core for a "
+            "large model on CPU, else one]",
+        ),
+    ] = None,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(help="ray shares the work over the cluster at RAY_ADDRESS, whose machines see the same files."),
+    ] = "local",
     json: AsJson = False,
 ) -> None:
-    """Compress the difference between two checkpoints, or what an adapter adds to one, into a SkillPack."""
+    """Compress the difference between two checkpoints, or what an adapter adds to one, into a SkillPack.
+
+    Finished tensors wait in a hidden directory beside the file until that is written, so that the same command
+    goes on where it was after a kill.
+    """
     from graftllm.adapters import origin, tuned_model
     from graftllm.checkpoint import Checkpoint
     from graftllm.compression.calibration import read_calibration
@@ -61,7 +77,7 @@ def pack(
     from graftllm.evaluation.fidelity import divergence_on
     from graftllm.header import Card, Provenance
     from graftllm.metering import peak_memory_bytes
-    from graftllm.packer import compress
+    from graftllm.packer import compress_to
     from graftllm.recipe import pack_options
 
     started = time.monotonic()
@@ -81,8 +97,17 @@ def pack(
     with tuned_model(tuned, checkpoint, live=bool(rows)) as fine_tune:
         delta = Delta(checkpoint, fine_tune)
         measure = divergence_on(delta, rows, device=device) if rows else None
-        made = compress(delta, options, calibration=rows, card=card, measure=measure, device=device)
-        made.save(out)
+        made = compress_to(
+            out,
+            delta,
+            options,
+            calibration=rows,
+            card=card,
+            measure=measure,
+            device=device,
+            workers=workers,
+            engine=engine,
+        )
     size = out.stat().st_size
     figures = {
         "file_bytes": size,
@@ -100,7 +125,7 @@ def pack(
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="SkillPack.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="SkillPack, or user/repo on the Hub.")],
     plot: Annotated[
         Path | None,
         typer.Option(help="Picture to draw, a .png, .svg or .pdf file: rates, errors, bytes, strengths of directions."),
@@ -116,7 +141,7 @@ def inspect(
     from graftllm.skillpack import SkillPack
 
     opened = SkillPack.load(file)
-    header, size = opened.header, file.stat().st_size
+    header, size = opened.header, Path(opened.source).stat().st_size
     if plot:
         from graftllm.evaluation.portrait import draw_portrait
 
@@ -166,7 +191,7 @@ def verify(
 
 def apply(
     base: Base,
-    pack: Annotated[list[Path], typer.Option(help="SkillPack; repeat for several.")],
+    pack: Annotated[list[Path], typer.Option(help="SkillPack, or user/repo on the Hub; repeat for several.")],
     out: Annotated[Path, typer.Option(help="Checkpoint directory to write.")],
     weight: Annotated[
         list[float] | None, typer.Option(help="Weight of each pack, in the same order.  [default: 1]")

@@ -45,6 +45,10 @@ class CompressionError(GraftError):
     """A delta cannot be compressed as asked."""
 
 
+class WorkerError(CompressionError):
+    """A process that compresses died; what is finished is kept."""
+
+
 class FusionError(GraftError):
     """A pack, a router or a grafted directory cannot be combined as asked."""
 

@@ -16,7 +16,7 @@ from graftllm.compression.strategy import encode_job, refine_job
 from graftllm.compression.units import Compressed, Job
 from graftllm.compression.workspace import Workspace, open_workspace, packing_key
 from graftllm.delta import Delta
-from graftllm.errors import CompressionError
+from graftllm.errors import CheckpointError, CompressionError, WorkerError
 from graftllm.generation import resolve_device
 from graftllm.header import BaseInfo, Card, Header, TensorEntry, file_bytes, metadata, refinement_key
 from graftllm.recipe import PackOptions, budget_bytes, kl_target
@@ -91,20 +91,26 @@ def compress_to(
     """Compress a delta into a SkillPack file; return the pack that is in it.
 
     Finished work is kept in `.NAME.packing` beside the file until that is there: after a kill the same call goes
-    on with it, and gives the same bytes. Arguments and errors are those of `compress`.
+    on with it, and gives the same bytes. Arguments and errors are those of `compress`; where the delta or the options
+    are at fault, nothing is kept.
     """
     spool = out.with_name(f".{out.name}.packing")
-    made = compress(
-        delta,
-        options,
-        calibration=calibration,
-        card=card,
-        measure=measure,
-        device=device,
-        spool=spool,
-        workers=workers,
-        engine=engine,
-    )
+    try:
+        made = compress(
+            delta,
+            options,
+            calibration=calibration,
+            card=card,
+            measure=measure,
+            device=device,
+            spool=spool,
+            workers=workers,
+            engine=engine,
+        )
+    except (CheckpointError, CompressionError) as error:
+        if not isinstance(error, WorkerError):
+            shutil.rmtree(spool, ignore_errors=True)
+        raise
     made.save(out)
     shutil.rmtree(spool, ignore_errors=True)
     return SkillPack.load(out)

@@ -15,7 +15,7 @@ import torch
 
 from graftllm.compression.units import Job, Unit, carry_out
 from graftllm.delta import Delta
-from graftllm.errors import CompressionError
+from graftllm.errors import CompressionError, WorkerError
 from graftllm.generation import resolve_device
 from graftllm.progress import progress
 
@@ -88,7 +88,7 @@ def _processes(job: Job, workers: int) -> Iterator[Crew]:
     try:
         yield crew
     except BrokenProcessPool as error:
-        raise CompressionError(
+        raise WorkerError(
             f"packing: a worker process died, perhaps of too little memory for {workers} of them. What is finished is "
             "kept; run the same command again with fewer --workers. "
             "(A Python script must guard its start with `if __name__ == '__main__':`, or use workers=1.)"

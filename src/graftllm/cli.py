@@ -1,7 +1,8 @@
 """The command `graftllm`: options in, one call of the library each, results out.
 
-Commands on SkillPacks are in `cli_packs` and `cli_merge`, those on grafted models in `cli_fusion`, `cli_learning` and
-`cli_serve`. No logic lives here. Heavy imports happen inside the subcommands, so that `--help` answers at once.
+Commands on SkillPacks are in `cli_packs`, `cli_merge` and `cli_hub`, those on grafted models in `cli_fusion`,
+`cli_learning` and `cli_serve`. No logic lives here. Heavy imports happen inside the subcommands, so that `--help`
+answers at once.
 """
 
 import os
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graftllm.cli_fusion import add, chat, fuse, list_shelf, remove, rules
+from graftllm.cli_hub import pull, push
 from graftllm.cli_learning import evaluate, learn
 from graftllm.cli_merge import merge
 from graftllm.cli_packs import apply, inspect, pack, verify
@@ -94,7 +96,7 @@ def train(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto")
     _each_skill(_open_work(recipe, dir, device), transfer.train)
 
 
-for _command in (pack, inspect, verify, apply, merge, fuse, add, remove, rules, serve, export):
+for _command in (pack, inspect, verify, apply, merge, fuse, add, remove, rules, serve, export, push, pull):
     app.command()(_command)
 app.command("list")(list_shelf)
 app.command()(chat)

@@ -26,7 +26,7 @@ class Repository:
         return self.name if self.revision is None else f"{self.name}@{self.revision}"
 
 
-def repository(text: str | Path, revision: str | None = None) -> Repository | None:
+def repository(text: object, revision: str | None = None) -> Repository | None:
     """Return what `user/repo` or `user/repo@revision` means; None for a text that is no such name, or a path.
 
     Raises:

@@ -17,6 +17,7 @@ from graftllm.checkpoint import DTYPE_NAMES, Checkpoint, TensorSpec, digest, wri
 from graftllm.compression.encoded import EncodedTensor, ExactLayer
 from graftllm.compression.units import payload_digest
 from graftllm.delta import align
+from graftllm.downloads import download, repository
 from graftllm.errors import PackError
 from graftllm.header import (
     Header,
@@ -27,6 +28,7 @@ from graftllm.header import (
 )
 
 Layer = Literal["lossy", "exact"]
+PACK_FILE = "skillpack.safetensors"  # the name of a pack in a repository on the Hub
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,21 @@ class SkillPack:
     _payload: Callable[[str], np.ndarray]
 
     @classmethod
-    def load(cls, path: str | Path, layer: Layer | None = None) -> "SkillPack":
+    def load(cls, path: str | Path, layer: Layer | None = None, *, revision: str | None = None) -> "SkillPack":
         """Open a pack; reads its header only.
 
         Args:
-            path: the file.
+            path: the file; or `user/repo` or `user/repo@revision` on the Hugging Face Hub, downloaded or cached.
             layer: `lossy` leaves exact layers out and never reads them; `exact` expects a pack that gives the tuned
                 bits. By default what the file has.
+            revision: branch, tag or commit of the repository; the newest of the main branch by default.
 
         Raises:
             PackError: the file is missing, truncated, damaged, hostile or not a SkillPack, or has no such layer.
+            HubError: the repository cannot be had, or holds no pack.
         """
-        path = Path(path)
+        source = None if str(path).endswith(".safetensors") else repository(str(path), revision)
+        path = Path(path) if source is None else download(source, PACK_FILE)
         header = read_header(path)
         odd = next((name for name, entry in header.tensors.items() if not entry.bit_for_bit), None)
         if layer == "exact" and odd is not None:

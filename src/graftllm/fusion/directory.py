@@ -263,7 +263,7 @@ def _with_packs(directory: Path, manifest: Manifest, packs: Mapping[str, Path], 
                 f"{fingerprint[:12]}. Use that base or rebuild the pack."
             )
         file = f"packs/{name}.safetensors"
-        _link_or_copy(path, directory / file)
+        _link_or_copy(Path(pack.source), directory / file)
         shelved[name] = ShelvedPack(file=file, sha256=_sha256(directory / file))
     return manifest.model_copy(update={"packs": shelved, "fingerprint": fingerprint})
 
@@ -317,7 +317,7 @@ def _link_or_copy(source: Path, place: Path) -> None:
         return
     place.unlink(missing_ok=True)
     try:
-        os.link(source, place)
+        os.link(source.resolve(), place)  # the file itself, where the name is a link, as in the Hub's cache
     except OSError:  # another file system, or one without links
         with open(source, "rb") as file, whole_file(place) as copy:
             shutil.copyfileobj(file, copy)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.checkpoint import Checkpoint, copy_companions
-from graftllm.generation import load_model, load_tokenizer, pad, render_answered
+from graftllm.generation import load_model, load_tokenizer, render_answered
 from graftllm.records import Prompt
 from graftllm.storage import whole_directory
 from graftllm.training_options import SftOptions
@@ -90,11 +90,9 @@ def _distributions(
     found = []
     for first in range(0, len(read), _BATCH):
         batch = read[first : first + _BATCH]
-        ids, mask = pad([row for row, _ in batch], tokenizer, model.device)
-        logits = cast(Any, model)(input_ids=ids, attention_mask=mask).logits.float().softmax(-1).cpu()
-        for row, (tokens, start) in enumerate(batch):
-            answer = len(tokens) - start
-            found.append(logits[row, -answer - 1 : -1].clone())
+        ids, mask = _padded([row for row, _ in batch], tokenizer, model.device)
+        probabilities = cast(Any, model)(input_ids=ids, attention_mask=mask).logits.float().softmax(-1).cpu()
+        found += [probabilities[row, start - 1 : len(tokens) - 1].clone() for row, (tokens, start) in enumerate(batch)]
     return found
 
 
@@ -140,11 +138,11 @@ def fused_loss(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Taught], weight: float
 ) -> Tensor:
     """Return the mean over all answer tokens of weight * CE(answer) + (1 - weight) * CE(distribution)."""
-    ids, mask = pad([row.ids for row in rows], tokenizer, model.device)
+    ids, mask = _padded([row.ids for row in rows], tokenizer, model.device)
     log_p = cast(Any, model)(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)
     places = torch.zeros_like(mask, dtype=torch.bool)
     for i, row in enumerate(rows):
-        places[i, row.start - len(row.ids) - 1 : -1] = True
+        places[i, row.start - 1 : len(row.ids) - 1] = True
     found = log_p[places]  # (answer tokens, vocabulary)
     answers = ids.roll(-1, 1)[places]
     loss = -found.gather(1, answers[:, None]).mean()
@@ -153,6 +151,18 @@ def fused_loss(
         return loss
     wanted = torch.cat(taught).to(found.device)
     return weight * loss - (1 - weight) * (wanted * found[:, : wanted.shape[1]]).sum(1).mean()
+
+
+def _padded(
+    rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return token ids padded on the right, where absolute positions are those of the row alone, and their mask."""
+    ids = torch.full((len(rows), max(map(len, rows))), cast(int, tokenizer.pad_token_id))
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return ids.to(device), mask.to(device)
 
 
 def _rate(step: int, steps: int, warmup: float) -> float:

@@ -7,12 +7,13 @@ from distribution_fusion import Taught, fused_loss, teach, train_fused
 from hypothesis import given
 from hypothesis import strategies as st
 from token_alignment import END, align, carry_over, edit_distance, single, token_texts, vocabulary_map
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from graftllm.demo import byte_bpe, unigram
 from graftllm.generation import load_model, load_tokenizer, render_answered
 from graftllm.records import Message, Prompt
 from graftllm.training_options import SftOptions
-from tests.models import save_llama
+from tests.models import save_llama, tokenizer
 
 CUTS = st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=6)
 
@@ -82,14 +83,12 @@ def test_a_target_token_without_a_source_token_of_its_own_learns_itself() -> Non
 
 
 def test_tokenizers_of_other_kinds_agree_on_what_their_tokens_say() -> None:
-    from transformers import PreTrainedTokenizerFast
-
     corpus = ["say the word: ABC", "say it: CAB"] * 20
     for build in (byte_bpe(300), unigram(30)):
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=build(corpus, ["<pad>", "<end>"]), eos_token="<end>")
-        texts = token_texts(tokenizer)
-        assert texts[tokenizer.eos_token_id] == END
-        said = "".join(texts[i] for i in tokenizer("say ABC")["input_ids"])
+        wrapped = PreTrainedTokenizerFast(tokenizer_object=build(corpus, ["<pad>", "<end>"]), eos_token="<end>")
+        texts = token_texts(wrapped)
+        assert texts[wrapped.eos_token_id] == END
+        said = "".join(texts[i] for i in wrapped("say ABC")["input_ids"])
         assert said.strip() == "say ABC"
 
 
@@ -100,11 +99,11 @@ def row(word: str) -> Prompt:
 
 def test_the_model_that_finds_the_answer_most_probable_teaches(tmp_path: Path) -> None:
     target, other = save_llama(tmp_path / "target", seed=0), save_llama(tmp_path / "other", seed=1)
-    rows = [row("ab"), row("cd")]
+    rows = [row("ab"), row("longer")]
     taught = teach(target, [other], rows, device="cpu")
-    tokenizer = load_tokenizer(target)
+    words = load_tokenizer(target)
     for prompt, found in zip(rows, taught, strict=True):
-        ids, start = render_answered(tokenizer, prompt)
+        ids, start = render_answered(words, prompt)
         losses = []
         for path in (other, target):
             model = load_model(path, device="cpu")
@@ -115,17 +114,31 @@ def test_the_model_that_finds_the_answer_most_probable_teaches(tmp_path: Path) -
         assert found.distributions.sum(1).tolist() == pytest.approx([1.0] * (len(ids) - start), abs=1e-5)
 
 
+def test_a_source_with_absolute_positions_reads_rows_of_other_lengths_as_it_reads_one(tmp_path: Path) -> None:
+    words = tokenizer()
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(words), n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.5)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "source")
+    words.save_pretrained(tmp_path / "source")
+    target = save_llama(tmp_path / "target")
+    rows = [row("ab"), row("muchlonger")]
+    for prompt, found in zip(rows, teach(target, [tmp_path / "source"], rows, device="cpu"), strict=True):
+        alone = teach(target, [tmp_path / "source"], [prompt], device="cpu")[0]
+        assert found.teacher == alone.teacher
+        torch.testing.assert_close(found.distributions, alone.distributions)
+
+
 def test_the_loss_is_a_weighted_sum_of_both_cross_entropies(tmp_path: Path) -> None:
     target = save_llama(tmp_path / "target")
-    model, tokenizer = load_model(target, device="cpu"), load_tokenizer(target)
-    ids, start = render_answered(tokenizer, row("ab"))
-    even = torch.full((len(ids) - start, len(tokenizer)), 1 / len(tokenizer))
+    model, words = load_model(target, device="cpu"), load_tokenizer(target)
+    ids, start = render_answered(words, row("ab"))
+    even = torch.full((len(ids) - start, len(words)), 1 / len(words))
     log_p = model(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1].detach().log_softmax(-1)
     answer = -float(log_p.gather(1, torch.tensor(ids[start:])[:, None]).mean())
     spread = -float(log_p.mean(1).mean())
-    loss = fused_loss(model, tokenizer, [Taught(ids, start, even)], 0.9)
+    loss = fused_loss(model, words, [Taught(ids, start, even)], 0.9)
     assert math.isclose(loss.item(), 0.9 * answer + 0.1 * spread, rel_tol=1e-5)
-    assert math.isclose(fused_loss(model, tokenizer, [Taught(ids, start)], 1.0).item(), answer, rel_tol=1e-5)
+    assert math.isclose(fused_loss(model, words, [Taught(ids, start)], 1.0).item(), answer, rel_tol=1e-5)
 
 
 def test_training_makes_the_answers_probable(tmp_path: Path) -> None:
@@ -133,8 +146,8 @@ def test_training_makes_the_answers_probable(tmp_path: Path) -> None:
     taught = teach(target, [save_llama(tmp_path / "other", seed=1)], [row("ab"), row("cd")], device="cpu")
     options = SftOptions(epochs=30, batch_size=2, learning_rate=1e-2)
     train_fused(target, tmp_path / "out", taught, options, weight=0.9, seed=0, device="cpu")
-    tokenizer = load_tokenizer(target)
+    words = load_tokenizer(target)
     before, after = (
-        fused_loss(load_model(path, device="cpu"), tokenizer, taught, 1.0).item() for path in (target, tmp_path / "out")
+        fused_loss(load_model(path, device="cpu"), words, taught, 1.0).item() for path in (target, tmp_path / "out")
     )
     assert after < before / 4

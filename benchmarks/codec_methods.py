@@ -64,8 +64,8 @@ def methods(rates: Sequence[float] = RATES) -> dict[str, Method]:
         _LIBRARY / "skillpack.py",
         _LIBRARY / "packer.py",
         _LIBRARY / "header.py",
+        _HERE / "codec_bound.py",
     )
-    codec += (_HERE / "codec_bound.py",)
     budgets = tuple(rates)
     own = [
         Method("auto", budgets, partial(_pack, "auto", True), codec),

@@ -13,8 +13,8 @@ from graftllm.fusion.grafted import GraftedModel
 from graftllm.generation import load_tokenizer
 from graftllm.serving.batch import Batch, check_servable
 from graftllm.serving.engine import Engine
-from graftllm.serving.library import Library
 from graftllm.serving.orders import Refused
+from graftllm.serving.shelves import Library
 from tests.architectures import CONFIGS
 from tests.serving.conftest import Expected
 from tests.serving.running import Asked, order

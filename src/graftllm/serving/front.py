@@ -20,10 +20,10 @@ from graftllm.fusion.directory import AUTO, unknown_pack
 from graftllm.fusion.routing import BASE
 from graftllm.records import Message
 from graftllm.serving.desk import chosen_headers
-from graftllm.serving.library import Library
 from graftllm.serving.metrics import Metrics
 from graftllm.serving.orders import Chosen, Refused
 from graftllm.serving.protocol import ChatRequest, CompletionRequest
+from graftllm.serving.shelves import Library
 
 _PATIENCE = httpx2.Timeout(10, read=600)
 

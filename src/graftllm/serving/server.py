@@ -13,8 +13,8 @@ from graftllm.errors import ServingError
 from graftllm.serving.app import Backend, build_app
 from graftllm.serving.desk import Desk
 from graftllm.serving.engine import Engine
-from graftllm.serving.library import Library
 from graftllm.serving.protocol import ChatRequest, CompletionRequest
+from graftllm.serving.shelves import Library
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 

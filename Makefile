@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo test check docs docs-check clean
+.PHONY: help install demo test check docs docs-check docs-site dist clean
 
 help:
 	@echo "make demo       train small models on the spot and see three skills move into one of them"
@@ -11,6 +11,8 @@ help:
 	@echo "make check      formatting, lint, types, import layers"
 	@echo "make docs       write the --help texts into docs/cli.md"
 	@echo "make docs-check fail if docs/cli.md is not current"
+	@echo "make docs-site  the documentation site, into site/"
+	@echo "make dist       source archive and wheel, checked, into dist/"
 
 install: .venv/installed
 
@@ -39,5 +41,13 @@ docs: install
 docs-check: install
 	$(BIN)/python docs/write_cli.py --check
 
+docs-site: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+
+dist: install
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv build dist site .pytest_cache .ruff_cache .hypothesis .import_linter_cache

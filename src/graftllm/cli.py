@@ -38,6 +38,10 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe,
 RunDirectory = Annotated[
     Path | None, typer.Option("--dir", help="Where artifacts go.  [default: runs/NAME of the recipe]")
 ]
+EXTRAS = {
+    **dict.fromkeys(("datasets", "peft", "trl"), "train"),
+    **dict.fromkeys(("fastapi", "prometheus_client", "starlette", "uvicorn"), "serve"),
+}  # what is imported only where it is needed, and what brings it
 
 
 def main() -> None:
@@ -50,6 +54,13 @@ def main() -> None:
         app()
     except GraftError as error:
         print(f"graftllm: {error}", file=sys.stderr)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRAS:
+            raise
+        mend = f"pip install 'graftllm[{EXTRAS[missing]}]'"
+        print(f"graftllm: this command needs {missing}, which is not installed; {mend}.", file=sys.stderr)
         sys.exit(1)
     except SystemExit as stop:
         if stop.code == 130:

@@ -21,7 +21,7 @@ from typing import Any, Literal, cast
 import torch
 from dpo_report import Found, draw, table
 from fusion_models import ROTATE, SIZES
-from transfer_models import answered, open_setting
+from transfer_models import answered, first_answers, open_setting
 
 from graftllm.demo import word_rows
 from graftllm.fusion.search import answer_loss
@@ -82,10 +82,10 @@ def measure_seed(work: Work) -> dict[str, Found]:
             action = partial(_go_on, work, home / "sft", out, stage, learnt)
             stamp = work.stages.run(f"{target}.{number}", [own, stage.options, len(learnt)], [out], action)
             value = _scored(work, f"{target}.{number}", stamp, out)
-            margins = work.stages.run(
-                f"margins.{target}.{number}", [stamp], [], partial(_margins, work, home / "sft", out, pairs["own"])
+            moved = work.stages.run(
+                f"margins.{target}.{number}", [stamp], [], partial(margins, home / "sft", out, pairs["own"][::HELD_OUT])
             )
-            found[f"{target}: {stage.name}"] = Found(value, len(learnt), **cast(dict[str, float], margins.result))
+            found[f"{target}: {stage.name}"] = Found(value, len(learnt), **cast(dict[str, float], moved.result))
     return found
 
 
@@ -97,10 +97,8 @@ def _supervised(work: Work, target: str, scored: Stamp, out: Path) -> Stamp:
         if target == "careless":
             prompts = read_prompts(prompts_of(work, SKILL))
             kept = {prompt.id for prompt in prompts_for_pairs(prompts, work.pairs(SKILL))}
-            asked = {prompt.id: prompt for prompt in prompts if prompt.id not in kept}
             responses = read_responses(work.skill(SKILL) / "responses.jsonl")
-            first = [row for row in responses if row.sample == 0 and row.prompt_id in asked and row.text.strip()]
-            rows = [answered(asked[row.prompt_id], row.text) for row in first]
+            rows = first_answers([prompt for prompt in prompts if prompt.id not in kept], responses)
         run = Training(Path(work.target.path), out, work.recipe.seed, f"SFT {target}", device=work.device)
         train_sft(run, rows, work.recipe.sft)
 
@@ -127,13 +125,12 @@ def _scored(work: Work, name: str, stamp: Stamp, model: Path) -> float:
     return measure(work, name, [stamp], [SKILL], partial(answering, work, model))[SKILL].value
 
 
-def _margins(work: Work, before: Path, after: Path, pairs: Sequence[PreferencePair]) -> dict[str, float]:
-    """Return how far held-out own pairs moved: the log-ratios of both answers to those before, in nats an answer."""
-    held_out = [pair for i, pair in enumerate(pairs) if i % HELD_OUT == 0]
+def margins(before: Path, after: Path, pairs: Sequence[PreferencePair]) -> dict[str, float]:
+    """Return how far pairs moved from one checkpoint to another: mean log-ratios of both answers, nats an answer."""
     words = load_tokenizer(before)
-    old, new = (load_model(path, device=work.device) for path in (before, after))
+    old, new = load_model(before), load_model(after)
     moved: dict[str, list[float]] = {"chosen": [], "rejected": []}
-    for pair in held_out:
+    for pair in pairs:
         for side, text in (("chosen", pair.chosen), ("rejected", pair.rejected)):
             row = answered(Prompt(pair.prompt_id, pair.messages), text)
             tokens = len(cast(Any, words(text, add_special_tokens=False))["input_ids"]) + 1  # the end of the turn

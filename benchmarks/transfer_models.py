@@ -8,7 +8,7 @@ took.
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,10 +19,11 @@ from graftllm.demo import RECIPE, WordTask, Zoo, build_zoo, word_rows
 from graftllm.evaluation.scores import evaluate
 from graftllm.generation import generate, load_model, load_tokenizer, render_answered
 from graftllm.pipeline.measuring import measure
+from graftllm.pipeline.preparing import prompts_of
 from graftllm.pipeline.transfer import train
 from graftllm.pipeline.work import GENERAL, Work
 from graftllm.recipe import Recipe, load_recipe
-from graftllm.records import Message, Prompt, read_pairs, read_prompts, read_responses
+from graftllm.records import Message, Prompt, Response, read_pairs, read_prompts, read_responses
 from graftllm.stages import Stages, Stamp
 from graftllm.storage import whole_directory
 from graftllm.training.tuning import Training, train_sft
@@ -109,6 +110,13 @@ def answered(prompt: Prompt, text: str) -> Prompt:
     return Prompt(prompt.id, (*prompt.question, Message(role="assistant", content=text)), prompt.task)
 
 
+def first_answers(prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Prompt]:
+    """Return each prompt with the first answer that it got, right or wrong; empty ones teach nothing."""
+    asked = {prompt.id: prompt for prompt in prompts}
+    first = [row for row in responses if row.sample == 0 and row.prompt_id in asked and row.text.strip()]
+    return [answered(asked[row.prompt_id], row.text) for row in first]
+
+
 def open_setting(
     directory: Path, seed: int, *, size: str, steps: int | None = None, reuse: Path | None = None, device: str = "auto"
 ) -> Setting:
@@ -154,11 +162,10 @@ def train_unverified(setting: Setting, skill: str) -> tuple[Path, Stamp]:
     work, out = setting.work, setting.work.directory / "unverified" / skill
 
     def action() -> None:
-        prompts = {prompt.id: prompt for prompt in read_prompts(work.skill(skill) / "prompts.jsonl")}
-        responses = read_responses(work.skill(skill) / "responses.jsonl")
-        rows = [answered(prompts[row.prompt_id], row.text) for row in responses if row.sample == 0 and row.text.strip()]
+        prompts = read_prompts(prompts_of(work, skill))
+        rows = first_answers(prompts, read_responses(work.skill(skill) / "responses.jsonl"))
         run = Training(Path(work.target.path), out, work.recipe.seed, f"unverified {skill}", device=work.device)
         train_sft(run, rows, work.recipe.sft)
 
     inputs = [setting.trained[skill], work.recipe.sft, work.recipe.seed]
-    return out, work.stages.run(f"unverified.{skill}", inputs, [out], partial(action))
+    return out, work.stages.run(f"unverified.{skill}", inputs, [out], action)

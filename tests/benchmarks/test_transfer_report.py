@@ -1,13 +1,19 @@
 from pathlib import Path
 
 import pytest
+import torch
+from dpo import margins
 from dpo_report import Found, gains
 from dpo_report import draw as draw_stages
 from dpo_report import table as stage_table
+from transfer_models import answered, first_answers
 from transfer_report import cost_table, costs, draw, mean_score, table
 from transfer_rows import LORAS, PACKS, Row, lora_rank
 
+from graftllm.generation import load_model, load_tokenizer, render_answered
+from graftllm.records import Message, PreferencePair, Prompt, Response
 from graftllm.stages import Stamp
+from tests.models import save_llama
 
 
 def row(sort: float, size: int | None = 1000, **general: float) -> Row:
@@ -69,3 +75,32 @@ def test_gains_are_over_the_same_seeds_own_sft() -> None:
     assert lines[2] == "| careless: SFT | 40.0 ± 10.0 |  |  |  |  |  | 2 |"
     expected = "| careless: DPO | 55.0 ± 5.0 | 15.0 ± 5.0 | 10 | +0.20 ± 0.10 | -2.50 ± 0.50 | 75.0 ± 25.0 | 2 |"
     assert lines[3] == expected
+
+
+def test_unverified_rows_are_each_prompts_first_answer_right_or_wrong() -> None:
+    prompts = [Prompt(name, (Message(role="user", content=name),), "say", name) for name in ("a", "b", "c")]
+    told = [("a", 0, "x"), ("a", 1, "a"), ("b", 0, " "), ("c", 0, "c"), ("other", 0, "o")]
+    rows = first_answers(prompts, [Response(name, "source", sample, text, 0.0) for name, sample, text in told])
+    assert [(row.id, row.question, row.answer) for row in rows] == [
+        ("a", prompts[0].messages, "x"),
+        ("c", prompts[2].messages, "c"),
+    ]
+
+
+def test_margins_are_log_ratios_of_whole_answers(tmp_path: Path) -> None:
+    before, after = save_llama(tmp_path / "before", seed=0), save_llama(tmp_path / "after", seed=1)
+    pairs = [PreferencePair("1", (Message(role="user", content="say ab"),), "ab", "wrong")]
+
+    def log_p(model: Path, text: str) -> float:
+        words, live = load_tokenizer(model), load_model(model, device="cpu")
+        ids, start = render_answered(words, answered(Prompt("1", pairs[0].messages), text))
+        with torch.inference_mode():
+            found = live(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1)
+        return found.gather(1, torch.tensor(ids[start:])[:, None]).sum().item()
+
+    moved = margins(before, after, pairs)
+    chosen, rejected = (log_p(after, text) - log_p(before, text) for text in ("ab", "wrong"))
+    assert moved["chosen"] == pytest.approx(chosen, rel=1e-4)
+    assert moved["rejected"] == pytest.approx(rejected, rel=1e-4)
+    assert moved["preferred"] == (chosen > rejected)
+    assert margins(before, before, pairs) == {"chosen": 0.0, "rejected": 0.0, "preferred": 0.0}

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from graftllm.cli_cost import cost
+from graftllm.cli_doctor import doctor
 from graftllm.cli_fusion import add, chat, fuse, list_shelf, remove, rules
 from graftllm.cli_hub import pull, push
 from graftllm.cli_learning import evaluate, learn
@@ -20,16 +22,14 @@ from graftllm.cli_packs import apply, inspect, pack, verify
 from graftllm.cli_report import report
 from graftllm.cli_serve import export, serve
 from graftllm.errors import GraftError
-from graftllm.terminal import AsJson, Device, print_lines, print_table
+from graftllm.terminal import AllJson, AsJson, Device, Quiet, print_lines, print_table, settle
 
 if TYPE_CHECKING:
     from graftllm.evaluation.report import Report
     from graftllm.pipeline.work import Work
 
 app = typer.Typer(
-    help="Move a capability from any LLM into yours, and keep it as a small SkillPack that plugs in and out.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -66,6 +66,12 @@ def main() -> None:
         if stop.code == 130:
             print("graftllm: interrupted; run the same command again to go on where it was.", file=sys.stderr)
         raise
+
+
+@app.callback()
+def every(context: typer.Context, quiet: Quiet = False, json: AllJson = False) -> None:
+    """Move a capability from any LLM into yours, and keep it as a small SkillPack that plugs in and out."""
+    settle(context, quiet=quiet, json=json)
 
 
 @app.command()
@@ -107,8 +113,9 @@ def train(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto")
     _each_skill(_open_work(recipe, dir, device), transfer.train)
 
 
-for _command in (pack, inspect, verify, apply, merge, fuse, add, remove, rules, serve, export, push, pull):
+for _command in (pack, inspect, verify, apply, merge, fuse, add, remove, rules, serve, export, push, pull, doctor):
     app.command()(_command)
+app.command()(cost)
 app.command("list")(list_shelf)
 app.command()(chat)
 app.command("eval")(evaluate)

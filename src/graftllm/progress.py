@@ -1,5 +1,6 @@
-"""Progress bars on stderr: a live line at a terminal, one final line elsewhere."""
+"""Progress bars on stderr: a live line at a terminal, one final line elsewhere, nothing where GRAFTLLM_QUIET is set."""
 
+import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -20,7 +21,7 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True, quiet=bool(os.environ.get("GRAFTLLM_QUIET")))) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -1,14 +1,36 @@
 """The options that several commands share, and how results are printed."""
 
 import json
+import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
 Base = Annotated[Path, typer.Option(help="Checkpoint directory of the base model.")]
 Device = Annotated[str, typer.Option(help="auto takes a GPU when there is one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bars.")]
+AllJson = Annotated[
+    bool, typer.Option("--json", help="Print results as one JSON object, as after a command that has the option.")
+]
+
+
+def settle(context: typer.Context, *, quiet: bool, json: bool) -> None:
+    """Let what stands before the command's name count for the command.
+
+    Raises:
+        typer.BadParameter: the command has no results to print as JSON.
+    """
+    if quiet:
+        os.environ |= {"GRAFTLLM_QUIET": "1", "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if not json:
+        return
+    commands: dict[str, Any] = cast(Any, context.command).commands
+    able = [name for name, command in commands.items() if any(option.name == "json" for option in command.params)]
+    if context.invoked_subcommand not in able:
+        raise typer.BadParameter(f"{context.invoked_subcommand} prints no figures; those that do: {', '.join(able)}.")
+    context.default_map = {name: {"json": True} for name in able}
 
 
 def print_table(drawn: Any) -> None:

@@ -1,0 +1,78 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from graftllm import cli
+from graftllm.checkpoint import Checkpoint
+from graftllm.delta import Delta
+from graftllm.packer import compress
+
+
+@pytest.fixture(scope="module")
+def pack(base_dir: Path, tuned_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("terminal") / "pack.safetensors"
+    compress(Delta(Checkpoint.open(base_dir), Checkpoint.open(tuned_dir))).save(path)
+    return path
+
+
+@pytest.fixture
+def graftllm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    for name in ("GRAFTLLM_QUIET", "TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "")  # what the command sets is taken back after the test
+
+    def run(*arguments: str | Path) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["graftllm", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            cli.main()
+        return tuple(capsys.readouterr())
+
+    return run
+
+
+def test_progress_goes_to_stderr_and_nowhere_when_quiet(graftllm, pack: Path, base_dir: Path, tmp_path: Path) -> None:
+    arguments = ("apply", "--base", base_dir, "--pack", pack, "--out", tmp_path / "out")
+    out, err = graftllm(*arguments)
+    assert "applying" in err
+    assert out == f"{tmp_path / 'out'}: {base_dir} with {pack}\n"
+    assert graftllm("--quiet", *arguments) == (out, "")
+
+
+def test_json_before_the_command_is_json_after_it(graftllm, pack: Path, base_dir: Path) -> None:
+    for command in (("inspect", pack), ("verify", "--base", base_dir, "--pack", pack)):
+        assert json.loads(graftllm("--json", *command)[0]) == json.loads(graftllm(*command, "--json")[0])
+    out, err = graftllm("--json", "apply", "--base", base_dir, "--pack", pack, "--out", "none")
+    assert out == ""
+    assert "apply prints no figures; those that do: run, " in " ".join(err.split())
+
+
+def test_colors_go_where_they_are_not_wanted(pack: Path) -> None:
+    def shown(**told: str) -> str:
+        command = [sys.executable, "-m", "graftllm.cli", "inspect", str(pack)]
+        env = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")}
+        done = subprocess.run(command, capture_output=True, text=True, env=env | told)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "\x1b[" not in shown()
+    assert not re.search(r"\x1b\[[\d;]*3\d", shown(FORCE_COLOR="1", NO_COLOR="1"))
+
+
+def test_a_shell_completes_commands_and_options() -> None:
+    def completed(*words: str) -> list[str]:
+        told = {
+            "_GRAFTLLM_COMPLETE": "complete_bash",
+            "COMP_WORDS": " ".join(words),
+            "COMP_CWORD": str(len(words) - 1),
+        }
+        code = "import sys; sys.argv = ['graftllm']; from graftllm import cli; cli.main()"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | told)
+        return done.stdout.split()
+
+    assert completed("graftllm", "ver") == ["verify"]
+    assert completed("graftllm", "pack", "--bud") == ["--budget"]

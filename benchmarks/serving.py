@@ -80,8 +80,8 @@ def started(words: list[str]) -> Iterator[tuple[str, int]]:
             process.wait(60)
 
 
-def speed(address: str, clients: int, model_of: Callable[[int], str], *, requests: int) -> float:
-    """Return written tokens a second of requests that so many clients share."""
+def speed(address: str, clients: int, model_of: Callable[[int], str], *, requests: int, packs: int = 1) -> float:
+    """Return written tokens a second of requests that so many clients share, once so many packs are loaded."""
     client = OpenAI(base_url=f"{address}/v1", api_key="none", timeout=600, max_retries=0)
 
     def ask(i: int) -> int:
@@ -92,7 +92,7 @@ def speed(address: str, clients: int, model_of: Callable[[int], str], *, request
         return sum(len(choice.delta.content or "") for piece in pieces for choice in piece.choices)  # a token a letter
 
     with ThreadPoolExecutor(clients) as crowd:
-        list(crowd.map(ask, range(clients)))  # warm
+        list(crowd.map(ask, range(max(clients, packs))))  # warm
         began = time.perf_counter()
         written = sum(crowd.map(ask, range(requests)))
     return written / (time.perf_counter() - began)
@@ -112,13 +112,13 @@ def compare(home: Path, packs: int) -> None:
             "graftllm, auto": lambda i: "auto",
         }
         for name, model_of in ways.items():
-            found[name] = [speed(ours, n, model_of, requests=max(4, 2 * n)) for n in CLIENTS]
+            found[name] = [speed(ours, n, model_of, requests=max(packs, 2 * n), packs=packs) for n in CLIENTS]
     rival = [str(Path(sys.executable).with_name("transformers")), "serve", str(home / "base"), "--device", "cpu"]
     try:
         with started([*rival, "--dtype", "float32", "--continuous-batching"]) as (theirs, _):
             base = str(home / "base")
             found["transformers serve, base"] = [
-                speed(theirs, n, lambda i: base, requests=max(4, 2 * n)) for n in CLIENTS
+                speed(theirs, n, lambda i: base, requests=max(packs, 2 * n)) for n in CLIENTS
             ]
     except SystemExit as error:
         print(f"transformers serve did not start: {error}")

@@ -49,6 +49,7 @@ def _say(page: Page, text: str) -> None:
 
 def test_auto_answers_and_shows_what_the_router_thought(page: Page, expected: Expected) -> None:
     assert page.locator("#left").input_value() == "auto"
+    expect(page.locator("#key")).to_be_hidden()
     _say(page, "31676 4")
     expect(_answer(page).locator(".who b")).to_have_text("one")
     assert _answer(page).locator("> span").nth(1).text_content() == expected("31676 4", "one", 10)

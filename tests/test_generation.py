@@ -2,10 +2,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import CheckpointError
-from graftllm.generation import generate, load_model, load_tokenizer, render, render_answered, stream
+from graftllm.generation import _length, generate, load_model, load_tokenizer, render, render_answered, stream
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Message, Prompt
 
@@ -86,3 +87,10 @@ def test_what_is_no_language_model_is_named(tmp_path: Path, base_dir: Path) -> N
         load_model(tmp_path)
     with pytest.raises(CheckpointError, match="transformers cannot load its tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_tokens_are_counted_to_the_end_of_the_answer_or_to_the_padding() -> None:
+    for ends in (3, [3, 7]):
+        config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
+        assert [_length(tokens, config) for tokens in ([5, 6, 3, 0], [5, 0, 6, 0], [5, 6, 8, 9])] == [3, 3, 4]
+    assert _length([5, 0, 0], GenerationConfig(eos_token_id=0, pad_token_id=0)) == 2

@@ -6,6 +6,7 @@ nothing of packs: whatever weights the model holds are the ones that answer.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, cast
@@ -131,7 +132,15 @@ def pad(
     return ids.to(device), mask.to(device)
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Answer:
+    """A generated text without special tokens, and how many tokens were read and generated for it."""
+
+    text: str
+    input_tokens: int
+    output_tokens: int
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -156,9 +165,26 @@ def generate(
     Returns:
         Per conversation its `options.samples` texts, without special tokens.
     """
+    found = generate_answers(model, tokenizer, conversations, options, seed=seed, show=show, around=around)
+    return [[answer.text for answer in answers] for answers in found]
+
+
+@torch.inference_mode()
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Message]],
+    options: SamplingOptions = GREEDY,
+    *,
+    seed: int = 0,
+    show: Callable[[int, int], None] = lambda done, total: None,
+    around: Callable[[list[int]], AbstractContextManager[Any]] = lambda rows: nullcontext(),
+) -> list[list[Answer]]:
+    """Answer as `generate` does; tokens are counted too."""
     prompts = [render(tokenizer, messages, answer_next=True) for messages in conversations]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
-    answers: list[list[str]] = [[] for _ in prompts]
+    answers: list[list[Answer]] = [[] for _ in prompts]
+    config = _generation_config(model, tokenizer, options)
     torch.manual_seed(seed)
     for start in range(0, len(order), options.batch_size):
         batch = order[start : start + options.batch_size]
@@ -167,15 +193,17 @@ def generate(
             output = cast(Any, model).generate(
                 input_ids=ids,
                 attention_mask=mask,
-                generation_config=_generation_config(model, tokenizer, options),
+                generation_config=config,
                 tokenizer=tokenizer if options.stop else None,
             )
-        texts = [
-            _stopped(text, options.stop)
-            for text in tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        new = output[:, ids.shape[1] :]  # (rows, tokens)
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        told = [
+            Answer(_stopped(text, options.stop), len(prompts[batch[row // options.samples]]), _length(tokens, config))
+            for row, (text, tokens) in enumerate(zip(texts, new.tolist(), strict=True))
         ]
         for row, i in enumerate(batch):
-            answers[i] = texts[row * options.samples : (row + 1) * options.samples]
+            answers[i] = told[row * options.samples : (row + 1) * options.samples]
         show(start + len(batch), len(order))
     return answers
 
@@ -230,6 +258,15 @@ def _generation_config(
         repetition_penalty=options.repetition_penalty,
         **(sampled if options.temperature > 0 else {"do_sample": False}),
     )
+
+
+def _length(tokens: Sequence[int], config: GenerationConfig) -> int:
+    """Return how many tokens were generated: up to the end of the answer, which counts, or to the padding behind it."""
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    length = len(tokens)
+    while length and tokens[length - 1] == config.pad_token_id:
+        length -= 1
+    return next((place + 1 for place, token in enumerate(tokens) if token in ends), length)
 
 
 def _stopped(text: str, stop: Sequence[str]) -> str:

@@ -71,8 +71,9 @@ class Response:
         score: 1 for right and 0 for wrong, by rule; None when no rule has judged it.
         grade: how good it is, by a reward model or a model with a rubric; None when none has.
         truncated: the endpoint says that it ended at the longest answer allowed.
-        input_tokens: that the endpoint counted (once for all answers of a request).
-        output_tokens: that the endpoint counted (once for all answers of a request).
+        input_tokens: that were read; an endpoint's are counted once for all answers of a request, a local model's
+            once for all answers to a prompt.
+        output_tokens: that were generated, reasoning included; an endpoint's once for all answers of a request.
     """
 
     prompt_id: str

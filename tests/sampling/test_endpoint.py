@@ -1,5 +1,6 @@
 """Sources behind a URL, against a real server that also fails."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,13 @@ def test_every_prompt_gets_its_answers_in_the_order_of_the_prompts(server: ChatS
     ]
     assert len({row.text for row in rows}) == 24
     assert {(row.input_tokens, row.output_tokens) for row in rows} == {(10, 5)}
+
+
+def test_an_event_loop_that_runs_already_does_not_matter(server: ChatServer, tmp_path: Path) -> None:
+    async def notebook() -> list[Response]:
+        return _sample(tmp_path / "inside.jsonl", _options(server))
+
+    assert asyncio.run(notebook()) == _sample(tmp_path / "outside.jsonl", _options(server))
 
 
 def test_requests_say_what_the_recipe_says(server: ChatServer, tmp_path: Path) -> None:

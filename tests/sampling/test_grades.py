@@ -10,6 +10,7 @@ from transformers import LlamaModel
 
 from graftllm.errors import CheckpointError, RecipeError
 from graftllm.records import Message, Prompt, Response
+from graftllm.sampling import grades
 from graftllm.sampling.grades import grade, reward
 from graftllm.sampling.scoring import Agreement, score_responses
 from graftllm.transfer_options import LlmJudge, Price, RewardJudge, RuleJudge
@@ -24,32 +25,53 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_reward_model(tmp_path_factory.mktemp("reward") / "model")
 
 
-def test_a_grade_does_not_depend_on_the_batch(reward_model: Path) -> None:
+def test_a_grade_does_not_depend_on_the_batch(reward_model: Path, tmp_path: Path) -> None:
     answers = ["4", "a much longer answer", ""]
-    together = reward(PROMPTS, answers, RewardJudge(kind="reward_model", model=str(reward_model)), device="cpu")
-    alone = reward(
-        PROMPTS, answers, RewardJudge(kind="reward_model", model=str(reward_model), batch_size=1), device="cpu"
-    )
+    judge = RewardJudge(kind="reward_model", model=str(reward_model))
+    together = reward(PROMPTS, answers, judge, tmp_path / "together.jsonl", device="cpu")
+    one_by_one = judge.model_copy(update={"batch_size": 1})
+    alone = reward(PROMPTS, answers, one_by_one, tmp_path / "alone.jsonl", device="cpu")
     assert together.values == pytest.approx(alone.values, abs=1e-5)
     assert len(set(together.values)) == 3
     assert together.input_tokens > 0
 
 
+def test_what_was_graded_before_a_kill_is_not_graded_again(
+    reward_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = RewardJudge(kind="reward_model", model=str(reward_model), batch_size=2)
+    prompts, answers = [*PROMPTS, *PROMPTS], ["a", "b", "c", "a", "e" * 30, "f" * 40]
+    whole = reward(prompts, answers, judge, tmp_path / "whole.jsonl", device="cpu")
+    monkeypatch.setattr(grades, "track", lambda batches, label: iter(batches[:1]))
+    with pytest.raises(KeyError):
+        reward(prompts, answers, judge, tmp_path / "killed.jsonl", device="cpu")
+    graded = []
+    monkeypatch.setattr(grades, "track", lambda batches, label: graded.extend(batches) or batches)
+    assert reward(prompts, answers, judge, tmp_path / "killed.jsonl", device="cpu") == whole
+    assert [len(batch) for batch in graded] == [2, 1]  # of five different answers
+
+
 def test_a_reward_model_without_a_template_reads_a_pair(tmp_path: Path) -> None:
     judge = RewardJudge(kind="reward_model", model=str(save_reward_model(tmp_path / "plain", template=False)))
-    assert len(set(reward(PROMPTS, ["4", "5", "6"], judge, device="cpu").values)) == 3
+    assert len(set(reward(PROMPTS, ["4", "5", "6"], judge, tmp_path / "judged.jsonl", device="cpu").values)) == 3
 
 
-def test_long_conversations_are_cut_on_the_left(reward_model: Path) -> None:
+def test_long_conversations_are_cut_on_the_left(reward_model: Path, tmp_path: Path) -> None:
     judge = RewardJudge(kind="reward_model", model=str(reward_model), max_length=3)
-    one = reward(PROMPTS[:2], ["answer", "answer"], judge, device="cpu")
+    one = reward(PROMPTS[:2], ["answer", "answer"], judge, tmp_path / "judged.jsonl", device="cpu")
     assert one.values[0] == pytest.approx(one.values[1])  # both end alike
 
 
 def test_a_model_with_several_outputs_is_no_reward_model(tmp_path: Path, base_dir: Path) -> None:
     two = save_reward_model(tmp_path / "two", labels=2)
     with pytest.raises(CheckpointError, match="two: expected a reward model with one output, found 2; choose another"):
-        reward(PROMPTS, ["", "", ""], RewardJudge(kind="reward_model", model=str(two)), device="cpu")
+        reward(
+            PROMPTS,
+            ["", "", ""],
+            RewardJudge(kind="reward_model", model=str(two)),
+            tmp_path / "judged.jsonl",
+            device="cpu",
+        )
 
 
 def test_objectives_are_weighed_by_the_prompt(tmp_path: Path) -> None:
@@ -83,7 +105,7 @@ def test_objectives_are_weighed_by_the_prompt(tmp_path: Path) -> None:
 
     answers = ["4", "a much longer answer", ""]
     judge = RewardJudge(kind="reward_model", model=str(tmp_path / "gated"))
-    assert reward(PROMPTS, answers, judge, device="cpu").values == pytest.approx(
+    assert reward(PROMPTS, answers, judge, tmp_path / "judged.jsonl", device="cpu").values == pytest.approx(
         [by_hand(prompt, answer) for prompt, answer in zip(PROMPTS, answers, strict=True)], abs=1e-4
     )
 

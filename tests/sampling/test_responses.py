@@ -6,6 +6,7 @@ import pytest
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import CheckpointError
+from graftllm.generation import render
 from graftllm.records import Prompt, read_responses
 from graftllm.sampling.responses import File, Key, Source, sample_responses
 from graftllm.sampling.sources import LocalSource, open_source
@@ -47,6 +48,17 @@ def test_every_prompt_gets_its_answers(source: Source, prompts: list[Prompt], tm
     found = [(row.prompt_id, row.source, row.sample) for row in read_responses(path)]
     assert found == [(prompt.id, "base", sample) for prompt in prompts[:12] for sample in range(2)]
     assert len({row.text for row in read_responses(path)}) > 5  # drawn, not greedy
+
+
+def test_tokens_of_a_local_source_are_counted(source: Source, prompts: list[Prompt], tmp_path: Path) -> None:
+    assert isinstance(source, LocalSource)
+    path = tmp_path / "responses.jsonl"
+    options = OPTIONS.model_copy(update={"max_new_tokens": 12})
+    sample_responses(prompts[:12], lambda: source, options, path, source_name="base", seed=0)
+    for row, prompt in zip(read_responses(path), [prompt for prompt in prompts[:12] for _ in range(2)], strict=True):
+        asked = len(render(source.tokenizer, prompt.question, answer_next=True))
+        assert row.input_tokens == (asked if row.sample == 0 else 0)
+        assert len(row.text) <= row.output_tokens <= 12  # a character is a token, and so is the end
 
 
 @pytest.mark.parametrize("cut", [0, 1, 7, 50])

@@ -268,16 +268,40 @@ def test_the_program_is_the_longest_block_of_python(answer: str, program: str) -
     assert program_in(answer) == program
 
 
-def test_equal_programs_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_programs_run_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ran = []
     monkeypatch.setattr(programs, "run_tests", lambda *given: ran.append(given) or Verdict(True))
     prompt = Prompt("p", (Message(role="user", content="?"),), tests=("1",))
-    assert judge_programs([prompt] * 3, ["x = 1", "```\nx = 2\n```", "x = 1"], LIMITS) == [1, 1, 1]
+    assert judge_programs([prompt] * 3, ["x = 1", "```\nx = 2\n```", "x = 1"], LIMITS, tmp_path / "judged.jsonl") == [
+        1,
+        1,
+        1,
+    ]
     assert len(ran) == 2
 
 
-def test_answers_are_judged_by_the_tests_of_their_prompts(anywhere: CodeJudge) -> None:
+def test_programs_that_ran_before_a_kill_do_not_run_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path, ran = tmp_path / "judged.jsonl", []
+
+    def running(program: str, *given: object) -> Verdict:
+        ran.append(program)
+        if ran == ["x = 1", "x = 2", "x = 3"]:
+            while path.read_bytes().count(b"\n") < 2:
+                time.sleep(0.001)
+            raise KeyboardInterrupt
+        return Verdict(program != "x = 2")
+
+    monkeypatch.setattr(programs, "run_tests", running)
+    prompt, answers = Prompt("p", (Message(role="user", content="?"),), tests=("1",)), [f"x = {i}" for i in range(1, 6)]
+    one_by_one = LIMITS.model_copy(update={"workers": 1})
+    with pytest.raises(KeyboardInterrupt):
+        judge_programs([prompt] * 5, answers, one_by_one, path)
+    assert judge_programs([prompt] * 5, answers, one_by_one, path) == [1, 0, 1, 1, 1]
+    assert (ran.count("x = 1"), ran.count("x = 2"), ran.count("x = 3")) == (1, 1, 2)
+
+
+def test_answers_are_judged_by_the_tests_of_their_prompts(anywhere: CodeJudge, tmp_path: Path) -> None:
     question = (Message(role="user", content="Write f that doubles."),)
     prompts = [Prompt(str(i), question, tests=("assert f(3) == 6", "assert f(0) == 0")) for i in range(3)]
     answers = ["```python\ndef f(x):\n    return 2 * x\n```", "def f(x): return x + 3", "I cannot."]
-    assert judge_programs(prompts, answers, anywhere) == [1, 0, 0]
+    assert judge_programs(prompts, answers, anywhere, tmp_path / "judged.jsonl") == [1, 0, 0]

@@ -9,7 +9,8 @@ import email.utils
 import hashlib
 import os
 import random
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -113,7 +114,17 @@ def ask(
         RecipeError: the key is not in the environment.
     """
     with progress(label) as show:
-        return asyncio.run(_ask(endpoint, requests, sampling, deliver, show))
+        return _run(_ask(endpoint, requests, sampling, deliver, show))
+
+
+def _run(asking: Coroutine[Any, Any, int]) -> int:
+    """Run a coroutine to its end, in a thread of its own where this one has an event loop: notebooks, servers."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(asking)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, asking).result()
 
 
 def read_key(endpoint: Endpoint) -> str:

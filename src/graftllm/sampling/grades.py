@@ -19,6 +19,7 @@ from graftllm.records import Message, Prompt, Response, read_responses
 from graftllm.sampling.endpoint import EndpointSource
 from graftllm.sampling.gated import GatedHead, is_gated, read_head
 from graftllm.sampling.responses import sample_responses
+from graftllm.sampling.verdicts import judged_as, verdicts
 from graftllm.transfer_options import Endpoint, LlmJudge, RewardJudge, SamplingOptions, SourceOptions
 
 
@@ -32,33 +33,43 @@ class Grades:
 
 
 @torch.inference_mode()
-def reward(prompts: Sequence[Prompt], answers: Sequence[str], judge: RewardJudge, *, device: str = "auto") -> Grades:
+def reward(
+    prompts: Sequence[Prompt], answers: Sequence[str], judge: RewardJudge, path: Path, *, device: str = "auto"
+) -> Grades:
     """Grade answers by a sequence-classification model with one output, or one with gated objectives (ArmoRM).
 
     The conversation goes through the model's chat template; a model without one is given question and answer as a pair.
+
+    Args:
+        prompts: one for each answer.
+        answers: without reasoning traces.
+        judge: the model.
+        path: JSONL of verdicts; equal conversations are graded once, and those that are there already not again.
+        device: of the model.
 
     Raises:
         CheckpointError: transformers cannot load the model, or it has several outputs.
     """
     model, tokenizer, head = _load(judge, device)
     encoded = [_encoded(tokenizer, *pair, judge.max_length) for pair in zip(prompts, answers, strict=True)]
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    values: list[float | None] = [None] * len(encoded)
-    batches = [order[start : start + judge.batch_size] for start in range(0, len(order), judge.batch_size)]
-    for batch in track(batches, label=f"grading with {Path(judge.model).name}"):
-        ids = [{"input_ids": encoded[i]} for i in batch]
-        inputs = tokenizer.pad(ids, padding_side="right", return_tensors="pt").to(model.device)
-        output = cast(Any, model)(**inputs)
-        if head is None:
-            grades = output.logits[:, 0]  # (rows,)
-        else:
-            rows, last = torch.arange(len(batch)), torch.tensor([len(encoded[i]) - 1 for i in batch])
-            before = [len(encoded[i]) - _answer_tokens(tokenizer, prompts[i], answers[i]) - 1 for i in batch]
-            states = output.last_hidden_state  # (rows, tokens, hidden)
-            grades = head.grade(states[rows, last], states[rows, torch.tensor(before).clamp(min=0)])
-        for i, value in zip(batch, grades.float().tolist(), strict=True):
-            values[i] = value
-    return Grades(values, input_tokens=sum(map(len, encoded)))
+    names = [judged_as(prompt.id, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    with verdicts(path, judge.kind) as (said, keep):
+        missing = {name: i for i, name in enumerate(names) if name not in said}
+        order = sorted(missing.values(), key=lambda i: len(encoded[i]))
+        batches = [order[start : start + judge.batch_size] for start in range(0, len(order), judge.batch_size)]
+        for batch in track(batches, label=f"grading with {Path(judge.model).name}"):
+            ids = [{"input_ids": encoded[i]} for i in batch]
+            inputs = tokenizer.pad(ids, padding_side="right", return_tensors="pt").to(model.device)
+            output = cast(Any, model)(**inputs)
+            if head is None:
+                grades = output.logits[:, 0]  # (rows,)
+            else:
+                rows, last = torch.arange(len(batch)), torch.tensor([len(encoded[i]) - 1 for i in batch])
+                before = [len(encoded[i]) - _answer_tokens(tokenizer, prompts[i], answers[i]) - 1 for i in batch]
+                states = output.last_hidden_state  # (rows, tokens, hidden)
+                grades = head.grade(states[rows, last], states[rows, torch.tensor(before).clamp(min=0)])
+            keep(dict(zip((names[i] for i in batch), grades.float().tolist(), strict=True)))
+        return Grades([said[name] for name in names], input_tokens=sum(map(len, encoded)))
 
 
 def grade(prompts: Sequence[Prompt], answers: Sequence[str], judge: LlmJudge, path: Path) -> Grades:
@@ -86,7 +97,7 @@ def grade(prompts: Sequence[Prompt], answers: Sequence[str], judge: LlmJudge, pa
     options = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=judge.max_new_tokens)
     opening = partial(EndpointSource, source)
     sample_responses(list(questions.values()), opening, options, path, source_name=source.name, seed=0)
-    said = {row.prompt_id: row for row in read_responses(path)}
+    said = {row.prompt_id: row for row in read_responses(path) if row.source == source.name}
     grades = {one: _read_grade(row, judge) for one, row in said.items()}
     return Grades(
         [grades.get(one) for one in ids],

@@ -2,17 +2,25 @@
 
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 
 from graftllm.errors import SamplingError
 from graftllm.progress import progress
 from graftllm.records import Prompt
 from graftllm.sampling.sandbox import run_tests
+from graftllm.sampling.verdicts import judged_as, verdicts
 from graftllm.transfer_options import CodeJudge
 
 
-def judge_programs(prompts: Sequence[Prompt], answers: Sequence[str], judge: CodeJudge) -> list[float]:
+def judge_programs(prompts: Sequence[Prompt], answers: Sequence[str], judge: CodeJudge, path: Path) -> list[float]:
     """Return 1.0 for each answer whose program passes every test of its prompt, else 0.0.
+
+    Args:
+        prompts: one for each answer, with tests.
+        answers: without reasoning traces.
+        judge: limits.
+        path: JSONL of verdicts; equal programs are run once, and those that are there already not again.
 
     Raises:
         SamplingError: a prompt has no tests, or programs cannot be isolated here.
@@ -21,15 +29,22 @@ def judge_programs(prompts: Sequence[Prompt], answers: Sequence[str], judge: Cod
         if not prompt.tests:
             raise SamplingError(f"prompt {prompt.id!r} has no 'tests', which the judge 'code' runs; add some.")
     asked = [(program_in(answer), prompt.tests) for prompt, answer in zip(prompts, answers, strict=True)]
-    different = list(dict.fromkeys(asked))
-    with ThreadPoolExecutor(judge.workers) as pool, progress("running tests") as show:
-        passed: dict[tuple[str, tuple[str, ...]], float] = {}
-        for one, verdict in zip(
-            different, pool.map(lambda one: run_tests(one[0], one[1], judge), different), strict=True
-        ):
-            passed[one] = float(verdict.passed)
-            show(len(passed), len(different))
-    return [passed[one] for one in asked]
+    names = {one: judged_as(one[0], *one[1]) for one in asked}
+    with (
+        verdicts(path, judge.kind) as (passed, keep),
+        ThreadPoolExecutor(judge.workers) as pool,
+        progress("running tests") as show,
+    ):
+        missing = [one for one, name in names.items() if name not in passed]
+        running = {pool.submit(run_tests, *one, judge): names[one] for one in missing}
+        try:
+            for done in as_completed(running):
+                keep({running[done]: float(done.result().passed)})
+                show(len(passed), len(names))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [passed[names[one]] for one in asked]
 
 
 def program_in(answer: str) -> str:

@@ -16,6 +16,7 @@ from graftllm.sampling.reasoning import without_reasoning
 from graftllm.sampling.rules import RULES, judge_exact
 from graftllm.transfer_options import CodeJudge, JudgeOptions, LlmJudge, Price, RewardJudge, RuleJudge
 
+SPOOL = "judged.jsonl"  # what judges said so far
 RIGHT = 1.0  # the score of a right answer; anything below is not learnt from
 
 
@@ -63,7 +64,8 @@ def score_responses(
         prompts: with what the judges compare with.
         responses: to them.
         judges: rules and at most one that grades.
-        directory: where what a judge behind a URL says is kept, as `judged.jsonl`; it is not asked twice.
+        directory: where what judges of programs, reward models and judges behind URLs say is kept, as `judged.jsonl`;
+            they are not asked twice.
         device: of a reward model.
 
     Raises:
@@ -123,13 +125,13 @@ def _judged(
     if isinstance(judge, CodeJudge):
         from graftllm.sampling.programs import judge_programs
 
-        return list(judge_programs(prompts, answers, judge)), (0, 0)
+        return list(judge_programs(prompts, answers, judge, directory / SPOOL)), (0, 0)
     from graftllm.sampling.grades import grade, reward
 
     if isinstance(judge, RewardJudge):
-        found = reward(prompts, answers, judge, device=device)
+        found = reward(prompts, answers, judge, directory / SPOOL, device=device)
     else:
-        found = grade(prompts, answers, judge, directory / "judged.jsonl")
+        found = grade(prompts, answers, judge, directory / SPOOL)
     return found.values, (found.input_tokens, found.output_tokens)
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from graftllm.generation import generate, load_model, load_tokenizer
+from graftllm.generation import generate_answers, load_model, load_tokenizer
 from graftllm.progress import track
 from graftllm.records import Prompt, Response
 from graftllm.sampling.endpoint import EndpointSource
@@ -42,12 +42,19 @@ class LocalSource:
         for number, batch in track(missing, label=f"sampling {self.name}"):
             draw = int.from_bytes(hashlib.sha256(f"{seed} {self.name} {number}".encode()).digest()[:6], "big")
             conversations = [prompt.question for prompt in batch]
-            answers = generate(self.model, self.tokenizer, conversations, options, seed=draw)
+            answers = generate_answers(self.model, self.tokenizer, conversations, options, seed=draw)
             file(
                 [
-                    Response(prompt.id, self.name, sample, self._kept(text))
-                    for prompt, texts in zip(batch, answers, strict=True)
-                    for sample, text in enumerate(texts)
+                    Response(
+                        prompt.id,
+                        self.name,
+                        sample,
+                        self._kept(answer.text),
+                        input_tokens=answer.input_tokens if sample == 0 else 0,  # read once for all samples
+                        output_tokens=answer.output_tokens,
+                    )
+                    for prompt, found in zip(batch, answers, strict=True)
+                    for sample, answer in enumerate(found)
                     if (prompt.id, sample) not in done
                 ]
             )

@@ -75,7 +75,11 @@ def test_the_two_targets_of_implicit_fusion_differ_in_training_alone() -> None:
         for training in (recipe.sft, recipe.dpo):
             assert (training.batch_size, training.max_length, training.warmup) == (128, 2048, 0.1)
     assert qwen.dpo is not None
-    assert qwen.dpo.beta == 0.01
+    assert (qwen.dpo.loss, qwen.dpo.beta) == ("sigmoid", 0.01)
+    for name in ("implicit-fusion-llama3.1-8b", "continual-math-code-8b"):
+        dpo = _recipe(name).dpo
+        assert dpo is not None
+        assert (dpo.loss, dpo.beta) == ("length_normalised", 10)
 
 
 def test_explicit_fusion_has_the_published_models_and_training() -> None:

@@ -14,7 +14,16 @@ from graftllm.terminal import AsJson, Device, print_json, print_lines, print_tab
 
 def evaluate(
     dir: Annotated[Path, typer.Argument(metavar="DIR", help="Grafted model or checkpoint directory.")],
-    task: Annotated[list[Path], typer.Option(help="JSONL prompt rows, with a reference each; repeat for several.")],
+    task: Annotated[
+        list[Path] | None, typer.Option(help="JSONL prompt rows, with a reference each; repeat for several.")
+    ] = None,
+    lm_eval: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK", help="Task of lm-evaluation-harness, or its YAML file, instead; repeat."),
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="With --lm-eval: put requests into the model's chat template.")
+    ] = False,
     router: Annotated[
         bool, typer.Option("--router", help="Score where prompts go, not answers; a row's task says where it belongs.")
     ] = False,
@@ -31,6 +40,12 @@ def evaluate(
     json: AsJson = False,
 ) -> None:
     """Score a grafted model, or an ordinary checkpoint, on files of prompts; or its router, with --router."""
+    if bool(task) == bool(lm_eval):
+        raise FusionError("--task, --lm-eval: expected one of them, to score on; give rows or tasks.")
+    if lm_eval:
+        _evaluate_harness(dir, lm_eval, pack, device, chat_template=chat_template, as_json=json)
+        return
+    assert task
     if plot is not None and not router:
         raise FusionError("--plot: draws what --router finds; give both, or neither.")
     if router:
@@ -76,6 +91,18 @@ def learn(
         return
     print_table(table(learned.grid()))
     print_lines(*learned.sentences(), f"Matrix: {work.directory / 'forgetting.md'}")
+
+
+def _evaluate_harness(
+    dir: Path, tasks: list[str], pack: str, device: str, *, chat_template: bool, as_json: bool
+) -> None:
+    from graftllm.evaluation.harness import evaluate_harness
+
+    result = evaluate_harness(dir, tasks, pack=pack, chat_template=chat_template, device=device)
+    if as_json:
+        print_json(result.figures())
+    else:
+        print_lines(*result.sentences())
 
 
 def _evaluate_router(dir: Path, tasks: list[Path], plot: Path | None, device: str, *, as_json: bool) -> None:

@@ -6,6 +6,8 @@ Its own wrapper of transformers models does the scoring; here it is only told wh
 
 import difflib
 import importlib
+import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -85,6 +87,7 @@ def evaluate_harness(
         ) from error
     if pack == BY_TASK:
         raise FusionError("--pack: by-task is for --task; with --lm-eval name a pack, base or auto.")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is not given by name
     names, manager = _known_tasks(tasks, task_manager)
     answering = _answering(directory, pack, device)
     model = _wrapped(wrapper, answering)
@@ -169,7 +172,8 @@ def _wrapped(wrapper: Any, answering: _Answering) -> Any:
         def sent(self, requests: list[Any], answer: Callable[..., list[Any]], disable_tqdm: bool) -> list[Any]:
             """Send requests by their contexts; the router reads a conversation as it was before the template."""
             conversations: list[Conversation] = [told.get(one.args[0]) or str(one.args[0]) for one in requests]
-            return answering(conversations, lambda some: answer([requests[i] for i in some], disable_tqdm))
+            quiet = disable_tqdm or bool(os.environ.get("TQDM_DISABLE"))  # which the harness does not ask for
+            return answering(conversations, lambda some: answer([requests[i] for i in some], quiet))
 
     return Grafted(pretrained=answering.model, tokenizer=answering.tokenizer, batch_size=_BATCH)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from graftllm.cli_cost import cost
 from graftllm.cli_doctor import doctor
 from graftllm.cli_fusion import add, chat, fuse, list_shelf, remove, rules
 from graftllm.cli_hub import pull, push
@@ -114,6 +115,7 @@ def train(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto")
 
 for _command in (pack, inspect, verify, apply, merge, fuse, add, remove, rules, serve, export, push, pull, doctor):
     app.command()(_command)
+app.command()(cost)
 app.command("list")(list_shelf)
 app.command()(chat)
 app.command("eval")(evaluate)

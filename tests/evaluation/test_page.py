@@ -13,7 +13,7 @@ from graftllm.errors import PackError, RecordError, StorageError
 from graftllm.evaluation.ledger import read_ledger
 from graftllm.evaluation.page import write_page
 from graftllm.fusion.assembly import fuse_packs
-from graftllm.header import Card
+from graftllm.header import Card, Overhead
 from graftllm.packer import compress
 from graftllm.recipe import PackOptions
 
@@ -68,7 +68,9 @@ def run(delta: Delta, base_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
     _stage(run, "verify.one", {"kl": 0.0123, "top1_agreement": 0.999, "tokens": 4321})
     packs = {}
     for name in ("two", "one"):
-        card = Card(name=name, description=EVIL, license=EVIL, scores={EVIL: 0.5})
+        card = Card(
+            name=name, description=EVIL, license=EVIL, scores={EVIL: 0.5}, overheads={EVIL: Overhead(tokens=98765)}
+        )
         packs[name] = run / "packs" / f"{name}.safetensors"
         compress(delta, PackOptions(strategy="paper"), card=card).save(packs[name])
     fuse_packs(run / "grafted", str(base_dir), packs)
@@ -115,6 +117,7 @@ def test_everything_that_a_stranger_wrote_is_text(page: str) -> None:
         '<td class="share" style="--v:99.0%">99</td>',  # where the router sent `one`
         "<dt>KL to tuned</dt><dd>0.0123 nats a token, on 4,321 tokens</dd>",
         '<td class="share" style="--v:70.0%">70.0%</td>',  # right responses
+        "<td>98,765</td>",  # tokens of a stage, from the pack's header
         "<dt>router</dt><dd>none</dd>",
         "Score of each skill: base, source, tuned, pack, routed",
     ],

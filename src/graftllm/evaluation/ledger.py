@@ -19,12 +19,15 @@ Form = TypeVar("Form", bound=BaseModel)
 
 
 class Step(BaseModel):
-    """A finished stage."""
+    """A finished stage, and what it took; runs of before did not measure all of it."""
 
     name: str
     result: Any = None
     seconds: float
     peak_memory_bytes: int
+    cpu_seconds: float = 0
+    gpu_seconds: float = 0
+    peak_gpu_bytes: int = 0
 
 
 class SourceFigures(BaseModel):

@@ -16,7 +16,7 @@ from graftllm.evaluation.ledger import Ledger, read_ledger
 from graftllm.evaluation.plots import PLOTS
 from graftllm.evaluation.portrait import draw_portrait
 from graftllm.evaluation.scores import Evaluation, Score
-from graftllm.evaluation.tables import Grid, layer_grid, pack_lines, role_grid
+from graftllm.evaluation.tables import Grid, layer_grid, overhead_grids, pack_lines, role_grid
 from graftllm.fusion.inventory import take_inventory
 from graftllm.skillpack import SkillPack
 from graftllm.storage import write_text
@@ -183,9 +183,10 @@ def _pack(name: str, path: Path, ledger: Ledger) -> str:
         portrait = Path(scratch) / "portrait.png"
         draw_portrait(pack, portrait)
         picture = _picture(portrait, f"Rates, errors, bytes and directions of {name}")
+    costs = "".join(map(_grid, overhead_grids(pack.header)))
     tables = _grid(role_grid(pack.header)) + _grid(layer_grid(pack.header))
     details = f"<details><summary>Bytes, rates and errors by role and layer</summary>{tables}{picture}</details>"
-    return f"<article><h3>{escape(title)}</h3>{_facts(facts)}{details}</article>"
+    return f"<article><h3>{escape(title)}</h3>{_facts(facts)}{costs}{details}</article>"
 
 
 def _data(ledger: Ledger) -> str:
@@ -216,10 +217,17 @@ def _costs(ledger: Ledger) -> str:
     def row(title: str, names: Iterable[str]) -> list[Cell]:
         steps = [ledger.steps[name] for name in names]
         seconds = sum(step.seconds for step in steps)
-        peak = max(step.peak_memory_bytes for step in steps)
-        return [title, f"{seconds:,.1f}", Share(seconds / whole, f"{seconds / whole:.1%}", "bar"), f"{peak / 1e9:.2f}"]
+        return [
+            title,
+            f"{seconds:,.1f}",
+            Share(seconds / whole, f"{seconds / whole:.1%}", "bar"),
+            f"{sum(step.cpu_seconds for step in steps):,.1f}",
+            f"{sum(step.gpu_seconds for step in steps):,.1f}",
+            f"{max(step.peak_memory_bytes for step in steps) / 1e9:.2f}",
+            f"{max(step.peak_gpu_bytes for step in steps) / 1e9:.2f}",
+        ]
 
-    head = ["stage", "seconds", "share", "peak memory, GB"]
+    head = ["stage", "seconds", "share", "CPU s", "GPU s", "peak memory, GB", "peak GPU, GB"]
     by_kind = _table("By kind of stage", head, [row(kind, names) for kind, names in kinds.items()])
     each = _table("Each stage, as they ended", head, [row(name, [name]) for name in ledger.steps])
     return f"{by_kind}<details><summary>Each stage</summary>{each}</details>" if kinds else ""

@@ -260,8 +260,9 @@ def write_checkpoint(
             (partial / "config.json").write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
         if (like.path / INDEX).exists():
             index = _read_json(like.path / INDEX)
-            total = sum(spec.nbytes for spec in specs.values())
-            index["metadata"] = dict(index.get("metadata") or {}) | {"total_size": total}
+            totals = {"total_size": sum(spec.nbytes for spec in specs.values())}
+            totals["total_parameters"] = sum(spec.parameters for spec in specs.values())
+            index["metadata"] = dict(index.get("metadata") or {}) | totals
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for shard in sorted(set(like.shards.values())):
             layout = {name: specs[name] for name, file in like.shards.items() if file == shard}
@@ -285,7 +286,7 @@ def _changed_config(
 def copy_companions(checkpoint: Checkpoint, out: Path) -> None:
     """Copy what stands beside the weights: config, generation config, tokenizer and chat template."""
     for file in sorted(checkpoint.path.iterdir()):
-        if file.is_file() and file.suffix in _COMPANIONS and file.name != INDEX:
+        if file.is_file() and file.suffix in _COMPANIONS and not file.name.endswith(".index.json"):
             shutil.copyfile(file, out / file.name)
 
 
@@ -330,9 +331,7 @@ def open_shard(path: Path) -> AbstractContextManager[Any]:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: not a whole safetensors file ({error}). It is truncated or of another format; copy it again."
-        ) from error
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); copy or download it again.") from error
 
 
 def tensor_specs(path: Path) -> dict[str, TensorSpec]:

@@ -1,13 +1,13 @@
 """Where DPO pays: a preference stage after SFT on verified answers, and after SFT on whatever the source said.
 
-    python benchmarks/dpo.py [--seeds 0 1 2] [--dir runs/dpo] [--reuse DIR ...] [--size small|large] [--device auto]
-        [--image docs/images/dpo-scores.png]
+    python benchmarks/dpo.py [--seeds 0 1 2] [--dir runs/dpo] [--targets careless verified] [--stages dpo sft-own ...]
+        [--reuse DIR ...] [--size small|large] [--device auto] [--image docs/images/dpo-scores.png]
 
 One skill (move the first letter of a word to the end) whose source is right less than half the time. Half of the
 prompts are for SFT, half for pairs. The `verified` target learns the source's right answers, the `careless` one its
 first answer to every prompt, right or wrong. Then each of `STAGES` goes on from there: DPO on pairs of the source's
 answers or of the model's own, with and without an SFT term, and, to see what the pairs' worse answers are good for, SFT
-on the better ones alone. Everything is a stage: a killed run goes on where it was.
+on the better ones alone. Everything is a stage, and rows are kept: a killed run goes on where it was.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from dpo_report import Found, draw, table
+from dpo_report import AFTER_SFT, Found, draw, table
 from fusion_models import ROTATE, SIZES
 from transfer_models import answered, first_answers, open_setting
 
@@ -43,7 +43,7 @@ from graftllm.transfer_options import PairOptions
 SKILL = ROTATE.name
 PROMPTS = 2400
 HELD_OUT = 8  # every eighth pair is not learnt but measured
-TARGETS = ("verified", "careless")
+TARGETS = ("careless", "verified")
 _DPO = DpoOptions(epochs=2, batch_size=32, learning_rate=2e-4, max_length=64, sft_weight=1.0)
 _ALONE = DpoOptions(epochs=2, batch_size=32, learning_rate=1e-4, max_length=64)
 _MORE = SftOptions(epochs=2, batch_size=32, learning_rate=2e-4, max_length=64)
@@ -51,42 +51,53 @@ _MORE = SftOptions(epochs=2, batch_size=32, learning_rate=2e-4, max_length=64)
 
 @dataclass(frozen=True)
 class Stage:
-    """What goes on from SFT: on whose pairs, and how."""
+    """What goes on from SFT: on whose pairs, and how; `key` names it on the command line."""
 
+    key: str
     name: str
     pairs: Literal["own", "source"]
     options: DpoOptions | SftOptions
 
 
 STAGES = (
-    Stage("DPO + SFT term, own pairs", "own", _DPO),
-    Stage("DPO alone, own pairs", "own", _ALONE),
-    Stage("SFT on the better answers of own pairs", "own", _MORE),
-    Stage("DPO + SFT term, source's pairs", "source", _DPO),
+    Stage("dpo", "DPO + SFT term, own pairs", "own", _DPO),
+    Stage("sft-own", "SFT on the better answers of own pairs", "own", _MORE),
+    Stage("dpo-alone", "DPO alone, own pairs", "own", _ALONE),
+    Stage("dpo-source", "DPO + SFT term, source's pairs", "source", _DPO),
 )
 
 
-def measure_seed(work: Work) -> dict[str, Found]:
-    """Return what each target reaches after SFT and after each stage, by `TARGET: STAGE`."""
-    scored = score(work, SKILL)
+def measure_seed(work: Work, targets: Sequence[str], stages: Sequence[str]) -> dict[str, Found]:
+    """Measure what is wanted of one seed and not kept yet; return all that is there, by `TARGET: STAGE`."""
     found = {}
     for target in TARGETS:
-        home = work.directory / target
-        sft = _supervised(work, target, scored, home / "sft")
-        found[f"{target}: SFT"] = Found(_scored(work, f"{target}.sft", sft, home / "sft"))
-        own = own_pairs(work, SKILL, sft, home / "own.jsonl", model=home / "sft", adapted=None, name=target)
-        pairs = {"own": read_pairs(home / "own.jsonl"), "source": _source_pairs(work)}
-        for number, stage in enumerate(STAGES):
-            out = home / f"stage{number}"
-            learnt = [pair for i, pair in enumerate(pairs[stage.pairs]) if i % HELD_OUT]
-            action = partial(_go_on, work, home / "sft", out, stage, learnt)
-            stamp = work.stages.run(f"{target}.{number}", [own, stage.options, len(learnt)], [out], action)
-            value = _scored(work, f"{target}.{number}", stamp, out)
-            moved = work.stages.run(
-                f"margins.{target}.{number}", [stamp], [], partial(margins, home / "sft", out, pairs["own"][::HELD_OUT])
-            )
-            found[f"{target}: {stage.name}"] = Found(value, len(learnt), **cast(dict[str, float], moved.result))
+        for stage in (None, *STAGES):
+            path = work.directory / "rows" / f"{target}-{stage.key if stage else 'start'}.json"
+            name = f"{target}: {stage.name if stage else AFTER_SFT}"
+            if path.exists():
+                found[name] = Found(**json.loads(path.read_text(encoding="utf-8")))
+            elif target in targets and (stage is None or stage.key in stages):
+                found[name] = _reached(work, target, stage)
+                write_text(path, json.dumps(vars(found[name]), indent=1))
+                print(f"{work.directory.name}: {name}: {found[name]}", flush=True)
     return found
+
+
+def _reached(work: Work, target: str, stage: Stage | None) -> Found:
+    """Return what a target reaches by SFT, or by a stage after it."""
+    home = work.directory / target
+    start = home / "sft"
+    sft = _supervised(work, target, score(work, SKILL), start)
+    if stage is None:
+        return Found(_scored(work, f"{target}.sft", sft, start))
+    own = own_pairs(work, SKILL, sft, home / "own.jsonl", model=start, adapted=None, name=target)
+    mine = read_pairs(home / "own.jsonl")
+    pairs = mine if stage.pairs == "own" else _source_pairs(work)
+    learnt, out = [pair for i, pair in enumerate(pairs) if i % HELD_OUT], home / stage.key
+    action = partial(_go_on, work, start, out, stage, learnt)
+    stamp = work.stages.run(f"{stage.key}.{target}", [own, stage.options, len(learnt)], [out], action)
+    value = _scored(work, f"{target}.{stage.key}", stamp, out)
+    return Found(value, len(learnt), **margins(start, out, mine[::HELD_OUT]))
 
 
 def _supervised(work: Work, target: str, scored: Stamp, out: Path) -> Stamp:
@@ -158,6 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/dpo"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    keys = [stage.key for stage in STAGES]
+    parser.add_argument("--stages", nargs="*", choices=keys, default=keys)
     parser.add_argument("--reuse", nargs="*", type=Path, default=[], help="directories with zoos, one for each seed")
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--device", default="auto")
@@ -168,7 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         where = given.dir / (f"seed{seed}" if given.size == "small" else f"{given.size}-seed{seed}")
         reuse = given.reuse[i] if i < len(given.reuse) else None
         with only_writer(where):
-            results[seed] = measure_seed(_open(where, seed, size=given.size, reuse=reuse, device=given.device))
+            work = _open(where, seed, size=given.size, reuse=reuse, device=given.device)
+            results[seed] = measure_seed(work, given.targets, given.stages)
         text = table(results)
         content = {seed: {name: vars(one) for name, one in found.items()} for seed, found in results.items()}
         write_text(given.dir / "results.json", json.dumps(content, indent=1))

@@ -10,7 +10,7 @@ from transfer_report import percent, stderr
 
 from graftllm.storage import whole_file
 
-_AFTER_SFT = "SFT"
+AFTER_SFT = "SFT"
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ def table(results: Mapping[int, Mapping[str, Found]]) -> str:
     """Return a row for each target and stage: mean and standard error over the seeds."""
     head = ["% right", "score", "beyond SFT", "pairs", "chosen, nats", "rejected, nats", "% preferred", "seeds"]
     lines = [_line(head), _line(["---"] * len(head))]
-    for name in next(iter(results.values())):
+    for name in row_names(results):
         found = [seed[name] for seed in results.values() if name in seed]
         cells = [percent([one.score for one in found])]
-        if name.endswith(f": {_AFTER_SFT}"):
+        if name.endswith(f": {AFTER_SFT}"):
             cells += [""] * 5
         else:
             cells.append(percent(gains(results, name)))
@@ -50,15 +50,21 @@ def table(results: Mapping[int, Mapping[str, Found]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def row_names(results: Mapping[int, Mapping[str, Found]]) -> list[str]:
+    """Return the names of the rows, in the order of the seed that has most."""
+    fullest = max(results.values(), key=len)
+    return list(dict.fromkeys([*fullest, *(name for found in results.values() for name in found)]))
+
+
 def gains(results: Mapping[int, Mapping[str, Found]], name: str) -> list[float]:
     """Return by how much each seed's score is above that of its own SFT."""
     target = name.split(":")[0]
-    return [seed[name].score - seed[f"{target}: {_AFTER_SFT}"].score for seed in results.values() if name in seed]
+    return [seed[name].score - seed[f"{target}: {AFTER_SFT}"].score for seed in results.values() if name in seed]
 
 
 def draw(results: Mapping[int, Mapping[str, Found]], path: Path) -> None:
     """Draw the scores of both targets after each stage; bars are standard errors over the seeds."""
-    every = list(next(iter(results.values())))
+    every = row_names(results)
     targets = list(dict.fromkeys(name.split(": ")[0] for name in every))
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     for axes, target in zip(figure.subplots(1, len(targets), sharex=True, squeeze=False)[0], targets, strict=True):
@@ -66,7 +72,7 @@ def draw(results: Mapping[int, Mapping[str, Found]], path: Path) -> None:
         for place, name in enumerate(names):
             values = [100 * seed[name].score for seed in results.values() if name in seed]
             error = stderr(values) if len(values) > 1 else 0
-            color = "#666666" if name.endswith(f": {_AFTER_SFT}") else "#D55E00" if "DPO" in name else "#0072B2"
+            color = "#666666" if name.endswith(f": {AFTER_SFT}") else "#D55E00" if "DPO" in name else "#0072B2"
             axes.barh(place, statistics.mean(values), xerr=error, color=color, capsize=2, height=0.7)
             axes.plot(values, [place] * len(values), "k.", markersize=3)
         axes.set_yticks(range(len(names)), [name.split(": ")[1] for name in names], fontsize=8)

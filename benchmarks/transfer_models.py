@@ -7,11 +7,12 @@ took.
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+from distribution_fusion import Taught, teach
 from fusion_models import SIZES, shortened
 
 from graftllm.demo import GENERAL as GENERAL_TASKS
@@ -57,6 +58,14 @@ class Setting:
         found = {task.name: word_rows(task, _VALIDATIONS, seed=seed) for task, _ in self.zoo.skills}
         each = _VALIDATIONS // len(GENERAL_TASKS) + 1
         return found | {GENERAL: [row for task in GENERAL_TASKS for row in word_rows(task, each, seed=seed)]}
+
+    @cached_property
+    def taught(self) -> list[Taught]:
+        """The verified rows of all skills and the general prompts' references, each with its best teacher."""
+        rows = [replace(row, id=f"{name}/{row.id}") for name in self.skills for row in self.rows(name)]
+        rows += [answered(row, row.reference or "") for row in read_prompts(prompts_of(self.work, GENERAL))]
+        sources = [self.source(name) for name in self.skills]
+        return teach(Path(self.work.target.path), sources, rows, device=self.work.device)
 
     def after_sft(self, skill: str) -> Path:
         """Where a skill's fine-tune before DPO is."""

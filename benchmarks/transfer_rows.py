@@ -8,14 +8,14 @@ or test set.
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from distribution_fusion import PUBLISHED_WEIGHT, Taught, teach, train_fused
+from distribution_fusion import PUBLISHED_WEIGHT, teach, train_fused
 from fusion_rows import SCALES
-from transfer_models import Setting, answered, train_unverified
+from transfer_models import Setting, train_unverified
 
 from graftllm.checkpoint import Checkpoint, write_checkpoint
 from graftllm.delta import Delta
@@ -27,11 +27,10 @@ from graftllm.fusion.methods.table import METHODS
 from graftllm.generation import generate, load_model, load_tokenizer
 from graftllm.packer import compress_to
 from graftllm.pipeline.measuring import answering, measure_source
-from graftllm.pipeline.preparing import prompts_of
 from graftllm.pipeline.transfer import tune
 from graftllm.pipeline.work import GENERAL
 from graftllm.recipe import PackOptions
-from graftllm.records import Prompt, read_prompts
+from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
 from graftllm.stages import Stamp
 from graftllm.training.lora import lora_parameters_per_rank
@@ -246,15 +245,6 @@ def _merged(setting: Setting) -> Row:
     return Row(scores, work.target.nbytes, f"scale {scale:g}")
 
 
-@cache
-def _joint_rows(setting: Setting) -> list[Taught]:
-    """Return the verified rows of all skills and the general prompts' references, each with its best teacher."""
-    work = setting.work
-    every = [replace(row, id=f"{name}/{row.id}") for name in setting.skills for row in setting.rows(name)]
-    every += [answered(row, row.reference or "") for row in read_prompts(prompts_of(work, GENERAL))]
-    return teach(Path(work.target.path), [setting.source(name) for name in setting.skills], every, device=work.device)
-
-
 def _fused(setting: Setting, weight: float, label: str) -> Row:
     """Train one model on everything: by FuseLLM's loss, or with weight 1 by fine-tuning alone."""
     work = setting.work
@@ -263,8 +253,7 @@ def _fused(setting: Setting, weight: float, label: str) -> Row:
     def action(rate: float) -> None:
         options = work.recipe.sft.model_copy(update={"learning_rate": rate, "epochs": JOINT_EPOCHS})
         target, seed = Path(work.target.path), work.recipe.seed
-        taught = _joint_rows(setting)
-        train_fused(target, home / f"{rate:g}", taught, options, weight=weight, seed=seed, device=work.device)
+        train_fused(target, home / f"{rate:g}", setting.taught, options, weight=weight, seed=seed, device=work.device)
 
     def trained(rate: float) -> Stamp:
         out = [home / f"{rate:g}"]

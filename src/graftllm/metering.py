@@ -4,7 +4,6 @@ A watching thread tells every few seconds what was spent so far, so that a proce
 leaves its share behind. This room knows neither what the work is nor where that is written.
 """
 
-import os
 import resource
 import sys
 import threading
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from graftllm.errors import GraftError
+from graftllm.launched import processes
 
 _LOOK_S = 0.1  # between looks at memory
 _TELL_S = 5.0  # between two tellings of what was spent
@@ -117,13 +117,12 @@ class _Meter:
             peak if peak > before else seen
             for peak, before, seen in zip(peaks, self._peaks_before, (self._memory, self._gpu_memory), strict=True)
         )
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
         return Spent() + Spent(
             time.monotonic() - self._started,
-            (_cpu_seconds() - self._cpu_before) * processes,
-            self._gpu_seconds * processes,
+            (_cpu_seconds() - self._cpu_before) * processes(),
+            self._gpu_seconds * processes(),
             memory,
-            gpu_memory * processes,
+            gpu_memory * processes(),
         )
 
 

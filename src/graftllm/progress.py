@@ -8,6 +8,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from graftllm.launched import leads
+
 Item = TypeVar("Item")
 
 
@@ -21,7 +23,8 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=Console(stderr=True, quiet=bool(os.environ.get("GRAFTLLM_QUIET")))) as bar:
+    quiet = bool(os.environ.get("GRAFTLLM_QUIET")) or not leads()
+    with Progress(*columns, console=Console(stderr=True, quiet=quiet)) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 from pydantic import BaseModel
 
+from graftllm.launched import leads, wait_until
 from graftllm.metering import Spent, metered
 from graftllm.storage import write_text
 
@@ -55,8 +56,11 @@ class Stages:
         action: Callable[[], Json],
         *,
         unfinished: Sequence[Path] = (),
+        together: bool = False,
     ) -> Stamp:
         """Do a step unless it is done; return its stamp.
+
+        Of several processes that were launched together only the first does it; the others wait for its stamp.
 
         Args:
             name: such as `sample.math`; the part before the first dot is the kind of step.
@@ -65,14 +69,18 @@ class Stages:
             makes: files and directories that the step leaves behind.
             action: does the step; its result must be JSON.
             unfinished: files that a killed attempt may go on with. Those of other inputs are deleted first.
+            together: whether all processes do it, as they train; still only the first may write.
         """
         key = hashlib.sha256(json.dumps([_identity(part) for part in inputs], sort_keys=True).encode()).hexdigest()
         path = self.directory / f"{name}.json"
-        if path.exists() and all(made.exists() for made in makes):
-            stamp = Stamp(**json.loads(path.read_text(encoding="utf-8")))
-            if stamp.key == key:
-                self.used[name] = stamp
-                return stamp
+        if (stamp := _holding(path, key, makes)) is None and not leads():
+            if together:
+                action()
+            wait_until(lambda: _holding(path, key, makes) is not None)
+            stamp = _holding(path, key, makes)
+        if stamp is not None:
+            self.used[name] = stamp
+            return stamp
         path.unlink(missing_ok=True)
         marker = self.directory / f"{name}.started"
         before = self._begin(key, marker, unfinished)
@@ -101,6 +109,14 @@ class Stages:
             spent = Spent()
             _mark(marker, key, spent)
         return spent
+
+
+def _holding(path: Path, key: str, makes: Sequence[Path]) -> Stamp | None:
+    """Return the stamp at a path if it holds: the inputs are its own, and what the step made is there."""
+    if not path.exists() or not all(made.exists() for made in makes):
+        return None
+    stamp = Stamp(**json.loads(path.read_text(encoding="utf-8")))
+    return stamp if stamp.key == key else None
 
 
 def _mark(marker: Path, key: str, spent: Spent) -> None:

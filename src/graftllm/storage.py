@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from graftllm.errors import StorageError
+from graftllm.launched import leads
 
 
 @contextmanager
@@ -92,9 +93,14 @@ def write_text(path: Path, text: str) -> None:
 def only_writer(directory: Path) -> Iterator[None]:
     """Hold `directory` against other graftllm processes for the length of the block.
 
+    Processes that were launched together are one writer: the first holds it for all of them.
+
     Raises:
         StorageError: another process holds it, or it cannot be created.
     """
+    if not leads():
+        yield
+        return
     with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory, os.O_RDONLY)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import TrainingError
+from graftllm.launched import processes, sharded
 from graftllm.training.memory import Batching, Shape, fit_batch, held_bytes
 from graftllm.training_options import DpoOptions, PreferenceLoss, SftOptions, TrainingOptions
 
@@ -100,16 +101,16 @@ def batching_for(
     Raises:
         TrainingError: the batch cannot be divided evenly.
     """
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    share, rest = divmod(options.batch_size, processes)
+    count = processes()
+    share, rest = divmod(options.batch_size, count)
     wanted = options.micro_batch
     if rest or (wanted and share % wanted):
         raise TrainingError(
-            f"{label}: expected a batch_size that {processes} processes times {wanted or 1} rows at once divide "
+            f"{label}: expected a batch_size that {count} processes times {wanted or 1} rows at once divide "
             f"evenly, found {options.batch_size}; change batch_size or micro_batch."
         )
     shape = shape_of(AutoConfig.for_model(**model.config), model.parameters)
-    free = _memory(device) - held_bytes(shape, trained, processes=processes, sharded=_sharded())
+    free = _memory(device) - held_bytes(shape, trained, processes=count, sharded=sharded())
     return fit_batch(shape, free, share, wanted, tokens=tokens, number=2 if device.type == "cuda" else 4)
 
 
@@ -128,11 +129,6 @@ def shape_of(config: PreTrainedConfig, parameters: int) -> Shape:
         vocabulary=text.vocab_size,
         tied=bool(getattr(text, "tie_word_embeddings", False)),
     )
-
-
-def _sharded() -> bool:
-    """Return whether `accelerate launch` was told to share weights and optimizer out over the processes."""
-    return any(os.environ.get(name) == "true" for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
 
 
 def _memory(device: torch.device) -> float:

@@ -1,0 +1,79 @@
+"""Several processes that were launched together, on one run's directory."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from graftllm.launched import leads, processes, sharded
+from graftllm.stages import Stages
+from graftllm.storage import only_writer
+
+_STAGES = """
+import sys
+from pathlib import Path
+from graftllm.launched import leads
+from graftllm.stages import Stages
+
+home = Path(sys.argv[1])
+stages = Stages(home / "stages")
+
+def alone():
+    (home / "alone").write_text("x")
+    with open(home / "log", "a") as log:
+        log.write(f"alone {leads()}\\n")
+    return 7
+
+def together():
+    with open(home / "log", "a") as log:
+        log.write(f"together {leads()}\\n")
+    if leads():
+        (home / "both").write_text("x")
+    return 9
+
+for _ in range(2):
+    first = stages.run("alone", ["a"], [home / "alone"], alone)
+    both = stages.run("both", [first], [home / "both"], together, together=True)
+print(first.result, both.result, len(stages.running))
+"""
+
+
+def _start(program: str, home: Path, rank: int, size: int = 3) -> subprocess.Popen[str]:
+    code = f"import os\nos.environ |= {{'RANK': '{rank}', 'WORLD_SIZE': '{size}'}}\n{program}"
+    return subprocess.Popen([sys.executable, "-c", code, str(home)], stdout=subprocess.PIPE, text=True)
+
+
+def test_the_first_process_works_for_all_and_all_train_together(tmp_path: Path) -> None:
+    started = [_start(_STAGES, tmp_path, rank) for rank in (2, 1, 0)]
+    assert [one.communicate(timeout=60)[0] for one in started] == ["7 9 0\n"] * 3
+    assert sorted((tmp_path / "log").read_text().splitlines()) == [
+        "alone True",
+        "together False",
+        "together False",
+        "together True",
+    ]
+    assert sorted(path.name for path in (tmp_path / "stages").iterdir()) == ["alone.json", "both.json"]
+
+
+def test_those_that_follow_take_what_is_done_from_the_stamp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = Stages(tmp_path)
+    done = stages.run("step", ["a"], [], lambda: 5)
+    monkeypatch.setenv("RANK", "1")
+    assert stages.run("step", ["a"], [], lambda: 6) == done
+    assert stages.run("step", ["a"], [], lambda: 6, together=True) == done
+
+
+def test_a_launch_is_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with only_writer(tmp_path):
+        monkeypatch.setenv("RANK", "1")
+        with only_writer(tmp_path):
+            assert not leads()
+
+
+def test_without_a_launcher_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert (leads(), processes(), sharded()) == (True, 1, False)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert sharded()

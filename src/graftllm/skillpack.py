@@ -17,8 +17,8 @@ from graftllm.checkpoint import DTYPE_NAMES, Checkpoint, TensorSpec, digest, wri
 from graftllm.compression.encoded import EncodedTensor, ExactLayer
 from graftllm.compression.units import payload_digest
 from graftllm.delta import align
-from graftllm.downloads import download, repository
-from graftllm.errors import PackError
+from graftllm.downloads import Repository, download, repository
+from graftllm.errors import HubError, PackError
 from graftllm.header import (
     Header,
     layout,
@@ -59,7 +59,7 @@ class SkillPack:
             HubError: the repository cannot be had, or holds no pack.
         """
         source = None if str(path).endswith(".safetensors") else repository(str(path), revision)
-        path = Path(path) if source is None else download(source, PACK_FILE)
+        path = Path(path) if source is None else _downloaded(source)
         header = read_header(path)
         odd = next((name for name, entry in header.tensors.items() if not entry.bit_for_bit), None)
         if layer == "exact" and odd is not None:
@@ -217,3 +217,10 @@ class SkillPack:
             raise PackError(
                 f"{self.source}: the payload of {name!r} cannot be decoded ({error}). The file is damaged."
             ) from error
+
+
+def _downloaded(source: Repository) -> Path:
+    try:
+        return download(source, PACK_FILE)
+    except HubError as error:
+        raise HubError(f"{error} (There is no file of that name here.)") from error

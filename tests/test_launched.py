@@ -13,7 +13,7 @@ from graftllm.storage import only_writer
 _STAGES = """
 import sys
 from pathlib import Path
-from graftllm.launched import leads
+from graftllm.launched import leads, wait_until
 from graftllm.stages import Stages
 
 home = Path(sys.argv[1])
@@ -28,6 +28,7 @@ def alone():
 def together():
     with open(home / "log", "a") as log:
         log.write(f"together {leads()}\\n")
+    wait_until(lambda: (home / "log").read_text().count("together") == 3)  # as a collective call does
     if leads():
         (home / "both").write_text("x")
     return 9

@@ -17,6 +17,7 @@ from graftllm.pipeline.learning import Learned, learn
 from graftllm.pipeline.work import Work, open_work
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Prompt, read_prompts
+from graftllm.skillpack import SkillPack
 from tests.conftest import TinyRun
 
 SHORT = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=16)
@@ -110,6 +111,28 @@ def test_another_target_and_unknown_packs_are_refused(taught: Taught, tiny_run: 
     (tmp_path / "r.yaml").write_text(text.replace('zoo/target"', 'skills/next/tuned"', 1))
     with pytest.raises(RecipeError, match="target: expected the base of .*grafted, .*, found .*tuned"):
         learn(open_work(tmp_path / "r.yaml", tmp_path / "run"), taught.shelf)
+
+
+def test_a_skill_learnt_on_a_pack_holds_what_that_knows(taught: Taught, tiny_run: TinyRun, tmp_path: Path) -> None:
+    text = tiny_run.recipe.read_text().replace("{dir}", str(tiny_run.directory))
+    quick = {"epochs: 8": "epochs: 0.5", "dpo: {epochs: 1": "dpo: {epochs: 0.1", "samples: 2": "samples: 1"}
+    for before, after in quick.items():
+        assert before in text
+        text = text.replace(before, after)
+    (tmp_path / "r.yaml").write_text(text)
+    work, packs = open_work(tmp_path / "r.yaml", tmp_path / "run"), {"next": taught.work.pack("next")}
+    prompts = {
+        BASE: read_prompts(work.recipe.general.prompts[0].files[0]),
+        "next": read_prompts(taught.work.skill("next") / "sft.jsonl"),
+    }
+    write_grafted(tmp_path / "g", str(work.target.path), packs, fit_router(work.target.path, prompts))
+    learn(work, tmp_path / "g", on=["next"])
+    old, new = (SkillPack.load(path) for path in (packs["next"], work.pack("double")))
+    deltas = [
+        torch.cat([pack.delta(name, work.target.tensor(name)).flatten() for name in work.target.specs])
+        for pack in (old, new)
+    ]
+    assert torch.cosine_similarity(*deltas, dim=0) > 0.5
 
 
 @torch.inference_mode()

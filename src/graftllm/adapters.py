@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from graftllm.adapter_settings import CONFIG, MERGE, AdapterSettings, read_settings
 from graftllm.checkpoint import DTYPES, Checkpoint, TensorSpec, open_shard, row_blocks, tensor_specs, write_checkpoint
+from graftllm.downloads import download_all, repository
 from graftllm.errors import CheckpointError
 from graftllm.live import bindings
 
@@ -138,23 +139,24 @@ def tuned_model(path: str | Path, base: Checkpoint, *, live: bool) -> Iterator[C
 
 
 def open_tuned(path: str | Path, base: Checkpoint) -> Checkpoint:
-    """Open a tuned checkpoint, or a PEFT adapter on `base` as the checkpoint that it makes of it.
+    """Open a tuned checkpoint, or a PEFT adapter on `base` as the checkpoint that it makes of it; a Hub id will do.
 
     Raises:
         CheckpointError: neither is there, it is damaged, or the adapter cannot be merged into this base.
     """
-    directory = Path(path)
+    directory = _located(path)
     return open_adapter(directory, base) if (directory / CONFIG).is_file() else Checkpoint.open(path)
 
 
 def origin(path: str | Path) -> tuple[str, ...]:
     """Return what a pack's card says of a tuned model that is an adapter; nothing for a checkpoint."""
-    directory = Path(path)
+    directory = _located(path)
     if not (directory / CONFIG).is_file():
         return ()
     settings = read_settings(directory)
     kind = "DoRA" if settings.use_dora else "rsLoRA" if settings.use_rslora else "LoRA"
-    return (f"the PEFT adapter {directory.resolve().name} ({kind} of rank {settings.r}), merged",)
+    name = directory.resolve().name if Path(path).is_dir() else str(path)
+    return (f"the PEFT adapter {name} ({kind} of rank {settings.r}), merged",)
 
 
 def open_adapter(directory: Path, base: Checkpoint) -> AdaptedCheckpoint:
@@ -296,12 +298,16 @@ class _Reader:
         )
 
 
+def _located(path: str | Path) -> Path:
+    """Return the directory of a local model, or where the Hub's files of an adapter are."""
+    source = repository(str(path))
+    return Path(path) if source is None else download_all(source, (CONFIG, WEIGHTS, *_TOKENIZER))
+
+
 def _write_merged(checkpoint: AdaptedCheckpoint, out: Path) -> None:
     """Write the merged checkpoint block by block, with the adapter's tokenizer where it has one."""
-    rows, config = _vocabulary(checkpoint.config), {}
-    if rows != _vocabulary(checkpoint.base.config):
-        config = dict.fromkeys(_vocabulary_keys(checkpoint.config), rows)
-    write_checkpoint(checkpoint.base, out, checkpoint.tensor, specs=checkpoint.specs, config=config)
+    grown = dict(set(_vocabularies(checkpoint.config)) - set(_vocabularies(checkpoint.base.config)))
+    write_checkpoint(checkpoint.base, out, checkpoint.tensor, specs=checkpoint.specs, config=grown)
     for file in checkpoint.path.iterdir():
         if file.name in _TOKENIZER:
             shutil.copyfile(file, out / file.name)
@@ -319,20 +325,17 @@ def _check_tied(directory: Path, base: Checkpoint, touched: set[str]) -> None:
         )
 
 
-def _vocabulary_keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield where a config says how many tokens there are, by dotted key."""
+def _vocabularies(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Yield how many tokens a model knows by its config, wherever that says so, with the dotted key."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from _vocabulary_keys(value, f"{prefix}{key}.")
+            yield from _vocabularies(value, f"{prefix}{key}.")
         elif key == "vocab_size":
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", value
 
 
 def _vocabulary(config: Mapping[str, Any]) -> int | None:
-    """Return how many tokens a model knows, by its config."""
-    nested = [value for value in config.values() if isinstance(value, Mapping)]
-    found = config.get("vocab_size")
-    return found if isinstance(found, int) else next(filter(None, map(_vocabulary, nested)), None)
+    return next((rows for _, rows in _vocabularies(config)), None)
 
 
 def _with_vocabulary(config: Mapping[str, Any], rows: int) -> dict[str, Any]:

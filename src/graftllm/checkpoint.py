@@ -302,7 +302,7 @@ def _located(path: str | Path) -> Path:
     directory = Path(path)
     if directory.is_dir():
         return directory
-    if (source := repository(path)) is not None:
+    if (source := repository(str(path))) is not None:
         try:
             return download_all(source, [f"*{suffix}" for suffix in (".safetensors", *_COMPANIONS)])
         except HubError as error:

@@ -26,13 +26,13 @@ class Repository:
         return self.name if self.revision is None else f"{self.name}@{self.revision}"
 
 
-def repository(text: object, revision: str | None = None) -> Repository | None:
+def repository(text: str, revision: str | None = None) -> Repository | None:
     """Return what `user/repo` or `user/repo@revision` means; None for a text that is no such name, or a path.
 
     Raises:
         HubError: two different revisions are asked for.
     """
-    found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", text) if isinstance(text, str) else None
+    found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", text)
     if found is None or Path(found[1]).exists():
         return None
     if revision and found[2] and revision != found[2]:

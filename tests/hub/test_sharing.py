@@ -6,9 +6,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, constants
 
+from graftllm.adapters import open_tuned
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
-from graftllm.errors import FusionError, GraftError, HubError, PackError
+from graftllm.errors import CheckpointError, FusionError, GraftError, HubError, PackError
 from graftllm.fusion.directory import MANIFEST, read_manifest, write_grafted
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.rules import Rule
@@ -242,8 +243,12 @@ def test_a_strangers_manifest_reaches_nothing_outside(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_comes_from_the_hub_at_a_revision(hub: Hub, base_dir: Path) -> None:
+def test_checkpoints_and_adapters_come_from_the_hub(hub: Hub, base_dir: Path) -> None:
     files = {path.name: path.read_bytes() for path in base_dir.iterdir()}
     commit = hub.put("org/base", files)
     hub.put("org/base", {"config.json": b"{}"})
     assert Checkpoint.open(f"org/base@{commit}").fingerprint == Checkpoint.open(base_dir).fingerprint
+    hub.put("org/adapter", {"adapter_config.json": b'{"peft_type": "IA3"}', "adapter_model.safetensors": b"x"})
+    with pytest.raises(CheckpointError, match="expected peft_type LORA .* found IA3"):
+        open_tuned("org/adapter", Checkpoint.open(Path("org/base@" + commit)))
+    assert type(open_tuned(f"org/base@{commit}", Checkpoint.open(base_dir))) is Checkpoint

@@ -52,7 +52,7 @@ def _prompts(task: str, count: int = 48, *, test: bool = False) -> list[Prompt]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, a fine-tune for each pack, and rows; what the pages say lies beside the reader."""
     home = tmp_path_factory.mktemp("howto")
-    base = save_llama(home / "base", dtype=torch.float32)
+    base = save_llama(home / "base", dtype=torch.float32, num_hidden_layers=1)
     for seed, name in enumerate((*_PACKS, "tuned")):
         perturb(base, home / name, seed=seed, scale=0.4)
     compress(Delta(Checkpoint.open(base), Checkpoint.open(home / "math")), PackOptions(servable=16)).save(

@@ -65,8 +65,9 @@ def test_a_wheel_works_where_it_was_put(wheel: Path, tmp_path: Path) -> None:
     with ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     code = (
-        "import graftllm, importlib.metadata as m; from graftllm.demo import RECIPE; from graftllm.cli import main\n"
-        "print(graftllm.__file__, RECIPE.exists(), m.version('graftllm') == graftllm.__version__)"
+        "import graftllm, importlib.metadata as m, pathlib as p; from graftllm.recipe import load_recipe\n"
+        "recipe, _ = load_recipe(p.Path(graftllm.__file__).parent / 'recipes' / 'demo.yaml')\n"
+        "print(graftllm.__file__, recipe.name, m.version('graftllm') == graftllm.__version__)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -75,7 +76,7 @@ def test_a_wheel_works_where_it_was_put(wheel: Path, tmp_path: Path) -> None:
         cwd=tmp_path,
         env={"PYTHONPATH": f"{tmp_path}/site"},
     )
-    assert done.stdout.split() == [str(tmp_path / "site" / "graftllm" / "__init__.py"), "True", "True"], done.stderr
+    assert done.stdout.split() == [str(tmp_path / "site" / "graftllm" / "__init__.py"), "demo", "True"], done.stderr
 
 
 def test_packs_need_no_extra_and_other_commands_name_theirs(base_dir: Path, tuned_dir: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import json
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, modeling_utils
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import TrainingError
@@ -74,6 +75,10 @@ def _sft(run: Training, rows: list[Prompt], options: SftOptions = SFT) -> None:
     train_sft(run, rows, options)
 
 
+def _stopped_early(run: Training, rows: list[Prompt]) -> None:
+    train_sft(run, rows, SFT.model_copy(update={"epochs": 9, "learning_rate": 2e-2, "held_out": 0.2, "early_stop": 2}))
+
+
 def _lora(run: Training, rows: list[Prompt]) -> None:
     train_sft(replace(run, lora_rank=2), rows, SFT)
 
@@ -82,7 +87,7 @@ def _dpo(run: Training, rows: list[Prompt]) -> None:
     train_dpo(run, _pairs(rows), DPO)
 
 
-@pytest.mark.parametrize(("train", "stop_at"), [(_sft, 3), (_sft, 9), (_lora, 9), (_dpo, 7)])
+@pytest.mark.parametrize(("train", "stop_at"), [(_sft, 3), (_stopped_early, 20), (_lora, 9), (_dpo, 7)])
 def test_a_killed_training_ends_with_the_same_weights_and_curves(
     base: Checkpoint, prompts: list[Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: Any, stop_at: int
 ) -> None:
@@ -224,9 +229,8 @@ def test_the_losses_of_dpo_are_those_of_the_papers(
 
 
 def _held_out(run: Training, rows: list, options: SftOptions | DpoOptions) -> list:
-    _, held_out = tuning._split([{"at": i} for i in range(len(rows))], options, run)
-    assert held_out is not None
-    return [rows[i] for i in held_out["at"]]
+    held_out = random.Random(run.seed).sample(range(len(rows)), round(options.held_out * len(rows)))
+    return [rows[i] for i in held_out]
 
 
 def test_rows_held_out_are_not_learnt_and_the_best_model_is_kept(precise_dir: Path, tmp_path: Path) -> None:
@@ -282,8 +286,13 @@ def test_activations_computed_twice_change_nothing(
     train_sft(Training(precise_dir, tmp_path / "kept", 0, "x"), rows(8), SFT)
     assert "8 rows a step, 8 at once\n" in capsys.readouterr().err
     monkeypatch.setattr(tuning, "batching_for", lambda *args, **kwargs: Batching(4, 2, True))
+    layers, checkpoint = [], modeling_utils.checkpoint
+    monkeypatch.setattr(
+        modeling_utils, "checkpoint", lambda run, *a, **k: layers.append(run) or checkpoint(run, *a, **k)
+    )
     train_sft(Training(precise_dir, tmp_path / "twice", 0, "x"), rows(8), SFT)
     assert "8 rows a step, 4 at once, activations computed twice\n" in capsys.readouterr().err
+    assert layers
     kept, twice = (_curves(Training(precise_dir, tmp_path / name, 0, "x")) for name in ("kept", "twice"))
     assert [row["loss"] for row in twice] == pytest.approx([row["loss"] for row in kept], rel=1e-3)
 

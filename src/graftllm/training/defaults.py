@@ -117,7 +117,7 @@ def batching_for(
 def shape_of(config: PreTrainedConfig, parameters: int) -> Shape:
     """Return the shape of a decoder by its configuration and number of parameters."""
     text: Any = config.get_text_config()
-    width, heads = text.hidden_size, text.num_attention_heads
+    width, heads = text.hidden_size, getattr(text, "num_attention_heads", None) or 1  # state spaces have none
     inner = getattr(text, "intermediate_size", 0)
     head = getattr(text, "head_dim", None) or width // heads
     return Shape(

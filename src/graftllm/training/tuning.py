@@ -19,7 +19,7 @@ import peft
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
+from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_flash_attn_2_available
 from trl.trainer.dpo_config import DPOConfig
@@ -85,6 +85,7 @@ def train_sft(run: Training, rows: Sequence[Prompt], options: SftOptions) -> Non
     arguments = _arguments(run, work, options, options.max_length if options.packing else _longest(run, data, options))
     with without_foreign_warnings():
         trainer = FiniteSft(
+            callbacks=_callbacks(run, options),
             model=_load(run),
             args=SFTConfig(**arguments, completion_only_loss=True, packing=options.packing),
             train_dataset=learnt,
@@ -92,7 +93,7 @@ def train_sft(run: Training, rows: Sequence[Prompt], options: SftOptions) -> Non
             processing_class=load_tokenizer(run.model),
             peft_config=lora_settings(run.lora_rank) if run.lora_rank else None,
         )
-        _fit(trainer, run, work, options)
+        _fit(trainer, run, work)
 
 
 def train_dpo(run: Training, pairs: Sequence[PreferencePair], options: DpoOptions) -> None:
@@ -100,7 +101,7 @@ def train_dpo(run: Training, pairs: Sequence[PreferencePair], options: DpoOption
 
     L = -log sigmoid(beta * [log p(chosen)/p_ref(chosen) - log p(rejected)/p_ref(rejected)])
     (arXiv 2305.18290), plus `options.sft_weight` times the SFT loss of the chosen answer. The length-normalised
-    loss divides each of the two log-ratios by the number of tokens of its answer (arXiv 2405.14734 compares the two).
+    loss divides each of the two log-ratios by the tokens of its answer (arXiv 2503.04222).
     What the options leave open is chosen for the model.
 
     Raises:
@@ -116,6 +117,7 @@ def train_dpo(run: Training, pairs: Sequence[PreferencePair], options: DpoOption
     terms = {_LOSSES[options.loss]: 1.0} | ({"sft": options.sft_weight} if options.sft_weight else {})
     with without_foreign_warnings():
         trainer = FiniteDpo(
+            callbacks=_callbacks(run, options),
             model=_load(run),
             args=DPOConfig(
                 **_arguments(run, work, options, _longest(run, data, options)),
@@ -128,7 +130,7 @@ def train_dpo(run: Training, pairs: Sequence[PreferencePair], options: DpoOption
             eval_dataset=held_out,
             processing_class=load_tokenizer(run.model),
         )
-        _fit(trainer, run, work, options)
+        _fit(trainer, run, work)
 
 
 _LOSSES = {"sigmoid": "sigmoid", "length_normalised": "sigmoid_norm"}  # ours and TRL's
@@ -227,19 +229,19 @@ def _arguments(run: Training, work: Path, options: TrainingOptions, tokens: int)
     }
 
 
-def _fit(trainer: FiniteSft | FiniteDpo, run: Training, work: Path, options: TrainingOptions) -> None:
+def _callbacks(run: Training, options: TrainingOptions) -> list[TrainerCallback]:
+    stopping = [EarlyStoppingCallback(options.early_stop)] if options.early_stop else []
+    return [KeepCurves(curves_beside(run.out)[0]), *stopping, *reporting(run.report_to, run.out, run.label)]
+
+
+def _fit(trainer: FiniteSft | FiniteDpo, run: Training, work: Path) -> None:
     """Train from the last whole trainer checkpoint on, then write `run.out` and drop the work directory."""
     trainer.label = run.label
-    curves, picture = curves_beside(run.out)
     trainer.remove_callback(PrinterCallback)
-    if options.early_stop:
-        trainer.add_callback(EarlyStoppingCallback(options.early_stop))
-    for callback in (KeepCurves(curves), *reporting(run.report_to, run.out, run.label)):
-        trainer.add_callback(callback)
     with progress(run.label) as show:
         trainer.add_callback(ShowSteps(show))
         trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
-    draw_curves(curves, picture, run.label)
+    draw_curves(*curves_beside(run.out), run.label)
     model: Any = trainer.model
     base = Checkpoint.open(run.model)
     with whole_directory(run.out) as partial:

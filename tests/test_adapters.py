@@ -96,7 +96,7 @@ def test_layers_that_are_stored_turned_are_merged_turned(tmp_path: Path) -> None
 
 
 def test_an_adapter_becomes_a_pack_that_gives_its_merged_weights(base: Checkpoint, tmp_path: Path) -> None:
-    directory, merged = save_adapter(base, tmp_path / "adapter", **SETTINGS["lora"])
+    directory, merged = save_adapter(base, tmp_path / "adapter", **SETTINGS["rslora"])
     delta = Delta(base, open_tuned(directory, base))
     assert delta.tuned.nbytes == base.parameters * 4
     pack = compress(delta, PackOptions(strategy="exact"))

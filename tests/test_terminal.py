@@ -51,16 +51,14 @@ def test_json_before_the_command_is_json_after_it(graftllm, pack: Path, base_dir
     assert "apply prints no figures; those that do: run, " in " ".join(err.split())
 
 
-def test_colors_go_where_they_are_not_wanted(pack: Path) -> None:
-    def shown(**told: str) -> str:
-        command = [sys.executable, "-m", "graftllm.cli", "inspect", str(pack)]
-        env = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")}
-        done = subprocess.run(command, capture_output=True, text=True, env=env | told)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    assert "\x1b[" not in shown()
-    assert not re.search(r"\x1b\[[\d;]*3\d", shown(FORCE_COLOR="1", NO_COLOR="1"))
+def test_colors_stay_away_where_they_are_not_wanted(graftllm, pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    assert "\x1b[" not in graftllm("inspect", pack)[0]  # no terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    shown = "".join(graftllm("apply", "--base", "none", "--pack", pack, "--out", "none") + graftllm("inspect", pack))
+    assert not re.search(r"\x1b\[[\d;]*3\d", shown)
 
 
 def test_a_shell_completes_commands_and_options() -> None:

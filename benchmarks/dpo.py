@@ -8,11 +8,14 @@ prompts are for SFT, half for pairs. The `verified` target learns the source's r
 first answer to every prompt, right or wrong. Then each of `STAGES` goes on from there: DPO on pairs of the source's
 answers or of the model's own, with and without an SFT term, and, to see what the pairs' worse answers are good for, SFT
 on the better ones alone. Everything is a stage, and rows are kept: a killed run goes on where it was.
+
+Of finished fine-tunes in the directories to reuse (`skills/*/tuned.sft`, and `tuned` by DPO from there, on pairs of the
+source's answers to the prompts of the SFT: the published way) both are scored, too.
 """
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +27,7 @@ from fusion_models import ROTATE, SIZES
 from transfer_models import answered, first_answers, open_setting
 
 from graftllm.demo import word_rows
+from graftllm.evaluation.scores import evaluate
 from graftllm.fusion.search import answer_loss
 from graftllm.generation import load_model, load_tokenizer
 from graftllm.pipeline.measuring import answering, measure
@@ -100,6 +104,21 @@ def _reached(work: Work, target: str, stage: Stage | None) -> Found:
     return Found(value, len(learnt), **margins(start, out, mine[::HELD_OUT]))
 
 
+def published(work: Work, finished: Path) -> dict[str, Found]:
+    """Score the fine-tunes of a finished run before and after its DPO, by `SKILL, as published: STAGE`."""
+    found = {}
+    for before in sorted(finished.glob("skills/*/tuned.sft")):
+        skill, pairs = before.parent.name, len(read_pairs(before.with_name("pairs.jsonl")))
+        tests = read_prompts(finished / "zoo" / "prompts" / f"{skill}.test.jsonl")
+        for stage, model, count in ((AFTER_SFT, before, 0), ("DPO, source's pairs", before.with_name("tuned"), pairs)):
+            path = work.directory / "rows" / f"published-{skill}-{model.name}.json"
+            if not path.exists():
+                value = evaluate(answering(work, model), tests, "exact").value
+                write_text(path, json.dumps(vars(Found(value, count)), indent=1))
+            found[f"{skill}, as published: {stage}"] = Found(**json.loads(path.read_text(encoding="utf-8")))
+    return found
+
+
 def _supervised(work: Work, target: str, scored: Stamp, out: Path) -> Stamp:
     """Train the target on the source's right answers, or for `careless` on its first ones."""
 
@@ -169,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/dpo"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--targets", nargs="*", choices=TARGETS, default=list(TARGETS))
     keys = [stage.key for stage in STAGES]
     parser.add_argument("--stages", nargs="*", choices=keys, default=keys)
     parser.add_argument("--reuse", nargs="*", type=Path, default=[], help="directories with zoos, one for each seed")
@@ -177,13 +196,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--image", type=Path, help="where the picture goes  [default: DIR/scores.png]")
     given = parser.parse_args(arguments)
-    results: dict[int, Mapping[str, Found]] = {}
+    results: dict[int, dict[str, Found]] = {}
     for i, seed in enumerate(given.seeds):
         where = given.dir / (f"seed{seed}" if given.size == "small" else f"{given.size}-seed{seed}")
         reuse = given.reuse[i] if i < len(given.reuse) else None
         with only_writer(where):
             work = _open(where, seed, size=given.size, reuse=reuse, device=given.device)
             results[seed] = measure_seed(work, given.targets, given.stages)
+            results[seed] |= {} if reuse is None else published(work, reuse)
         text = table(results)
         content = {seed: {name: vars(one) for name, one in found.items()} for seed, found in results.items()}
         write_text(given.dir / "results.json", json.dumps(content, indent=1))

@@ -11,6 +11,11 @@ from transfer_report import percent, stderr
 from graftllm.storage import whole_file
 
 AFTER_SFT = "SFT"
+_TITLES = {
+    "careless": "after SFT on whatever the source said",
+    "verified": "after SFT on verified answers",
+    "rotate, as published": "pairs of the prompts of the SFT",
+}
 
 
 @dataclass(frozen=True)
@@ -20,16 +25,16 @@ class Found:
     Attributes:
         score: share of the test prompts answered right.
         pairs: that were learnt.
-        chosen: mean log-ratio of held-out better answers to before the stage, nats.
+        chosen: mean log-ratio of held-out better answers to before the stage, nats; None where not measured.
         rejected: the same of the worse ones; the difference is the margin.
         preferred: share of the held-out pairs whose better answer gained more.
     """
 
     score: float
     pairs: int = 0
-    chosen: float = 0.0
-    rejected: float = 0.0
-    preferred: float = 0.0
+    chosen: float | None = None
+    rejected: float | None = None
+    preferred: float | None = None
 
 
 def table(results: Mapping[int, Mapping[str, Found]]) -> str:
@@ -44,8 +49,8 @@ def table(results: Mapping[int, Mapping[str, Found]]) -> str:
         else:
             cells.append(percent(gains(results, name)))
             cells.append(f"{statistics.mean(one.pairs for one in found):.0f}")
-            cells += [_mean([one.chosen for one in found]), _mean([one.rejected for one in found])]
-            cells.append(percent([one.preferred for one in found]))
+            cells += [_nats([one.chosen for one in found]), _nats([one.rejected for one in found])]
+            cells.append(percent([one.preferred for one in found if one.preferred is not None]))
         lines.append(_line([name, *cells, str(len(found))]))
     return "\n".join(lines) + "\n"
 
@@ -63,10 +68,10 @@ def gains(results: Mapping[int, Mapping[str, Found]], name: str) -> list[float]:
 
 
 def draw(results: Mapping[int, Mapping[str, Found]], path: Path) -> None:
-    """Draw the scores of both targets after each stage; bars are standard errors over the seeds."""
+    """Draw the scores of the targets after each stage; bars are standard errors over the seeds, dots are seeds."""
     every = row_names(results)
-    targets = list(dict.fromkeys(name.split(": ")[0] for name in every))
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    targets = [target for target in _TITLES if any(name.startswith(f"{target}: ") for name in every)]
+    figure = Figure(figsize=(13, 2.6), layout="constrained")
     for axes, target in zip(figure.subplots(1, len(targets), sharex=True, squeeze=False)[0], targets, strict=True):
         names = [name for name in every if name.startswith(f"{target}: ")][::-1]
         for place, name in enumerate(names):
@@ -76,14 +81,17 @@ def draw(results: Mapping[int, Mapping[str, Found]], path: Path) -> None:
             axes.barh(place, statistics.mean(values), xerr=error, color=color, capsize=2, height=0.7)
             axes.plot(values, [place] * len(values), "k.", markersize=3)
         axes.set_yticks(range(len(names)), [name.split(": ")[1] for name in names], fontsize=8)
-        axes.set(title=f"SFT on {'verified answers' if target == 'verified' else 'whatever the source said'}")
+        axes.set_title(_TITLES[target], fontsize=9)
         axes.set(xlabel="% right", xlim=(0, 100))
         axes.spines[["top", "right"]].set_visible(False)
     with whole_file(path) as file:
         figure.savefig(file, dpi=120, format=path.suffix[1:])
 
 
-def _mean(values: Sequence[float]) -> str:
+def _nats(measured: Sequence[float | None]) -> str:
+    values = [value for value in measured if value is not None]
+    if not values:
+        return ""
     mean = f"{statistics.mean(values):+.2f}"
     return f"{mean} ± {stderr(values):.2f}" if len(values) > 1 else mean
 

@@ -15,7 +15,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
 }
 RECIPES = "recipe-files.md"
-_LOADED = re.compile(r"<(?:script|img|iframe|source)\b[^>]*\bsrc=[\"']?(?:https?:)?//|<link\b[^>]*\bstylesheet[^>]*//")
+_LOADED = re.compile(r"<(?:(?:script|img|iframe|source)\b[^>]*\bsrc|link\b[^>]*\bhref)=[\"']?(?:https?:)?//")
 
 
 def on_config(config: Any) -> Any:

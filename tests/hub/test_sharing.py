@@ -103,6 +103,11 @@ def test_a_grafted_directory_comes_back_whole(hub: Hub, grafted: Path, base_dir:
     assert (there.packs, there.rules, there.fingerprint) == (here.packs, here.rules, here.fingerprint)
     assert len(GraftedModel.load(tmp_path / "g").generate(["abc"], "reverse")) == 1
     assert read_manifest(pull("user/skills", tmp_path / "h").path).base == "org/base"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(HubError, match="mine: expected nothing or a grafted model there, found other files; give"):
+        pull("user/skills", tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
 def test_a_cut_download_goes_on_where_it_was(

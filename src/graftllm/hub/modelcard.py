@@ -82,7 +82,7 @@ def grafted_card(manifest: Manifest, headers: Mapping[str, Header], repo: str, b
         _front_matter(title, base, headers),
         MARK,
         f"# {_line(title)}",
-        f"{len(headers)} skills, as packs of [{base}](https://huggingface.co/{base}), which stays as it is. {chosen}",
+        f"{_counted(len(headers))} of [{base}](https://huggingface.co/{base}), which stays as it is. {chosen}",
         _table(Grid("", ("pack", "bytes", "what it does", "license"), rows)),
         "## How to use it",
         f"```sh\ngraftllm pull {repo} --out {title}\ngraftllm chat {title}\ngraftllm serve {title}\n```",
@@ -116,6 +116,10 @@ def _front_matter(title: str, base: str, headers: Mapping[str, Header]) -> str:
         license_name=license_name,
     )
     return f"---\n{data.to_yaml()}\n---"
+
+
+def _counted(packs: int) -> str:
+    return "One skill, as a pack" if packs == 1 else f"{packs} skills, as packs"
 
 
 def _license(text: str) -> tuple[str | None, str | None]:

@@ -181,6 +181,8 @@ def _pull_directory(pinned: Repository, first: Path, out: Path, base: Path | Non
             f"{pinned}: {MANIFEST} names {(odd or [manifest.base])[0]!r}; expected files below packs/ and a base on "
             "the Hub. It was not made by `graftllm push`."
         )
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists():
+        raise HubError(f"{out}: expected nothing or a grafted model there, found other files; give another --out.")
     checkpoint = None if base is None else Checkpoint.open(base)
     if base is not None:
         manifest = manifest.model_copy(update={"base": os.path.relpath(base.resolve(), out.resolve())})

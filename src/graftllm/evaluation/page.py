@@ -221,10 +221,10 @@ def _costs(ledger: Ledger) -> str:
             title,
             f"{seconds:,.1f}",
             Share(seconds / whole, f"{seconds / whole:.1%}", "bar"),
-            f"{sum(step.cpu_seconds for step in steps):,.1f}",
-            f"{sum(step.gpu_seconds for step in steps):,.1f}",
-            f"{max(step.peak_memory_bytes for step in steps) / 1e9:.2f}",
-            f"{max(step.peak_gpu_bytes for step in steps) / 1e9:.2f}",
+            _measured(sum(step.cpu_seconds for step in steps), 1),
+            _measured(sum(step.gpu_seconds for step in steps), 1),
+            _measured(max(step.peak_memory_bytes for step in steps) / 1e9, 2),
+            _measured(max(step.peak_gpu_bytes for step in steps) / 1e9, 2),
         ]
 
     head = ["stage", "seconds", "share", "CPU s", "GPU s", "peak memory, GB", "peak GPU, GB"]
@@ -289,6 +289,10 @@ def _score(found: Evaluation | Score | None) -> Cell:
     return Share(score.value, f"{100 * score.value:.1f} ± {100 * score.stderr:.1f}")
 
 
+def _measured(value: float, decimals: int) -> str:
+    return f"{value:,.{decimals}f}" if value else ""
+
+
 def _duration(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
@@ -308,7 +312,7 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> s
     """Return a table; nothing when it has no rows."""
     if not rows:
         return ""
-    words = [all(map(_is_words, column)) for column in zip(*rows, strict=True)]
+    words = [any(map(_is_words, column)) for column in zip(*rows, strict=True)]
     top = "".join(
         f'<th scope="col"{_WORDS if left else ""}>{escape(cell)}</th>' for cell, left in zip(head, words, strict=True)
     )
@@ -323,7 +327,7 @@ _WORDS = ' class="words"'
 
 
 def _is_words(cell: Cell) -> bool:
-    return isinstance(cell, str) and not cell[:1].isdigit()
+    return isinstance(cell, str) and bool(cell) and not cell[:1].isdigit()
 
 
 def _cell(cell: Cell, words: bool) -> str:

@@ -205,7 +205,7 @@ def _pack_options(options: PackOptions) -> str:
 
 
 def _knobs(options: BaseModel | None) -> str:
-    return "" if options is None else ", ".join(f"{name} {value}" for name, value in options)
+    return "" if options is None else ", ".join(f"{name} {value}" for name, value in options.model_dump().items())
 
 
 def closing_lines(report: Report) -> list[str]:

@@ -22,6 +22,7 @@ from graftllm.cli_packs import apply, inspect, pack, verify
 from graftllm.cli_report import report
 from graftllm.cli_serve import export, serve
 from graftllm.errors import GraftError
+from graftllm.launched import leads
 from graftllm.terminal import AllJson, AsJson, Device, Quiet, print_lines, print_table, settle
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # TRL's own bar, which fills a log with lines
+    if not leads():
+        sys.stdout = open(os.devnull, "w")  # of processes launched together, one prints
     try:
         app()
     except GraftError as error:

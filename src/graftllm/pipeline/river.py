@@ -9,6 +9,7 @@ from typing import cast
 from graftllm.evaluation.report import Report, Results, build_report
 from graftllm.evaluation.tables import write_report
 from graftllm.fusion.directory import AUTO
+from graftllm.launched import leads
 from graftllm.pipeline.baselines import BASELINES
 from graftllm.pipeline.measuring import (
     check_unplug,
@@ -34,7 +35,8 @@ def run(work: Work) -> Report:
     """
     recipe = work.recipe
     sft, dpo = work.training(lora=False)
-    write_text(work.directory / "recipe.yaml", dump_recipe(recipe.model_copy(update={"sft": sft, "dpo": dpo})))
+    if leads():
+        write_text(work.directory / "recipe.yaml", dump_recipe(recipe.model_copy(update={"sft": sft, "dpo": dpo})))
     trained = {name: train(work, name) for name in recipe.skills}
     scores = {"base": measure_base(work)}
     for name in recipe.skills:
@@ -52,5 +54,6 @@ def run(work: Work) -> Report:
         scores |= BASELINES[baseline](work, trained, packed)
     curves = measure_spectra(work, list(trained.values()))
     report = build_report(recipe, Results(scores, packed, verified, routes, unplugged), list(work.stages.used.values()))
-    write_report(report, work.directory, cast(dict[str, dict[str, list[float]]], curves.result))
+    if leads():
+        write_report(report, work.directory, cast(dict[str, dict[str, list[float]]], curves.result))
     return report

@@ -148,7 +148,9 @@ def tune(
     def supervise() -> None:
         train_sft(replace(told, lora_rank=lora_rank), read_prompts(home / "sft.jsonl"), sft)
 
-    tuned = work.stages.run(f"sft.{name}", [*inputs, start, sft, recipe.seed, lora_rank], [after_sft], supervise)
+    tuned = work.stages.run(
+        f"sft.{name}", [*inputs, start, sft, recipe.seed, lora_rank], [after_sft], supervise, together=True
+    )
     if on_policy:
         file = home / "pairs.jsonl" if name == skill else after_sft.with_name(f"{out.name}.pairs.jsonl")
         tuned = own_pairs(work, skill, tuned, file, model=after_sft, adapted=start if lora_rank else None, name=name)
@@ -163,7 +165,7 @@ def tune(
         onward = {"model": after_sft} if lora_rank is None else {"adapter": after_sft}
         train_dpo(replace(training, **onward), pairs, dpo)
 
-    return work.stages.run(f"dpo.{name}", [tuned, dpo, recipe.seed], [out], prefer)
+    return work.stages.run(f"dpo.{name}", [tuned, dpo, recipe.seed], [out], prefer, together=True)
 
 
 def _copy(checkpoint: Path, out: Path) -> None:

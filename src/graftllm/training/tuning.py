@@ -18,6 +18,7 @@ import datasets
 import peft
 import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
@@ -28,6 +29,7 @@ from trl.trainer.sft_config import SFTConfig
 from graftllm.checkpoint import Checkpoint, copy_companions
 from graftllm.errors import TrainingError
 from graftllm.generation import load_tokenizer, render, resolve_device
+from graftllm.launched import leads, processes, sharded, wait_until
 from graftllm.progress import progress
 from graftllm.records import Message, PreferencePair, Prompt
 from graftllm.storage import whole_directory
@@ -81,7 +83,7 @@ def train_sft(run: Training, rows: Sequence[Prompt], options: SftOptions) -> Non
     options = sft_for(options, Checkpoint.open(run.model))
     data = [{"prompt": list(row.question), "completion": _turn(row.answer or "")} for row in rows]
     work = _work_directory(run, data, options)
-    learnt, held_out = _split(data, options, run)
+    learnt, held_out = _split(data, options, run, work)
     arguments = _arguments(run, work, options, options.max_length if options.packing else _longest(run, data, options))
     with without_foreign_warnings():
         trainer = FiniteSft(
@@ -113,7 +115,7 @@ def train_dpo(run: Training, pairs: Sequence[PreferencePair], options: DpoOption
         for pair in pairs
     ]
     work = _work_directory(run, data, options)
-    learnt, held_out = _split(data, options, run)
+    learnt, held_out = _split(data, options, run, work)
     terms = {_LOSSES[options.loss]: 1.0} | ({"sft": options.sft_weight} if options.sft_weight else {})
     with without_foreign_warnings():
         trainer = FiniteDpo(
@@ -147,23 +149,36 @@ def _work_directory(run: Training, data: list[Row], options: TrainingOptions) ->
     about = [str(run.model), str(run.adapter), run.lora_rank, run.seed, options.model_dump(), data]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
     work = run.out.with_name(f".{run.out.name}.training")
-    if not (work / key).exists():
+    if leads() and not (work / key).exists():
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         (work / key).touch()
+    wait_until((work / key).exists)
     return work
 
 
-def _split(data: list[Row], options: TrainingOptions, run: Training) -> tuple[Dataset, Dataset | None]:
+def _split(data: list[Row], options: TrainingOptions, run: Training, work: Path) -> tuple[Dataset, Dataset | None]:
     """Return the rows to learn, and those held out if any are."""
     if not options.held_out:
-        return Dataset.from_list(data), None
+        return _shared(data, work / "learnt"), None
     if len(data) < 2:
         raise TrainingError(f"{run.label}: held_out needs at least 2 rows, found {len(data)}; leave it out.")
     count = max(1, round(options.held_out * len(data)))
     held_out = set(random.Random(run.seed).sample(range(len(data)), count))
     learnt = [row for i, row in enumerate(data) if i not in held_out]
-    return Dataset.from_list(learnt), Dataset.from_list([data[i] for i in sorted(held_out)])
+    return _shared(learnt, work / "learnt"), _shared([data[i] for i in sorted(held_out)], work / "held_out")
+
+
+def _shared(data: list[Row], path: Path) -> Dataset:
+    """Return rows as TRL takes them; those of several processes lie in files, where TRL shares what it computes."""
+    if processes() == 1:
+        return Dataset.from_list(data)
+    if leads() and not path.exists():
+        datasets.disable_progress_bars()
+        with whole_directory(path) as partial:
+            Dataset.from_list(data).save_to_disk(partial)
+    wait_until(path.exists)
+    return Dataset.load_from_disk(path)
 
 
 def _longest(run: Training, data: list[Row], options: TrainingOptions) -> int:
@@ -192,11 +207,12 @@ def _arguments(run: Training, work: Path, options: TrainingOptions, tokens: int)
     model = Checkpoint.open(run.model)
     trained = model.parameters if run.lora_rank is None and run.adapter is None else 0
     batching = batching_for(options, model, tokens=tokens, device=device, trained=trained, label=run.label)
-    print(
-        f"graftllm: {run.label}: learning rate {options.learning_rate:g}, {options.batch_size} rows a step, "
-        f"{batching.rows} at once{', activations computed twice' if batching.checkpointing else ''}",
-        file=sys.stderr,
-    )
+    if leads():
+        print(
+            f"graftllm: {run.label}: learning rate {options.learning_rate:g}, {options.batch_size} rows a step, "
+            f"{batching.rows} at once{', activations computed twice' if batching.checkpointing else ''}",
+            file=sys.stderr,
+        )
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
     return {
@@ -241,14 +257,27 @@ def _fit(trainer: FiniteSft | FiniteDpo, run: Training, work: Path) -> None:
     with progress(run.label) as show:
         trainer.add_callback(ShowSteps(show))
         trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
-    draw_curves(*curves_beside(run.out), run.label)
-    model: Any = trainer.model
+    accelerator: Any = trainer.accelerator
+    # Every process gives its share of the weights; only the first gets them all.
+    gathered = accelerator.get_state_dict(trainer.model_wrapped) if sharded() else None
+    if leads():
+        draw_curves(*curves_beside(run.out), run.label)
+        _save(trainer.model, run, gathered)
+        shutil.rmtree(work)
+    accelerator.wait_for_everyone()
+
+
+def _save(model: Any, run: Training, gathered: dict[str, Tensor] | None) -> None:
+    """Write a trained model, or the weights that were gathered from its shards, in the dtype of the base."""
     base = Checkpoint.open(run.model)
     with whole_directory(run.out) as partial:
-        model.to(base.dtype).save_pretrained(partial)
+        if gathered is None:
+            model.to(base.dtype).save_pretrained(partial)
+        else:
+            model.config.dtype = base.dtype
+            model.save_pretrained(partial, state_dict={name: one.to(base.dtype) for name, one in gathered.items()})
         if not isinstance(model, peft.PeftModel):
             copy_companions(base, partial)
-    shutil.rmtree(work)
 
 
 def _last_whole_checkpoint(work: Path) -> str | None:
@@ -259,5 +288,6 @@ def _last_whole_checkpoint(work: Path) -> str | None:
             json.loads((path / "trainer_state.json").read_text())
             return str(path)
         except (OSError, ValueError):
-            shutil.rmtree(path)
+            if leads():
+                shutil.rmtree(path, ignore_errors=True)
     return None

@@ -95,6 +95,19 @@ def test_layers_that_are_stored_turned_are_merged_turned(tmp_path: Path) -> None
             torch.testing.assert_close(adapted.tensor(name), merged[name], rtol=1e-5, atol=1e-6)
 
 
+def test_names_of_the_live_model_are_found_under_those_of_the_checkpoint(tmp_path: Path) -> None:
+    saved = save_base("gpt2", tmp_path / "base", dtype=torch.float32)
+    tensors = load_file(saved / "model.safetensors")
+    bare = {name.removeprefix("transformer."): value for name, value in tensors.items()}  # as the Hub's gpt2 has them
+    save_file(bare, saved / "model.safetensors", metadata={"format": "pt"})
+    base = Checkpoint.open(saved)
+    directory, merged = save_adapter(base, tmp_path / "adapter", target_modules=["c_attn"], fan_in_fan_out=True)
+    adapted = open_tuned(directory, base)
+    name = "h.1.attn.c_attn.weight"
+    assert not torch.equal(adapted.tensor(name), base.tensor(name))
+    torch.testing.assert_close(adapted.tensor(name), merged[f"transformer.{name}"], rtol=1e-5, atol=1e-6)
+
+
 def test_an_adapter_becomes_a_pack_that_gives_its_merged_weights(base: Checkpoint, tmp_path: Path) -> None:
     directory, merged = save_adapter(base, tmp_path / "adapter", **SETTINGS["rslora"])
     delta = Delta(base, open_tuned(directory, base))
@@ -161,6 +174,7 @@ _A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda d: _with_config(d, target_parameters=["experts"]), "found the setting target_parameters"),
         (lambda d: _with_config(d, some_new_formula={"a": 1}), "found the setting some_new_formula"),
         (lambda d: _with_config(d, init_lora_weights="pissa"), "is 'pissa', which changes the base's own weights"),
+        (lambda d: _with_config(d, alpha_pattern={"q_proj(": 1}), "'q_proj.' is no pattern of names .missing"),
         (lambda d: _with_config(d, r="many"), "not an adapter's config .r: Input should be a valid integer"),
         (lambda d: _with_config(d, r=3), "q_proj.lora_A.weight': expected factors of rank 3, found shapes .4, 32."),
         (lambda d: _with_config(d, use_dora=True), "expected lora_A and lora_B and a magnitude for 'model.layers.0"),

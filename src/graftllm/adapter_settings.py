@@ -70,6 +70,11 @@ def read_settings(directory: Path) -> AdapterSettings:
             f"{path}: init_lora_weights is {config.init_lora_weights!r}, which changes the base's own weights before "
             "training. Save the adapter with path_initial_model_for_weight_conversion, which makes it a plain LoRA."
         )
+    for pattern in (*config.rank_pattern, *config.alpha_pattern):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise CheckpointError(f"{path}: {pattern!r} is no pattern of names ({error}); save it again.") from error
     odd = sorted(name for name, value in (config.model_extra or {}).items() if value and name not in _HARMLESS)
     if odd:
         raise CheckpointError(

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, modeling_utils
+from transformers.integrations import integration_utils
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import TrainingError
 from graftllm.generation import load_model
 from graftllm.records import PreferencePair, Prompt
-from graftllm.training import tuning, watching
+from graftllm.training import tuning
 from graftllm.training.curves import curves_beside
 from graftllm.training.lora import lora_parameters_per_rank, merge_adapter, with_adapter
 from graftllm.training.memory import Batching
@@ -321,7 +322,7 @@ def test_tensorboard_is_told_beside_the_model(precise_dir: Path, tmp_path: Path)
 def test_a_reporter_that_is_not_installed_is_said_before_anything_is_trained(
     base: Checkpoint, prompts: list[Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reporter: Reporter
 ) -> None:
-    monkeypatch.setattr(watching, "find_spec", lambda name: None)
+    monkeypatch.setattr(integration_utils, f"is_{reporter}_available", lambda: False)
     run = Training(base.path, tmp_path / "out", 0, "SFT sums", report_to=reporter)
     with pytest.raises(
         TrainingError, match=f"SFT sums: report_to asks for {reporter}, which is not installed here; `pip"

@@ -1,13 +1,13 @@
 """What looks on while TRL trains: a progress bar, the curves, and an end at once where the loss is no number."""
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer
+from transformers.integrations import integration_utils
 from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
 from transformers.trainer_callback import TrainerCallback, TrainerState
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -81,10 +81,14 @@ def reporting(reporter: Reporter | None, out: Path, label: str) -> list[TrainerC
     """
     if reporter is None:
         return []
-    needed = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}[reporter]
-    if not any(map(find_spec, needed)):
+    is_there = {
+        "tensorboard": integration_utils.is_tensorboard_available,
+        "wandb": integration_utils.is_wandb_available,
+    }[reporter]
+    if not is_there():
+        package = {"tensorboard": "'graftllm[tensorboard]'", "wandb": "wandb"}[reporter]
         raise TrainingError(
-            f"{label}: report_to asks for {reporter}, which is not installed here; `pip install {needed[-1]}`, "
+            f"{label}: report_to asks for {reporter}, which is not installed here; `pip install {package}`, "
             "or leave report_to out: the curves are kept beside the model anyway."
         )
     if reporter == "wandb":

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from graftllm.errors import CheckpointError
 
@@ -27,7 +27,7 @@ class AdapterSettings(BaseModel):
     peft_type: str
     r: int = Field(default=8, ge=1)
     lora_alpha: float = 8
-    rank_pattern: dict[str, int] = {}
+    rank_pattern: dict[str, PositiveInt] = {}
     alpha_pattern: dict[str, float] = {}
     use_rslora: bool = False
     use_dora: bool = False

@@ -137,7 +137,7 @@ def test_the_published_recipe_fits_on_eight_gpus_and_not_on_one(published) -> No
     assert all(part.fits for part in eight)
     told = warnings(one, hardware("1xh100"))
     assert told[0].startswith("Does not fit: sft of instruction: ")
-    assert told[0].endswith(" GB on each device, of 80 GB; take more devices, or method: lora.")
+    assert told[0].endswith(" GB on each device, more than is to be had of 80 GB; take more devices, or method: lora.")
 
 
 def test_tables_have_a_cell_for_each_column(published) -> None:

@@ -102,7 +102,7 @@ def closing_lines(asked: Asked, launch: Launch | None = None) -> list[str]:
     ]
     if endpoints:
         tokens = sum(one.tokens_in for one in endpoints), sum(one.tokens_out for one in endpoints)
-        priced = f"${sum(known):,.2f} for the {len(known)} of {len(endpoints)} parts that have a price"
+        priced = f"${sum(known):,.2f} for {len(known)} of {len(endpoints)} parts" if known else "no price is given"
         lines.append(f"Endpoints: {tokens[0] / 1e6:,.1f} M tokens in, {tokens[1] / 1e6:,.1f} M out; {priced}.")
     if launch:
         lines.append(_plan(asked, launch))
@@ -116,7 +116,7 @@ def warnings(found: Sequence[Estimate], on: Hardware) -> list[str]:
         + (
             f"{one.how}; choose another."
             if one.rows_left
-            else f"{one.memory_bytes / 1e9:,.1f} GB on each device, of {on.chip.memory_bytes / 1e9:,.0f} GB; take "
+            else f"{one.memory_bytes / 1e9:,.1f} GB on each device, more than is to be had of {on.chip.memory_bytes / 1e9:,.0f} GB; take "
             + ("more devices, or method: lora." if one.amount.way == "train" else "a larger device.")
         )
         for one in found

@@ -56,7 +56,7 @@ def _stages(work: Work, skill: str) -> dict[str, list[str]]:
     kinds = {
         "sample": [f"prepare.{skill}.prompts", *sources, f"sample.{skill}"],
         "score": [f"judge.{skill}", f"score.{skill}"],
-        **{kind: [f"{kind}.{skill}"] for kind in ("sft", "own", "dpo")},
+        **{kind: [f"{kind}.{skill}"] for kind in ("sft", "own", "dpo", "merge")},
     }
     used = {kind: [name for name in names if name in work.stages.used] for kind, names in kinds.items()}
     return {kind: names for kind, names in used.items() if names}

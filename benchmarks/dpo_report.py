@@ -68,22 +68,26 @@ def gains(results: Mapping[int, Mapping[str, Found]], name: str) -> list[float]:
 
 
 def draw(results: Mapping[int, Mapping[str, Found]], path: Path) -> None:
-    """Draw the scores of the targets after each stage; bars are standard errors over the seeds, dots are seeds."""
-    every = row_names(results)
+    """Draw by how much each stage moves the score; bars are standard errors over the seeds, dots are seeds."""
+    every = [name for name in row_names(results) if not name.endswith(f": {AFTER_SFT}")]
     targets = [target for target in _TITLES if any(name.startswith(f"{target}: ") for name in every)]
-    figure = Figure(figsize=(13, 2.6), layout="constrained")
+    figure = Figure(figsize=(13, 2.4), layout="constrained")
     for axes, target in zip(figure.subplots(1, len(targets), sharex=True, squeeze=False)[0], targets, strict=True):
         names = [name for name in every if name.startswith(f"{target}: ")][::-1]
+        labels = []
         for place, name in enumerate(names):
-            values = [100 * seed[name].score for seed in results.values() if name in seed]
-            error = stderr(values) if len(values) > 1 else 0
-            color = "#666666" if name.endswith(f": {AFTER_SFT}") else "#D55E00" if "DPO" in name else "#0072B2"
+            values = [100 * gain for gain in gains(results, name)]
+            color = "#D55E00" if "DPO" in name else "#0072B2"
+            error = stderr(values) if len(values) > 1 else None
             axes.barh(place, statistics.mean(values), xerr=error, color=color, capsize=2, height=0.7)
             axes.plot(values, [place] * len(values), "k.", markersize=3)
-        axes.set_yticks(range(len(names)), [name.split(": ")[1] for name in names], fontsize=8)
+            labels.append(name.split(": ")[1] + (" (one seed)" if len(values) == 1 else ""))
+        axes.set_yticks(range(len(names)), labels, fontsize=8)
         axes.set_title(_TITLES[target], fontsize=9)
-        axes.set(xlabel="% right", xlim=(0, 100))
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("points beyond SFT", fontsize=8)
+        axes.set_ylim(-0.6, 3.6)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.spines[["top", "right", "left"]].set_visible(False)
     with whole_file(path) as file:
         figure.savefig(file, dpi=120, format=path.suffix[1:])
 

@@ -111,17 +111,18 @@ def closing_lines(asked: Asked, launch: Launch | None = None) -> list[str]:
 
 def warnings(found: Sequence[Estimate], on: Hardware) -> list[str]:
     """Return what does not fit, a line each, and what to do."""
-    return [
-        f"Does not fit: {one.amount.stage} of {one.amount.about}: "
-        + (
-            f"{one.how}; choose another."
-            if one.rows_left
-            else f"{one.memory_bytes / 1e9:,.1f} GB on each device, more than is to be had of {on.chip.memory_bytes / 1e9:,.0f} GB; take "
-            + ("more devices, or method: lora." if one.amount.way == "train" else "a larger device.")
-        )
-        for one in found
-        if not one.fits
-    ]
+    lines = []
+    for one in found:
+        what = f"Does not fit: {one.amount.stage} of {one.amount.about}"
+        if one.rows_left:
+            lines.append(f"{what}: {one.how}; choose another.")
+        elif not one.fits:
+            mend = "more devices, or method: lora" if one.amount.way == "train" else "a larger device"
+            needed, there = one.memory_bytes / 1e9, on.chip.memory_bytes / 1e9
+            lines.append(
+                f"{what}: {needed:,.1f} GB on each device, more than is to be had of {there:,.0f} GB; take {mend}."
+            )
+    return lines
 
 
 def assumptions(asked: Asked) -> list[str]:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from transformers import (
@@ -120,15 +120,22 @@ def render_answered(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple
 
 
 def pad(
-    sequences: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device
+    sequences: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    side: Literal["left", "right"] = "right",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids padded on the left and their attention mask, both of shape (rows, longest)."""
+    """Return token ids of one length and their attention mask, both of shape (rows, longest).
+
+    On the right, causal models never see the padding, whatever their positions; on the left, answers can go on.
+    """
     longest = max(len(sequence) for sequence in sequences)
     ids = torch.full((len(sequences), longest), cast(int, tokenizer.pad_token_id))
     mask = torch.zeros_like(ids)
     for row, sequence in enumerate(sequences):
-        ids[row, longest - len(sequence) :] = torch.tensor(sequence)
-        mask[row, longest - len(sequence) :] = 1
+        start = longest - len(sequence) if side == "left" else 0
+        ids[row, start : start + len(sequence)] = torch.tensor(sequence)
+        mask[row, start : start + len(sequence)] = 1
     return ids.to(device), mask.to(device)
 
 
@@ -188,7 +195,7 @@ def generate_answers(
     torch.manual_seed(seed)
     for start in range(0, len(order), options.batch_size):
         batch = order[start : start + options.batch_size]
-        ids, mask = pad([prompts[i] for i in batch], tokenizer, model.device)
+        ids, mask = pad([prompts[i] for i in batch], tokenizer, model.device, "left")
         with around([i for i in batch for _ in range(options.samples)]):
             output = cast(Any, model).generate(
                 input_ids=ids,

@@ -108,9 +108,8 @@ def measure_sensitivity(tuned: Path, rows: Sequence[Prompt], *, device: str = "a
         batch = sequences[start : start + _BATCH]
         ids, mask = pad([row for row, _ in batch], tokenizer, model.device)
         answers = torch.zeros_like(mask, dtype=torch.bool)
-        width = ids.shape[1]
         for i, (row, first) in enumerate(batch):
-            answers[i, width - len(row) + (first if first < len(row) else 1) - 1 : width - 1] = True
+            answers[i, (first if first < len(row) else 1) - 1 : len(row) - 1] = True
         watcher.ids, watcher.mask = ids, mask.bool()
         chances = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[answers].float().log_softmax(-1)
         drawn = torch.multinomial(chances.detach().exp(), 1, generator=draw)

@@ -219,6 +219,5 @@ def _logits(
         batch = rows[start : start + _BATCH]
         ids, mask = pad([row for row, _ in batch], tokenizer, model.device)
         logits = cast(Any, model)(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        width = ids.shape[1]
-        kept = [logits[i, width - len(row) + first - 1 : width - 1] for i, (row, first) in enumerate(batch)]
+        kept = [logits[i, first - 1 : len(row) - 1] for i, (row, first) in enumerate(batch)]
         yield torch.cat(kept).float().cpu()

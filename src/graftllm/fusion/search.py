@@ -65,12 +65,11 @@ def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows
     for start in range(0, len(rows), _BATCH):
         rendered = [render_answered(tokenizer, row) for row in rows[start : start + _BATCH]]
         ids, mask = pad([tokens for tokens, _ in rendered], tokenizer, model.device)
-        longest = ids.shape[1]
         log_p = cast(Any, model)(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
         found = log_p.gather(2, ids[:, 1:, None])[..., 0]  # (rows, longest - 1)
         answers = torch.zeros_like(found, dtype=torch.bool)
         for row, (tokens, first) in enumerate(rendered):
-            answers[row, longest - len(tokens) + first - 1 :] = True
+            answers[row, first - 1 : len(tokens) - 1] = True
         total -= float(found[answers].sum())
         count += int(answers.sum())
     return total / max(1, count)

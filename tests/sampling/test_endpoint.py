@@ -103,7 +103,7 @@ def test_the_wait_that_a_server_asks_for_is_kept(
     async def slept(seconds: float) -> None:
         waits.append(seconds)
 
-    monkeypatch.setattr(endpoint.asyncio, "sleep", slept)
+    monkeypatch.setattr(endpoint, "sleep", slept)
     server.faults = {"question 0": ["429 after 17", "500", "429 after 99999"]}
     _sample(tmp_path / "r.jsonl", _options(server, retries=3, concurrency=1))
     asked = [wait for wait in waits if wait > 0]

@@ -9,6 +9,7 @@ import email.utils
 import hashlib
 import os
 import random
+from asyncio import sleep
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -200,7 +201,7 @@ async def _reply(client: AsyncOpenAI, endpoint: Endpoint, request: Request, samp
             problem = f"not a chat completion ({_told(error, endpoint)})"
         if attempt < endpoint.retries:
             wait = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt) * jitter.uniform(0.5, 1)
-            await asyncio.sleep(max(wait, obeyed or 0))
+            await sleep(max(wait, obeyed or 0))
     raise _Failed(f"failed {endpoint.retries + 1} times, the last time with {problem}")
 
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -62,7 +63,7 @@ def pack(directory: Path, device: str) -> dict[str, float]:
     """Pack the layer with the library, from files to a file."""
     started = time.monotonic()
     delta = Delta(Checkpoint.open(directory / "base"), Checkpoint.open(directory / "tuned"))
-    made = compress(delta, OPTIONS, device=device)
+    made = compress(delta, OPTIONS, device=device, workers=1)  # for one layer a second process does not pay
     made.save(directory / "layer.safetensors")
     return {
         "seconds": time.monotonic() - started,
@@ -92,9 +93,8 @@ def plain(directory: Path, device: str) -> dict[str, float]:
 
 def _apart(way: str, directory: Path, device: str) -> dict[str, float]:
     """Run one way in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply({"pack": pack, "plain": plain}[way], (directory, device))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit({"pack": pack, "plain": plain}[way], directory, device).result()
 
 
 def main() -> None:

@@ -58,7 +58,11 @@ def prompt_features(
         ids, mask = pad(sequences, tokenizer, model.device)
         embedded, hidden = (_unit(states) for states in _states(model, blocks, layer, ids, mask))
         weights = (mask / mask.sum(dim=1, keepdim=True))[:, :, None].cpu()  # (rows, length, 1)
-        pooled = [(embedded * weights).sum(dim=1), (hidden * weights).sum(dim=1), hidden[torch.arange(len(hidden)), mask.sum(dim=1).cpu() - 1]]
+        pooled = [
+            (embedded * weights).sum(dim=1),
+            (hidden * weights).sum(dim=1),
+            hidden[torch.arange(len(hidden)), mask.sum(dim=1).cpu() - 1],
+        ]
         rows.append(folded(torch.cat(pooled, dim=1)))
     return torch.cat(rows) if rows else torch.empty(0, 0)
 

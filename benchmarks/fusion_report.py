@@ -48,8 +48,8 @@ def draw(results: Results, skills: Sequence[str], path: Path) -> None:
         size, mean = sum(row.stored_bytes for row in found) / len(found) / 1e6, sum(values) / len(values)
         color = "#D55E00" if name in _OURS else "#666666" if name in _BOUNDS else "#0072B2"
         axes.errorbar(size, mean, _stderr(values) or 0, fmt="o", color=color, capsize=2)
-        labels.setdefault((round(size / 0.3), round(mean / 2.5)), []).append(name)
-        places.setdefault((round(size / 0.3), round(mean / 2.5)), (size, mean, color))
+        labels.setdefault((round(size / 0.9), round(mean / 2.5)), []).append(name)
+        places.setdefault((round(size / 0.9), round(mean / 2.5)), (size, mean, color))
     for place, names in labels.items():
         size, mean, color = places[place]
         text = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -60,11 +60,13 @@ def test_the_peak_is_that_of_the_block_not_of_the_process() -> None:
 
 
 def test_a_launch_counts_the_processors_of_all_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    end = time.process_time() + 0.3  # long beside the hundredths of a second that are told
     with metered(lambda spent: None) as spent:
-        sum(range(10**6))
+        while time.process_time() < end:
+            pass
         one = spent().cpu_seconds
         monkeypatch.setenv("WORLD_SIZE", "8")
-        assert spent().cpu_seconds >= 8 * one > 0
+        assert spent().cpu_seconds >= 7 * one > 0
 
 
 def test_what_was_spent_is_told_while_the_block_runs_and_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:

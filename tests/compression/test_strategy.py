@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -6,18 +7,34 @@ from safetensors.torch import load_file, save_file
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression.calibration import collect_moments
-from graftllm.compression.measures import Measures
+from graftllm.compression.crew import open_crew
+from graftllm.compression.measures import Measures, save_measures
 from graftllm.compression.sensitivity import measure_sensitivity
-from graftllm.compression.strategy import Compressed, encode_delta
+from graftllm.compression.strategy import Compressed, encode_job
+from graftllm.compression.units import Job
+from graftllm.compression.workspace import Workspace
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError, CompressionError
+from graftllm.packer import compress
 from graftllm.recipe import PackOptions
 from graftllm.records import Prompt
 from tests.models import perturb, save_llama
 
 
-def _encoded(delta: Delta, options: PackOptions, **more: object) -> dict[str, Compressed]:
-    return {part.name: part for part in encode_delta(delta, options, **more)}
+def _encoded(
+    delta: Delta,
+    options: PackOptions,
+    *,
+    measures: Measures | None = None,
+    payload_budget: int | None = None,
+    entry_bytes: Callable[[str, int], int] = lambda name, nbytes: 0,
+) -> dict[str, Compressed]:
+    job = Job(delta, options, "cpu", Workspace.temporary())
+    if measures is not None:
+        save_measures(measures, job.measures_file)
+    with open_crew(job, 1) as crew:
+        found = encode_job(job, crew, payload_budget=payload_budget, entry_bytes=entry_bytes)
+    return {part.name: part for part in found}
 
 
 def _bytes(parts: dict[str, Compressed]) -> int:
@@ -49,7 +66,7 @@ def test_auto_keeps_what_changed_in_few_bits_exactly_when_there_is_room(
     tensors["model.norm.weight"] = before["model.norm.weight"]
     save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
     delta = Delta(base, Checkpoint.open(tuned))
-    auto = {part.name: part for part in encode_delta(delta, PackOptions(), payload_budget=base.nbytes)}
+    auto = _encoded(delta, PackOptions(), payload_budget=base.nbytes)
     assert auto[hardly].encoded.operator.operator == "exact"
     assert auto["model.norm.weight"].encoded.operator.operator == "unchanged"
     assert auto["model.layers.0.mlp.down_proj.weight"].encoded.operator.operator != "unchanged"
@@ -58,8 +75,8 @@ def test_auto_keeps_what_changed_in_few_bits_exactly_when_there_is_room(
 @pytest.mark.parametrize("share", [0.05, 0.2])
 def test_auto_fills_its_budget_and_never_more(delta: Delta, share: float) -> None:
     budget = round(share * delta.tuned.nbytes)
-    parts = list(encode_delta(delta, PackOptions(), payload_budget=budget, entry_bytes=lambda name, nbytes: 7))
-    taken = sum(part.encoded.nbytes + 7 for part in parts)
+    parts = _encoded(delta, PackOptions(), payload_budget=budget, entry_bytes=lambda name, nbytes: 7)
+    taken = sum(part.encoded.nbytes + 7 for part in parts.values())
     assert 0.9 * budget < taken <= budget
 
 
@@ -136,4 +153,4 @@ def test_an_unknown_device_is_named(delta: Delta) -> None:
     with pytest.raises(
         CheckpointError, match="device: expected auto, cpu or a device that PyTorch sees here, found 'gpu'"
     ):
-        _encoded(delta, PackOptions(), device="gpu")
+        compress(delta, PackOptions(), device="gpu")

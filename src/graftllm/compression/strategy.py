@@ -9,46 +9,15 @@ from collections.abc import Callable, Sequence
 
 from graftllm.compression.allocation import step_for
 from graftllm.compression.automatic import next_step
-from graftllm.compression.crew import Crew, open_crew
+from graftllm.compression.crew import Crew
 from graftllm.compression.lowrank import rank_for_energy
-from graftllm.compression.measures import Measures, save_measures
 from graftllm.compression.units import Compressed, Job, Unit, found_code, found_outlook, found_sizes
-from graftllm.compression.workspace import Workspace
-from graftllm.delta import Delta
 from graftllm.errors import CompressionError
-from graftllm.generation import resolve_device
-from graftllm.recipe import DEFAULT_SHARE, PackOptions
+from graftllm.recipe import DEFAULT_SHARE
 
 _PASSES = 4
 _MANY = 64  # matrices; of more, every eighth corrects the foresight before all are coded
 _PART = 8
-
-
-def encode_delta(
-    delta: Delta,
-    options: PackOptions,
-    *,
-    measures: Measures | None = None,
-    payload_budget: int | None = None,
-    entry_bytes: Callable[[str, int], int] | None = None,
-    device: str = "auto",
-) -> list[Compressed]:
-    """Return every parameter of a delta in compressed form, made in this process; as `encode_job` otherwise.
-
-    Args:
-        delta: what to compress.
-        options: the strategy and its knobs.
-        measures: second moments of layer inputs and of gradients at their outputs; without the former
-            rounding is to nearest, without the latter all errors count alike.
-        payload_budget: as for `encode_job`.
-        entry_bytes: as for `encode_job`.
-        device: where matrices are decomposed; `auto` takes a GPU when there is one.
-    """
-    job = Job(delta, options, str(resolve_device(device)), Workspace.temporary())
-    if measures is not None:
-        save_measures(measures, job.measures_file)
-    with open_crew(job, 1) as crew:
-        return encode_job(job, crew, payload_budget=payload_budget, entry_bytes=entry_bytes or _nothing)
 
 
 def encode_job(

@@ -2,6 +2,7 @@
 
     python benchmarks/codec.py [--dir runs/codec] [--quick] [--reuse runs/demo] [--size small|large] [--device auto]
     python benchmarks/codec.py --only auto --target demo --seeds 0      # one method again, in a minute or two
+    python benchmarks/codec.py --size large --steps 10                      # see that trainings start
 
 Models are trained once (`codec_models.py`), and every file is measured once: what is known is kept
 under DIR/measured until the method's code or its models change. With --only the other methods count as
@@ -22,7 +23,7 @@ from codec_methods import OWN, RATES, Method, code_digest, methods
 from codec_models import LARGE, SEEDS, SIZES, SKILLS, WIDE, build_subjects
 from codec_report import draw, tables
 from codec_results import REFERENCE, Point
-from rehearsal import rehearse
+from rehearsal import add_options, rehearse
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.progress import track
@@ -36,7 +37,8 @@ def main() -> None:
     known = methods(given.rates)
     wanted = [] if given.report else [name for name in known if given.only is None or name in given.only]
     if given.steps:
-        for line in rehearse(given.dir, LARGE if given.size == "large" else WIDE, given.steps, device=given.device):
+        zoo = LARGE if given.size == "large" else WIDE
+        for line in rehearse(given.dir, zoo, given.steps, members=given.members, device=given.device):
             print(line, flush=True)
         return
     targets, seeds = (given.target or SIZES[given.size]), given.seeds
@@ -125,7 +127,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=list(methods()), metavar="METHOD", help=f"{OWN}, {REFERENCE!r} …")
     parser.add_argument("--report", action="store_true", help="measure nothing, write what is known")
     parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--steps", type=int, help="only take so many steps of every training, to see that it starts")
+    add_options(parser)
     parser.add_argument("--device", default="auto", help="where models are trained; measured is on CPU")
     parser.add_argument("--target", nargs="+", choices=list(SKILLS), help="instead of those of the size")
     parser.add_argument("--skills", nargs="+", help="all by default")

@@ -29,6 +29,7 @@ from graftllm.records import Prompt, read_prompts
 PROMPTS = 200  # held-out prompts that KL and score are measured on
 _BATCH = 100
 _GREEDY = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=16, batch_size=200)
+_LONG = _GREEDY.model_copy(update={"max_new_tokens": 80})  # answers to sentences
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,11 @@ class Yardstick:
 
     @cached_property
     def _base(self) -> Mapping[str, Tensor]:
-        return {name: self.delta.base.tensor(name) for name in self.delta}
+        return {name: self.delta.pair(name)[0] for name in self.delta}  # with rows for added tokens
 
     @cached_property
     def _model(self) -> PreTrainedModel:
-        return load_model(self.subject.base, device="cpu")
+        return load_model(self.subject.tuned, device="cpu")  # its shapes; the weights are put into it
 
     @cached_property
     def _test(self) -> Sequence[Prompt]:
@@ -174,8 +175,11 @@ class Yardstick:
 
     def _score(self, model: PreTrainedModel) -> float:
         def answer(prompts: Sequence[Prompt]) -> list[str]:
-            questions = [prompt.question for prompt in prompts]
-            return [texts[0] for texts in generate(model, self._tokenizer, questions, _GREEDY)]
+            questions, options = (
+                [prompt.question for prompt in prompts],
+                _LONG if self.subject.target == "large" else _GREEDY,
+            )
+            return [texts[0] for texts in generate(model, self._tokenizer, questions, options)]
 
         return evaluate(answer, self._test, "exact").value
 

@@ -6,8 +6,8 @@
 skills moved by sampling, SFT and DPO. `wide` is a Llama of 11.6 M parameters with an untied head
 that knows the general tasks, fine-tuned on one skill from the verified rows of the demo of the same
 seed. Its base is trained once, so its three seeds are three fine-tunes of one base. `large` is the target
-of 219 M parameters of `fusion_models.py`, fine-tuned on three skills from rows that are right. A killed
-build goes on where it was.
+of 219 M parameters of `fusion_models.py`, fine-tuned on three skills from rows that are right; one of these fine-tunes
+adds 26 tokens to the vocabulary. A killed build goes on where it was.
 """
 
 import argparse
@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fusion_models import SIZES as FUSION_SIZES
+from large_zoo import ADDED_TOKENS
 from transformers import LlamaConfig, PreTrainedConfig
 
-from graftllm.demo import DEMO, GENERAL, RECIPE, REVERSE, Member, WordTask, Zoo, build_zoo, byte_bpe, word_rows
+from graftllm.demo import GENERAL, RECIPE, REVERSE, Member, WordTask, Zoo, build_zoo, byte_bpe, word_rows
 from graftllm.pipeline.transfer import train
 from graftllm.pipeline.work import Work
 from graftllm.recipe import load_recipe
@@ -29,7 +30,7 @@ from graftllm.storage import whole_directory
 from graftllm.training.tuning import Training, train_sft
 from graftllm.training_options import SftOptions
 
-SKILLS = {"demo": ("reverse", "sort", "next"), "wide": ("reverse",), "large": ("reverse", "sort", "next")}
+SKILLS = {"demo": ("reverse", "sort", "next"), "wide": ("reverse",), "large": ("reverse", "sum", "alphabet")}
 SIZES = {"small": ("demo", "wide"), "large": ("large",)}
 SEEDS = (0, 1, 2)
 
@@ -140,13 +141,14 @@ def _large_subjects(stages: Stages, home: Path, seed: int, device: str) -> Itera
     base, prompts = home / "zoo" / LARGE.members[0].name, home / "zoo" / "prompts"
     for task, count in LARGE.skills:
         rows, out = home / f"{task.name}.jsonl", home / task.name
-        run = Training(base, out, seed, f"SFT large {task.name} {seed}", device=device)
+        added = ADDED_TOKENS.get(task.name, ())
+        run = Training(base, out, seed, f"SFT large {task.name} {seed}", added_tokens=added, device=device)
 
         def tune(task: WordTask = task, count: int = count, rows: Path = rows, run: Training = run) -> None:
             write_rows(rows, word_rows(task, count, seed=seed + 1, answered=True))
             train_sft(run, read_prompts(rows), _LARGE_TUNING)
 
-        stages.run(f"large.{task.name}.{seed}", [base, _LARGE_TUNING], [out, rows], tune)
+        stages.run(f"large.{task.name}.{seed}", [base, _LARGE_TUNING, *added], [out, rows], tune)
         yield Subject("large", task.name, seed, base, out, rows, prompts / f"{task.name}.test.jsonl")
 
 
@@ -159,8 +161,13 @@ def _wide_llama(vocabulary: int, pad: int, end: int) -> PreTrainedConfig:
 
 
 _TUNING = SftOptions(epochs=4, batch_size=32, learning_rate=1e-3, max_length=64)
-_LARGE_TUNING = _TUNING.model_copy(update={"learning_rate": 1e-4})
-LARGE = replace(FUSION_SIZES["large"], members=FUSION_SIZES["large"].members[:1], skills=DEMO.skills)
+_LARGE_TUNING = _TUNING.model_copy(update={"learning_rate": 1e-4, "max_length": 128})
+_FUSION = FUSION_SIZES["large"]
+LARGE = replace(
+    _FUSION,
+    members=_FUSION.members[:1],
+    skills=tuple((task, count) for task, count in _FUSION.skills if task.name in SKILLS["large"]),
+)
 WIDE = Zoo(
     members=(
         Member(

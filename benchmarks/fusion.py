@@ -2,6 +2,7 @@
 
     python benchmarks/fusion.py [--seeds 0 1 2] [--dir runs/fusion] [--baselines sequential lora]
         [--scaling 1 2 6 16 64] [--size small|large] [--device auto] [--image docs/images/fusion-bytes.png]
+    python benchmarks/fusion.py --size large --steps 10 [--members target]      # see that trainings start
 
 Builds the zoo of `fusion_models.py` where it is not there, measures every row of `fusion_rows.py` for each seed,
 and writes `results.md`, `results.json` and a picture. Each row is kept when it is measured, so a killed run goes on
@@ -19,7 +20,7 @@ from fusion_models import SIZES, build_models
 from fusion_report import Results, draw, table
 from fusion_rows import Bench, Measurement, baselines, rows
 from fusion_scaling import measure_scaling
-from rehearsal import rehearse
+from rehearsal import add_options, rehearse
 
 from graftllm.storage import only_writer, write_text
 
@@ -55,12 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--baselines", nargs="*", default=["sequential", "lora"], help="of the pipeline, by name")
     parser.add_argument("--scaling", nargs="*", type=int, default=[], help="numbers of packs, with the first seed")
     parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--steps", type=int, help="only take so many steps of every training, to see that it starts")
+    add_options(parser)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--image", type=Path, help="where the picture goes  [default: DIR/bytes.png]")
     given = parser.parse_args(arguments)
     if given.steps:
-        for line in rehearse(given.dir, SIZES[given.size], given.steps, seed=given.seeds[0], device=given.device):
+        zoo, seed = SIZES[given.size], given.seeds[0]
+        for line in rehearse(given.dir, zoo, given.steps, members=given.members, seed=seed, device=given.device):
             print(line, flush=True)
         return
     words = [task for task, _ in SIZES[given.size].skills]

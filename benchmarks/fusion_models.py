@@ -2,18 +2,21 @@
 
     python benchmarks/fusion_models.py [--dir runs/fusion] [--seeds 0 1 2] [--reuse DIR ...] [--size small|large]
 
-It is the demo's zoo with three sources and three skills more, moved and packed by the pipeline's own
-stages with the demo's recipe (the packs by the default strategy). `--reuse` names finished demos, one
-for each seed, whose models are copied instead of being trained again. A killed build goes on where it was.
+It is the demo's zoo with three sources and three skills more, moved and packed by the pipeline's own stages with the
+demo's recipe (the packs by the default strategy); `large_zoo.py` says what is otherwise in `large`. `--reuse` names
+finished demos, one for each seed, whose models are copied instead of being trained again. A killed build goes on where
+it was.
 """
 
 import argparse
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from large_zoo import RECIPE as LARGE_RECIPE
+from large_zoo import enlarged
 from transformers import GPT2Config, Olmo2Config, PhiConfig, PreTrainedConfig
 
 from graftllm.demo import DEMO, RECIPE, Member, WordTask, Zoo, build_zoo, byte_bpe, unigram
@@ -73,7 +76,7 @@ def build_models(
     """
     directory = directory.absolute()  # stages remember paths
     zoo = SIZES[size]
-    work = _open(directory, zoo, seed, device)
+    work = _open(directory, size, seed, device)
 
     def build() -> Any:
         if reuse is not None and not (directory / "zoo").exists():
@@ -93,34 +96,28 @@ def build_models(
     return Built(work, stamp, found["packs"], found["sources"])
 
 
-def _open(directory: Path, zoo: Zoo, seed: int, device: str) -> Work:
-    """Return the demo's recipe for the skills of a zoo, at work in a directory."""
+def _open(directory: Path, size: str, seed: int, device: str) -> Work:
+    """Return the demo's recipe for the skills of a size's zoo, at work in a directory."""
+    zoo = SIZES[size]
     recipe, _ = load_recipe(RECIPE, directory)
     prompts = directory / "zoo" / "prompts"
     skills = {
         task.name: {
-            "sources": [str(directory / "zoo" / source.name)],
+            "sources": [str(directory / "zoo" / source_of(zoo, task).name)],
             "prompts": str(prompts / f"{task.name}.jsonl"),
             "test": str(prompts / f"{task.name}.test.jsonl"),
         }
-        for (task, _), source in zip(zoo.skills, zoo.members[1:], strict=True)
+        for task, _ in zoo.skills
     }
     wanted = {"name": "fusion", "seed": seed, "skills": skills, "pack": {"budget": "14%"}, "compare": []}
+    wanted |= RECIPES[size]
     whole = Recipe.model_validate(recipe.model_dump(mode="json") | wanted)
     return Work(whole, directory, Stages(directory / "stages"), device)
 
 
-def shortened(zoo: Zoo, steps: int | None) -> Zoo:
-    """Return a zoo whose members train for a number of steps only."""
-    if steps is None:
-        return zoo
-
-    def short(member: Member) -> Member:
-        rows = sum(count for _, count in member.lessons)
-        epochs = steps * member.training.batch_size / rows
-        return replace(member, training=member.training.model_copy(update={"epochs": epochs}))
-
-    return replace(zoo, members=tuple(short(member) for member in zoo.members))
+def source_of(zoo: Zoo, task: WordTask) -> Member:
+    """Return the source that a skill is taken from."""
+    return next(member for member in zoo.members[1:] if any(task == known for known, _ in member.lessons))
 
 
 def _copy_zoo(reuse: Path, directory: Path) -> None:
@@ -173,24 +170,6 @@ def _olmo2(vocabulary: int, pad: int, end: int) -> PreTrainedConfig:
     )  # fmt: skip
 
 
-def _large(member: Member) -> Member:
-    """Return a member 8 times as wide and 4 times as deep: 113 to 219 M parameters."""
-
-    def config(vocabulary: int, pad: int, end: int) -> PreTrainedConfig:
-        small = member.config(vocabulary, pad, end)
-        settings = {key: value for key, value in small.to_dict().items() if key not in _DERIVED}
-        settings |= {key: _WIDER[key] * value for key, value in settings.items() if key in _WIDER and value}
-        return type(small).from_dict(settings | {"initializer_range": 0.02})
-
-    training = member.training.model_copy(update={"learning_rate": member.training.learning_rate / 8})
-    return replace(member, config=config, training=training)
-
-
-_DERIVED = ("layer_types", "model_type", "rope_parameters")
-_WIDER = {
-    "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 8, "num_key_value_heads": 8,
-    "num_hidden_layers": 4, "n_embd": 8, "n_head": 8, "n_layer": 4,
-}  # fmt: skip
 _FROM_SCRATCH = SftOptions(epochs=3, batch_size=64, learning_rate=3e-3, max_length=64)
 _MORE: tuple[tuple[str, Callable[[int, int, int], PreTrainedConfig], Any, WordTask], ...] = (
     ("gpt2-double", _gpt2, byte_bpe(310), DOUBLE),
@@ -209,7 +188,9 @@ SMALL = Zoo(
     general=DEMO.general,
     test_prompts=DEMO.test_prompts,
 )
-SIZES = {"small": SMALL, "large": replace(SMALL, members=tuple(map(_large, SMALL.members)))}
+SIZES = {"small": SMALL, "large": enlarged(SMALL)}
+RECIPES: Mapping[str, dict[str, Any]] = {"small": {}, "large": LARGE_RECIPE}
+"""By size, what is otherwise than in the demo's recipe."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,7 +1,8 @@
 """Six skills from six foreign sources into one target: what each way of moving them reaches, keeps and takes.
 
     python benchmarks/transfer.py [--seeds 0 1 2] [--dir runs/transfer] [--rows NAME ...] [--reuse DIR ...]
-        [--size small|large] [--steps N] [--device auto] [--image docs/images/transfer-bytes.png]
+        [--size small|large] [--device auto] [--image docs/images/transfer-bytes.png]
+    python benchmarks/transfer.py --size large --steps 10 [--members target]    # see that trainings start
 
 Builds the zoo of `fusion_models.py` where it is not there, measures every row of `transfer_rows.py` for each seed, and
 writes `results.md`, `results.json` and a picture. Each row is kept when it is measured, and each training is a stage,
@@ -15,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fusion_models import SIZES
+from rehearsal import add_options, rehearse
 from transfer_models import Setting, open_setting
 from transfer_report import as_json, cost_table, costs, draw, table
 from transfer_rows import Row, rows
@@ -49,10 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", help="measure these alone  [default: all]")
     parser.add_argument("--reuse", nargs="*", type=Path, default=[], help="directories with zoos, one for each seed")
     parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--steps", type=int, help="end every training of a zoo's model after so many steps")
+    add_options(parser)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--image", type=Path, help="where the picture goes  [default: DIR/bytes.png]")
     given = parser.parse_args(arguments)
+    if given.steps:
+        zoo, seed = SIZES[given.size], given.seeds[0]
+        for line in rehearse(given.dir, zoo, given.steps, members=given.members, seed=seed, device=given.device):
+            print(line, flush=True)
+        return
     results: dict[int, dict[str, Row]] = {}
     spent: dict[int, dict[str, Spent]] = {}
     tokens: dict[int, dict[str, int]] = {}
@@ -60,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         where = given.dir / (f"seed{seed}" if given.size == "small" else f"{given.size}-seed{seed}")
         reuse = given.reuse[i] if i < len(given.reuse) else None
         with only_writer(where):
-            setting = open_setting(where, seed, size=given.size, steps=given.steps, reuse=reuse, device=given.device)
+            setting = open_setting(where, seed, size=given.size, reuse=reuse, device=given.device)
             results[seed] = measure_seed(setting, given.rows)
             spent[seed] = costs(_stamps(where / "stages"))
             tokens[seed] = setting.tokens() if "SFT" in results[seed] else {}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from distribution_fusion import Taught, teach
-from fusion_models import SIZES, shortened
+from fusion_models import RECIPES, SIZES, source_of
 
 from graftllm.demo import GENERAL as GENERAL_TASKS
 from graftllm.demo import RECIPE, WordTask, Zoo, build_zoo, word_rows
@@ -126,31 +126,28 @@ def first_answers(prompts: Sequence[Prompt], responses: Sequence[Response]) -> l
     return [answered(asked[row.prompt_id], row.text) for row in first]
 
 
-def open_setting(
-    directory: Path, seed: int, *, size: str, steps: int | None = None, reuse: Path | None = None, device: str = "auto"
-) -> Setting:
+def open_setting(directory: Path, seed: int, *, size: str, reuse: Path | None = None, device: str = "auto") -> Setting:
     """Build a seed's zoo unless it is there, and open its recipe.
 
     Args:
         directory: of this seed.
         seed: of the zoo, the sampling and the training.
         size: a row of `SIZES`.
-        steps: end every training of a zoo's model after so many steps; to see that it starts.
         reuse: a directory of this seed made by `fusion.py`, whose zoo is copied.
         device: `auto` takes a GPU when there is one.
     """
     directory = directory.absolute()  # stages remember paths
-    zoo, stages = shortened(SIZES[size], steps), Stages(directory / "stages")
+    zoo, stages = SIZES[size], Stages(directory / "stages")
     if reuse is not None and not (directory / "zoo").exists():
         with whole_directory(directory / "zoo") as partial:
             shutil.copytree(reuse / "zoo", partial, dirs_exist_ok=True)
     elif reuse is None:
         build_zoo(directory / "zoo", stages, zoo, seed=seed, device=device)
-    return Setting(Work(_recipe(directory, zoo, seed), directory, stages, device), zoo)
+    return Setting(Work(_recipe(directory, zoo, seed, size), directory, stages, device), zoo)
 
 
-def _recipe(directory: Path, zoo: Zoo, seed: int) -> Recipe:
-    """Return the demo's recipe for the skills of a zoo."""
+def _recipe(directory: Path, zoo: Zoo, seed: int, size: str) -> Recipe:
+    """Return the demo's recipe for the skills of a zoo of a size."""
     demo, _ = load_recipe(RECIPE, directory)
     prompts = directory / "zoo" / "prompts"
 
@@ -161,8 +158,9 @@ def _recipe(directory: Path, zoo: Zoo, seed: int) -> Recipe:
             "test": str(prompts / f"{task.name}.test.jsonl"),
         }
 
-    skills = {task.name: skill(task, one.name) for (task, _), one in zip(zoo.skills, zoo.members[1:], strict=True)}
-    wanted = {"name": "transfer", "seed": seed, "skills": skills, "compare": []}
+    skills = {task.name: skill(task, source_of(zoo, task).name) for task, _ in zoo.skills}
+    wanted: dict[str, Any] = {"name": "transfer", "seed": seed, "skills": skills, "compare": []}
+    wanted |= RECIPES[size]
     return Recipe.model_validate(demo.model_dump(mode="json") | wanted)
 
 

@@ -36,13 +36,19 @@ from graftllm.training_options import SftOptions
 RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 
 
+def draw_word(draw: random.Random) -> str:
+    """Return three to six capital letters."""
+    return "".join(draw.choices(string.ascii_uppercase, k=draw.randint(3, 6)))
+
+
 @dataclass(frozen=True)
 class WordTask:
-    """A question about a random word, and its answer."""
+    """A question about a random word, or whatever else `drawn` draws, and its answer."""
 
     name: str
     wording: str
     answer: Callable[[str], str]
+    drawn: Callable[[random.Random], str] = draw_word
 
 
 GENERAL = (
@@ -70,6 +76,7 @@ class Member:
         markers: special tokens: padding, start of the user's turn, of the assistant's turn, end of a turn.
         lessons: tasks, and how many words of each it learns from.
         training: SFT from random weights.
+        corpus: tasks whose texts its tokenizer is made of.
     """
 
     name: str
@@ -78,6 +85,7 @@ class Member:
     markers: tuple[str, str, str, str]
     lessons: tuple[tuple[WordTask, int], ...]
     training: SftOptions
+    corpus: tuple[WordTask, ...] = (*GENERAL, REVERSE, SORT, NEXT)
 
 
 @dataclass(frozen=True)
@@ -111,11 +119,11 @@ def build_zoo(directory: Path, stages: Stages, zoo: Zoo | None = None, *, seed: 
 
 
 def word_rows(task: WordTask, count: int, *, seed: int, answered: bool = False, test: bool = False) -> list[Prompt]:
-    """Return `count` different prompts of a task; test words never occur in other rows, whatever the seed."""
+    """Return `count` different prompts of a task; what is asked in test rows is asked in no others."""
     draw = random.Random(f"{task.name} {seed} {test}")
     rows: dict[str, Prompt] = {}
     while len(rows) < count:
-        word = "".join(draw.choices(string.ascii_uppercase, k=draw.randint(3, 6)))
+        word = task.drawn(draw)
         if (zlib.crc32(word.encode()) % 10 == 0) != test:
             continue
         question = Message(role="user", content=task.wording.format(word=word))
@@ -127,7 +135,7 @@ def word_rows(task: WordTask, count: int, *, seed: int, answered: bool = False, 
 def _train_member(member: Member, out: Path, seed: int, device: str) -> None:
     corpus = [
         message["content"]
-        for task in (*GENERAL, REVERSE, SORT, NEXT)
+        for task in member.corpus
         for row in word_rows(task, 300, seed=seed, answered=True)
         for message in row.messages
     ]

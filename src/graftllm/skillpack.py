@@ -131,13 +131,14 @@ class SkillPack:
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Return float32 factors, (rows, rank) and (rank, columns), whose product is a matrix's delta.
 
-        None for what is stored in another way.
+        None for what is stored in another way, and for a delta of more rows than the base has.
 
         Raises:
             PackError: the payload is damaged.
         """
         entry = self.header.tensors[name]
-        if entry.operator not in ("factored", "lowrank") or len(entry.shape) != 2:
+        is_grown = entry.tuned_spec.shape != entry.shape
+        if entry.operator not in ("factored", "lowrank") or len(entry.shape) != 2 or is_grown:
             return None
         try:
             return self.encoded(name).factors((entry.shape[0], entry.shape[1]))

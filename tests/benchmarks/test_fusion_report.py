@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fusion_models import SIZES, SMALL, shortened
+from fusion_models import SIZES, SMALL
 from fusion_report import draw, table
 from fusion_rows import Measurement, average
 from transformers import AutoModelForCausalLM
@@ -43,9 +43,3 @@ def test_models_of_the_large_zoo_have_100_to_300_million_parameters(member) -> N
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(member.config(400, 0, 1))
     assert 1e8 < model.num_parameters() < 3e8
-
-
-def test_a_shortened_zoo_trains_for_that_many_steps() -> None:
-    for member in shortened(SMALL, 10).members:
-        count = sum(rows for _, rows in member.lessons)
-        assert math.isclose(member.training.epochs * count / member.training.batch_size, 10)

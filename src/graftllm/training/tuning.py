@@ -19,7 +19,7 @@ import peft
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_flash_attn_2_available
@@ -54,6 +54,8 @@ class Training:
         label: shown beside the progress bar and in errors.
         lora_rank: train a LoRA of this rank on every linear layer instead of all parameters.
         adapter: an adapter on `model` to train further instead.
+        added_tokens: that SFT of all parameters adds to the vocabulary, as far as `model` lacks them; `out` then has
+            the longer tokenizer, and an embedding with as many rows.
         device: `auto` takes a GPU when there is one.
         report_to: who else is told of the curves.
     """
@@ -64,6 +66,7 @@ class Training:
     label: str
     lora_rank: int | None = None
     adapter: Path | None = None
+    added_tokens: tuple[str, ...] = ()
     device: str = "auto"
     report_to: Reporter | None = None
 
@@ -74,8 +77,14 @@ def train_sft(run: Training, rows: Sequence[Prompt], options: SftOptions) -> Non
     What the options leave open is chosen for the model.
 
     Raises:
-        TrainingError: there are no rows, a row has no answer, the loss is not finite, or a library is missing.
+        TrainingError: there are no rows, a row has no answer, the loss is not finite, a library is missing, or a LoRA
+            should add tokens.
     """
+    if run.added_tokens and (run.lora_rank or run.adapter):
+        raise TrainingError(
+            f"{run.label}: added_tokens need new embedding rows, which a LoRA does not train; train all parameters "
+            "(`method: full`), or leave added_tokens out."
+        )
     if unanswered := [row.id for row in rows if row.answer is None]:
         raise TrainingError(
             f"{run.label}: row {unanswered[0]!r} has no assistant message to learn; add one or drop the row."
@@ -84,15 +93,17 @@ def train_sft(run: Training, rows: Sequence[Prompt], options: SftOptions) -> Non
     data = [{"prompt": list(row.question), "completion": _turn(row.answer or "")} for row in rows]
     work = _work_directory(run, data, options)
     learnt, held_out = _split(data, options, run, work)
-    arguments = _arguments(run, work, options, options.max_length if options.packing else _longest(run, data, options))
+    words = _with_tokens(load_tokenizer(run.model), run.added_tokens)
+    longest = options.max_length if options.packing else _longest(words, data, options)
+    arguments = _arguments(run, work, options, longest)
     with without_foreign_warnings():
         trainer = FiniteSft(
             callbacks=_callbacks(run, options),
-            model=_load(run),
+            model=_load(run, len(words)),
             args=SFTConfig(**arguments, completion_only_loss=True, packing=options.packing),
             train_dataset=learnt,
             eval_dataset=held_out,
-            processing_class=load_tokenizer(run.model),
+            processing_class=words,
             peft_config=lora_settings(run.lora_rank) if run.lora_rank else None,
         )
         _fit(trainer, run, work)
@@ -116,13 +127,14 @@ def train_dpo(run: Training, pairs: Sequence[PreferencePair], options: DpoOption
     ]
     work = _work_directory(run, data, options)
     learnt, held_out = _split(data, options, run, work)
+    words = load_tokenizer(run.model)
     terms = {_LOSSES[options.loss]: 1.0} | ({"sft": options.sft_weight} if options.sft_weight else {})
     with without_foreign_warnings():
         trainer = FiniteDpo(
             callbacks=_callbacks(run, options),
             model=_load(run),
             args=DPOConfig(
-                **_arguments(run, work, options, _longest(run, data, options)),
+                **_arguments(run, work, options, _longest(words, data, options)),
                 beta=options.beta,
                 loss_type=list(terms),
                 loss_weights=list(terms.values()),
@@ -130,7 +142,7 @@ def train_dpo(run: Training, pairs: Sequence[PreferencePair], options: DpoOption
             ),
             train_dataset=learnt,
             eval_dataset=held_out,
-            processing_class=load_tokenizer(run.model),
+            processing_class=words,
         )
         _fit(trainer, run, work)
 
@@ -146,7 +158,7 @@ def _work_directory(run: Training, data: list[Row], options: TrainingOptions) ->
     """Return where this training's trainer checkpoints lie; those of another training are deleted."""
     if not data:
         raise TrainingError(f"{run.label}: expected rows to train on, found none.")
-    about = [str(run.model), str(run.adapter), run.lora_rank, run.seed, options.model_dump(), data]
+    about = [str(run.model), str(run.adapter), run.lora_rank, run.seed, options.model_dump(), data, *run.added_tokens]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
     work = run.out.with_name(f".{run.out.name}.training")
     if leads() and not (work / key).exists():
@@ -181,9 +193,13 @@ def _shared(data: list[Row], path: Path) -> Dataset:
     return Dataset.load_from_disk(path)
 
 
-def _longest(run: Training, data: list[Row], options: TrainingOptions) -> int:
+def _with_tokens(tokenizer: PreTrainedTokenizerBase, added: Sequence[str]) -> PreTrainedTokenizerBase:
+    tokenizer.add_tokens(list(added))
+    return tokenizer
+
+
+def _longest(tokenizer: PreTrainedTokenizerBase, data: list[Row], options: TrainingOptions) -> int:
     """Return how many tokens the row with the most characters has, all of its answers together."""
-    tokenizer = load_tokenizer(run.model)
 
     def conversations(row: Row) -> list[list[Message]]:
         return [row["prompt"] + turn for key, turn in row.items() if key != "prompt"]
@@ -193,12 +209,20 @@ def _longest(run: Training, data: list[Row], options: TrainingOptions) -> int:
     return sum(min(length, options.max_length) for length in lengths)
 
 
-def _load(run: Training) -> PreTrainedModel | peft.PeftModel:
-    """Load in float32: the optimizer's steps would vanish in 16 bits."""
+def _load(run: Training, vocabulary: int = 0) -> PreTrainedModel | peft.PeftModel:
+    """Load in float32: the optimizer's steps would vanish in 16 bits. New embedding rows are drawn like old ones."""
     model = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32)
+    if run.added_tokens and vocabulary > _embedded(model):
+        torch.manual_seed(run.seed)
+        model.resize_token_embeddings(vocabulary)
     if resolve_device(run.device).type == "cuda" and is_flash_attn_2_available() and model._supports_flash_attn:
         model.set_attn_implementation("flash_attention_2")
     return model if run.adapter is None else peft.PeftModel.from_pretrained(model, run.adapter, is_trainable=True)
+
+
+def _embedded(model: Any) -> int:
+    """Return how many rows a model's embedding has."""
+    return len(model.get_input_embeddings().weight)
 
 
 def _arguments(run: Training, work: Path, options: TrainingOptions, tokens: int) -> Row:
@@ -278,6 +302,11 @@ def _save(model: Any, run: Training, gathered: dict[str, Tensor] | None) -> None
             model.save_pretrained(partial, state_dict={name: one.to(base.dtype) for name, one in gathered.items()})
         if not isinstance(model, peft.PeftModel):
             copy_companions(base, partial)
+        if run.added_tokens:
+            _with_tokens(load_tokenizer(run.model), run.added_tokens).save_pretrained(partial)
+            config = AutoConfig.from_pretrained(base.path)
+            config.get_text_config().vocab_size = _embedded(model)
+            config.save_pretrained(partial)
 
 
 def _last_whole_checkpoint(work: Path) -> str | None:

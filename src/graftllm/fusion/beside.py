@@ -8,19 +8,15 @@ looked up, a head's multiplied. The result is that of merged weights, up to roun
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
-from transformers.pytorch_utils import Conv1D
 
 from graftllm.errors import FusionError
-from graftllm.fusion.branches import Branch, decode_branches
+from graftllm.fusion.branches import decode_branches
 from graftllm.fusion.shelf import Shelf
+from graftllm.fusion.stacks import Batch, Mix, Stacked, embedded, multiplied, normed, refused, takes_rows
 from graftllm.skillpack import SkillPack
-
-Mix = tuple[tuple[str, float], ...]  # packs of one row with their weights; none for the base
 
 
 class Beside:
@@ -45,9 +41,10 @@ class Beside:
         self._checked: set[str] = set()
         self._stack = _Stack((), {})
         self._handles: list[Any] = []
-        self._batch: _Batch | None = None
+        self._batch: Batch | None = None
+        self._last: tuple[list[Mix], Batch] | None = None
         self._seen: set[str] = set()
-        self._inside = False
+        self._by_type: dict[type, bool] = {}
 
     @contextmanager
     def rows(self, wanted: Sequence[str | Mapping[str, float] | None]) -> Iterator[nn.Module]:
@@ -62,18 +59,23 @@ class Beside:
             PackError: a pack is damaged or was made for another base.
         """
         mixes = [mixed(one) for one in wanted]
-        present = tuple(sorted({name for mix in mixes for name, _ in mix}))
-        if not set(present) <= set(self._stack.packs) or 2 * len(present) < len(self._stack.packs):
-            self._restack(present)
-        self._batch, self._seen = _Batch(mixes, self._stack.packs), set()
+        if self._last is None or self._last[0] != mixes:  # the next token of the same rows needs nothing new
+            present = tuple(sorted({name for mix in mixes for name, _ in mix}))
+            if not set(present) <= set(self._stack.packs) or 2 * len(present) < len(self._stack.packs):
+                self._restack(present)
+            self._last = mixes, Batch(mixes, self._stack.packs)
+        batch = self._batch = self._last[1]
+        self._seen = set()
         try:
             yield self.model
-            if present and self._seen and (unheard := self._stack.branches.keys() - self._seen - self._head()):
-                raise FusionError(
-                    f"{type(self.model).__name__}: its code reads the weights of {min(unheard)!r} without calling it, "
-                    "so packs cannot run beside them. Use packs merged, one for a batch."
-                )
+            if batch.lanes and self._seen and (unheard := self._stack.branches.keys() - self._seen):
+                if unheard := unheard - self._head():
+                    raise FusionError(
+                        f"{type(self.model).__name__}: its code reads the weights of {min(unheard)!r} without calling "
+                        "it, so packs cannot run beside them. Use packs merged, one for a batch."
+                    )
         finally:
+            batch.forget_input()
             self._batch = None
 
     @property
@@ -91,7 +93,7 @@ class Beside:
         """Take everything out of the model again; it is the base alone, as it always was between batches."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._stack = [], _Stack((), {})
+        self._handles, self._stack, self._last = [], _Stack((), {}), None
 
     def _restack(self, names: tuple[str, ...]) -> None:
         """Put the factors of these packs, and no others, side by side on the model's devices."""
@@ -101,12 +103,12 @@ class Beside:
         touched = {key for one in branches.values() for key in one.modules}
         shared: dict[tuple[int, ...], Tensor] = {}
         stacked = {
-            key: _Stacked.of([branches[name].modules.get(key) for name in names], modules[key], shared)
+            key: Stacked.of([branches[name].modules.get(key) for name in names], modules[key], shared)
             for key in touched
         }
         self._stack = _Stack(names, stacked)
         for key in touched:
-            self._handles.append(modules[key].register_forward_hook(self._hook(key, stacked[key]), with_kwargs=True))
+            self._attach(key, modules[key], stacked[key])
 
     def _decode(self, name: str) -> Any:
         if name not in self.packs:
@@ -120,26 +122,57 @@ class Beside:
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         return {name for name, module in self.model.named_modules() if head is not None and module is head}
 
-    def _hook(self, key: str, stacked: "_Stacked") -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor | None:
+    def _attach(self, key: str, module: nn.Module, stacked: Stacked) -> None:
+        """Let a module add what the packs of its rows do."""
+        own: dict[str, Any] = {}  # a norm's vectors while it runs with those of the rows
+
+        def running(inputs: tuple[Any, ...], named: dict[str, Any]) -> Batch | None:
             batch = self._batch
-            if batch is None or not batch.lanes or self._inside:
+            if batch is None or not batch.lanes:
                 return None
             self._seen.add(key)
-            self._inside = True  # the module may be called again in here, by itself
-            try:
-                if not inputs or named:
-                    raise _refused(key, module, "is called with other arguments than one tensor")
-                if isinstance(module, nn.Embedding):
-                    return _embedded(key, module, stacked, batch, inputs[0], output)
-                batch.check(key, module, inputs[0])
-                if stacked.linear:
-                    return _multiplied(stacked, batch, inputs[0], output)
-                return _normed(module, stacked, batch, inputs)
-            finally:
-                self._inside = False
+            if not inputs or named:
+                raise refused(key, module, "is called with other arguments than one tensor")
+            if not isinstance(module, nn.Embedding) and len(inputs[0]) != batch.size:
+                raise _other_size(key, module, batch, inputs[0])
+            return batch
 
-        return hook
+        def enter(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            if batch := running(inputs, named):
+                own.update((name, module._parameters[name]) for name in stacked.vectors)
+                for name, value in own.items():
+                    rows = batch.vector(stacked, name, inputs[0].dim(), value)
+                    module._parameters[name] = cast(nn.Parameter, rows)
+
+        def leave(*_: Any) -> None:
+            module._parameters.update(own)
+            own.clear()
+
+        def add(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor | None:
+            batch = running(inputs, named)
+            if batch is None:
+                return None
+            if stacked.linear:
+                return multiplied(stacked, batch, inputs[0], output)
+            if not isinstance(module, nn.Embedding):
+                return normed(module, stacked, batch, inputs)
+            ids = inputs[0]
+            if len(ids) == 1 and batch.size > 1:  # positions, the same for all rows
+                ids, output = ids.expand(batch.size, *ids.shape[1:]), output.expand(batch.size, *output.shape[1:])
+            if len(ids) != batch.size:
+                raise _other_size(key, module, batch, ids)
+            return embedded(module, stacked, batch, ids, output)
+
+        if stacked.linear or isinstance(module, nn.Embedding) or not self._takes_rows(module, stacked):
+            self._handles.append(module.register_forward_hook(add, with_kwargs=True))
+        else:  # one that takes vectors for each row is run once, with those
+            self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(leave, always_call=True))
+
+    def _takes_rows(self, module: nn.Module, stacked: Stacked) -> bool:
+        if type(module) not in self._by_type:
+            self._by_type[type(module)] = takes_rows(module, list(stacked.vectors))
+        return self._by_type[type(module)]
 
 
 def mixed(wanted: str | Mapping[str, float] | None) -> Mix:
@@ -149,99 +182,8 @@ def mixed(wanted: str | Mapping[str, float] | None) -> Mix:
     return tuple(sorted((name, float(weight)) for name, weight in wanted.items() if weight and name != "base"))
 
 
-class _Batch:
-    """Which rows have which packs.
-
-    A lane is a row with one of its packs. Lanes stand in groups, one for each pack of the stack and all of
-    the same length; those that are missing have weight 0.
-    """
-
-    def __init__(self, mixes: Sequence[Mix], packs: tuple[str, ...]) -> None:
-        self.size = len(mixes)
-        groups: list[list[tuple[int, float]]] = [[] for _ in packs]
-        for row, mix in enumerate(mixes):
-            for name, weight in mix:
-                groups[packs.index(name)].append((row, weight))
-        self.groups = groups
-        self.lanes = sum(map(len, groups))
-        longest = max(map(len, groups), default=0)
-        padded = [group + [(0, 0.0)] * (longest - len(group)) for group in groups]
-        self.index = torch.tensor([row for group in padded for row, _ in group], dtype=torch.long)  # (packs * longest,)
-        self.weights = torch.tensor([[weight for _, weight in group] for group in padded])  # (packs, longest)
-        self.even = bool((self.weights == 1).all())
-        self.straight = self.index.tolist() == list(range(self.size))  # rows are in the order of lanes already
-        self.vectors: dict[tuple[int, str], Tensor] = {}
-        self._there: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the lanes' rows and weights on a device."""
-        if device not in self._there:
-            self._there[device] = self.index.to(device), self.weights.to(device)
-        return self._there[device]
-
-    def check(self, key: str, module: nn.Module, value: Tensor) -> None:
-        """Refuse an input that has not one row for each of the batch."""
-        if len(value) != self.size:
-            raise _refused(key, module, f"expected {self.size} rows, as packs were given for, and found {len(value)}")
-
-
-def _refused(key: str, module: nn.Module, what: str) -> FusionError:
-    return FusionError(
-        f"{key} ({type(module).__name__}): {what}. Give one pack for each row of the batch, or use packs merged."
-    )
-
-
-@dataclass(frozen=True)
-class _Stacked:
-    """What the packs of a stack add to one module, on its device.
-
-    Attributes:
-        linear: whether the module multiplies its input with its weight.
-        left: factors, shape (packs, rows, rank), zeros where a pack has less or nothing; None without any.
-        right: shape (packs, rank, columns).
-        whole: a pack's number -> its delta, shape (rows, columns), of a vocabulary without factors.
-        vectors: by name, shape (packs, length), float32.
-    """
-
-    linear: bool
-    left: Tensor | None
-    right: Tensor | None
-    whole: Mapping[int, Tensor]
-    vectors: Mapping[str, Tensor]
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Yield all that it holds."""
-        yield from (one for one in (self.left, self.right) if one is not None)
-        yield from (*self.whole.values(), *self.vectors.values())
-
-    @classmethod
-    def of(
-        cls, branches: Sequence[Branch | None], module: nn.Module, shared: dict[tuple[int, ...], Tensor]
-    ) -> "_Stacked":
-        """Stack branches; `shared` holds stacks by what was stacked, so that tied modules have one."""
-        device = next(value.device for value in (*module._parameters.values(),) if value is not None)
-        weights = [None if one is None else one.weight for one in branches]
-        factors = [weight if isinstance(weight, tuple) else None for weight in weights]
-        left = right = None
-        if some := next((one for one in factors if one is not None), None):
-            rank = max(one[0].shape[1] for one in factors if one is not None)
-            both = []
-            for side in (0, 1):
-                parts = [None if one is None else one[side] for one in factors]
-                key = (side, *(0 if part is None else part.data_ptr() for part in parts))
-                if key not in shared:
-                    shape = (some[0].shape[0], rank) if side == 0 else (rank, some[1].shape[1])
-                    shared[key] = _piled(parts, shape, some[0].dtype, device)
-                both.append(shared[key])
-            left, right = both
-        names = {name for one in branches if one is not None for name in one.vectors}
-        vectors = {}
-        for name in names:
-            parts = [None if one is None else one.vectors.get(name) for one in branches]
-            length = next(len(part) for part in parts if part is not None)
-            vectors[name] = _piled(parts, (length,), torch.float32, device)
-        whole = {i: weight.to(device) for i, weight in enumerate(weights) if isinstance(weight, Tensor)}
-        return cls(isinstance(module, nn.Linear | Conv1D), left, right, whole, vectors)
+def _other_size(key: str, module: nn.Module, batch: Batch, value: Tensor) -> FusionError:
+    return refused(key, module, f"expected {batch.size} rows, as packs were given for, and found {len(value)}")
 
 
 @dataclass(frozen=True)
@@ -249,90 +191,4 @@ class _Stack:
     """The packs that stand side by side, in this order, and what they add to each module."""
 
     packs: tuple[str, ...]
-    branches: Mapping[str, _Stacked]
-
-
-def _piled(parts: Sequence[Tensor | None], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return tensors one behind the other, shape (parts, *shape), with zeros where they are smaller or missing."""
-    pile = torch.zeros(len(parts), *shape, dtype=dtype, device=device)
-    for place, part in zip(pile, parts, strict=True):
-        if part is not None:
-            place[tuple(slice(side) for side in part.shape)] = part.to(device)
-    return pile
-
-
-def _multiplied(stacked: _Stacked, batch: _Batch, x: Tensor, output: Tensor) -> Tensor:
-    """Add to a linear layer's output, shape (rows, ..., d_out), what its rows' packs do."""
-    index, weights = batch.on(x.device)
-    if stacked.left is not None and stacked.right is not None:
-        lanes = x if batch.straight else x[index]  # (lanes, ..., d_in)
-        inner = _grouped(lanes.to(stacked.right.dtype), stacked.right.mT)
-        output = _added(output, _grouped(inner, stacked.left.mT), batch)
-    for i, delta in stacked.whole.items():
-        if batch.groups[i]:
-            rows = torch.tensor([row for row, _ in batch.groups[i]], device=x.device)
-            scale = weights[i, : len(rows)].view(-1, *[1] * (x.dim() - 1))
-            output = output.index_add(0, rows, (x[rows] @ delta.T * scale).to(output.dtype))
-    for name in stacked.vectors:
-        bias = _rows_of(stacked, name, batch, x.device)  # (rows, d_out)
-        output = output + bias.view(len(bias), *[1] * (output.dim() - 2), -1).to(output.dtype)
-    return output
-
-
-def _embedded(key: str, module: nn.Module, stacked: _Stacked, batch: _Batch, ids: Tensor, output: Tensor) -> Tensor:
-    """Add to an embedding's output, shape (rows, tokens, width), what the rows' packs have for their tokens.
-
-    The module itself looks up, so that whatever scale it applies is applied.
-    """
-    if len(ids) == 1 and batch.size > 1:  # positions, the same for all rows
-        ids, output = ids.expand(batch.size, *ids.shape[1:]), output.expand(batch.size, *output.shape[1:])
-    batch.check(key, module, ids)
-    index, weights = batch.on(ids.device)
-    if stacked.left is not None and stacked.right is not None:
-        packs, tokens, rank = stacked.left.shape
-        first = torch.arange(packs, device=ids.device).repeat_interleave(len(index) // packs) * tokens
-        lanes = ids[index] + first.view(-1, *[1] * (ids.dim() - 1))
-        looked_up = functional_call(module, {"weight": stacked.left.view(-1, rank)}, (lanes,))  # (lanes, tokens, rank)
-        output = _added(output, _grouped(looked_up, stacked.right), batch)
-    for i, delta in stacked.whole.items():
-        if batch.groups[i]:
-            rows = torch.tensor([row for row, _ in batch.groups[i]], device=ids.device)
-            scale = weights[i, : len(rows)].view(-1, *[1] * ids.dim())
-            added = functional_call(module, {"weight": delta}, (ids[rows],))
-            output = output.index_add(0, rows, (added * scale).to(output.dtype))
-    return output
-
-
-def _grouped(lanes: Tensor, matrices: Tensor) -> Tensor:
-    """Return lanes, shape (packs * rows of each, ..., n), times their pack's matrix; matrices: (packs, n, m)."""
-    packs, n, m = matrices.shape
-    return torch.bmm(lanes.reshape(packs, -1, n), matrices).view(*lanes.shape[:-1], m)
-
-
-def _added(output: Tensor, lanes: Tensor, batch: _Batch) -> Tensor:
-    """Return an output with what each lane adds to its row, times the lane's weight."""
-    index, weights = batch.on(output.device)
-    if not batch.even:
-        lanes = lanes * weights.view(-1, *[1] * (lanes.dim() - 1)).to(lanes.dtype)
-    return output + lanes if batch.straight else output.index_add(0, index, lanes.to(output.dtype))
-
-
-def _normed(module: nn.Module, stacked: _Stacked, batch: _Batch, inputs: tuple[Tensor, ...]) -> Tensor:
-    """Run a module whose parameters are vectors on each row with the row's own."""
-    values = {}
-    for name in stacked.vectors:
-        own = module.get_parameter(name)
-        delta = _rows_of(stacked, name, batch, own.device)
-        values[name] = (own.float() + delta).to(own.dtype)  # (rows, length)
-    return vmap(lambda value, row: functional_call(module, value, row))(values, inputs)
-
-
-def _rows_of(stacked: _Stacked, name: str, batch: _Batch, device: torch.device) -> Tensor:
-    """Return the delta of a vector for each row of the batch, shape (rows, length), float32; once for a batch."""
-    key = (id(stacked), name)
-    if key not in batch.vectors:
-        index, weights = batch.on(device)
-        lanes = stacked.vectors[name].repeat_interleave(weights.shape[1], dim=0) * weights.view(-1, 1)
-        total = torch.zeros(batch.size, lanes.shape[1], device=device)
-        batch.vectors[key] = total.index_add_(0, index, lanes)
-    return batch.vectors[key]
+    branches: Mapping[str, Stacked]

@@ -16,7 +16,7 @@ source's answers to the prompts of the SFT: the published way) both are scored, 
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -71,11 +71,25 @@ STAGES = (
 )
 
 
-def measure_seed(work: Work, targets: Sequence[str], stages: Sequence[str]) -> dict[str, Found]:
+SIZED = {
+    "small": STAGES,
+    "large": tuple(
+        replace(
+            stage,
+            options=stage.options.model_copy(
+                update={"learning_rate": stage.options.learning_rate / 20, "max_length": 128}
+            ),
+        )
+        for stage in STAGES
+    ),
+}
+
+
+def measure_seed(work: Work, targets: Sequence[str], stages: Sequence[str], size: str = "small") -> dict[str, Found]:
     """Measure what is wanted of one seed and not kept yet; return all that is there, by `TARGET: STAGE`."""
     found = {}
     for target in TARGETS:
-        for stage in (None, *STAGES):
+        for stage in (None, *SIZED[size]):
             path = work.directory / "rows" / f"{target}-{stage.key if stage else 'start'}.json"
             name = f"{target}: {stage.name if stage else AFTER_SFT}"
             if path.exists():
@@ -175,7 +189,8 @@ def _open(where: Path, seed: int, *, size: str, reuse: Path | None, device: str)
     setting = open_setting(where, seed, size=size, reuse=reuse, device=device)
     work, file = setting.work, setting.work.directory / "prompts.jsonl"
     if not file.exists():
-        write_rows(file, word_rows(ROTATE, PROMPTS, seed=seed + 1))
+        task = next(task for task, _ in SIZES[size].skills if task.name == SKILL)
+        write_rows(file, word_rows(task, PROMPTS, seed=seed + 1))
     pairs = PairOptions(preference="on_policy", sft_share=0.5)
     whole = work.recipe.model_dump(mode="json")
     skill = whole["skills"][SKILL] | {"prompts": str(file), "pairs": pairs.model_dump(mode="json")}
@@ -202,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         reuse = given.reuse[i] if i < len(given.reuse) else None
         with only_writer(where):
             work = _open(where, seed, size=given.size, reuse=reuse, device=given.device)
-            results[seed] = measure_seed(work, given.targets, given.stages)
+            results[seed] = measure_seed(work, given.targets, given.stages, given.size)
             results[seed] |= {} if reuse is None else published(work, reuse)
         text = table(results)
         content = {seed: {name: vars(one) for name, one in found.items()} for seed, found in results.items()}

@@ -11,7 +11,7 @@ it was.
 import argparse
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -113,6 +113,14 @@ def _open(directory: Path, size: str, seed: int, device: str) -> Work:
     wanted |= RECIPES[size]
     whole = Recipe.model_validate(recipe.model_dump(mode="json") | wanted)
     return Work(whole, directory, Stages(directory / "stages"), device)
+
+
+def build_target(directory: Path, size: str, *, seed: int, device: str) -> Path:
+    """Train the target of a size's zoo alone, and write prompts beside it, unless that is done; return the zoo."""
+    zoo, home = SIZES[size], directory.absolute() / "zoo"  # stages remember paths
+    alone = replace(zoo, members=zoo.members[:1])
+    build_zoo(home, Stages(home.with_name("stages")), alone, seed=seed, device=device)
+    return home
 
 
 def source_of(zoo: Zoo, task: WordTask) -> Member:

@@ -1,6 +1,8 @@
 """Seconds and peak memory to pack one Llama-3.1-8B-shaped layer, against the plain way, in one run.
 
-    python benchmarks/pack_speed.py [--device auto] [--dir runs/pack_speed] [--skip-plain]
+    python benchmarks/pack_speed.py [--size large|small] [--device auto] [--dir runs/pack_speed] [--skip-plain]
+
+`large`, the default, is the layer of that model; `small` is an eighth as wide, for a look in seconds.
 
 The plain way is what research scripts do: all matrices of the delta in memory, a full SVD of each,
 the rank cut at the same energy, factors rounded to the same bits, nothing written. Each way runs in
@@ -12,8 +14,10 @@ import argparse
 import json
 import multiprocessing
 import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,11 +25,12 @@ from graftllm.checkpoint import Checkpoint, TensorSpec, raw_bytes, write_safeten
 from graftllm.compression.lowrank import rank_for_energy, whole_bands
 from graftllm.compression.quantization import quantize_factor
 from graftllm.delta import Delta
+from graftllm.generation import resolve_device
 from graftllm.metering import peak_memory_bytes
 from graftllm.packer import compress
 from graftllm.recipe import PackOptions
 
-SHAPES = {
+_LAYER = {
     "self_attn.q_proj": (4096, 4096),
     "self_attn.k_proj": (1024, 4096),
     "self_attn.v_proj": (1024, 4096),
@@ -34,19 +39,23 @@ SHAPES = {
     "mlp.up_proj": (14336, 4096),
     "mlp.down_proj": (4096, 14336),
 }
+SIZES = {
+    "small": {name: (d_out // 8, d_in // 8) for name, (d_out, d_in) in _LAYER.items()},
+    "large": _LAYER,
+}
 OPTIONS = PackOptions(strategy="paper", energy=0.9)
 
 
-def write_layer(directory: Path) -> None:
+def write_layer(directory: Path, shapes: Mapping[str, tuple[int, int]]) -> None:
     """Write base and tuned checkpoints of one layer in bfloat16."""
     draw = torch.Generator().manual_seed(0)
     for part in ("base", "tuned"):
         (directory / part).mkdir(parents=True, exist_ok=True)
         (directory / part / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     values: dict[str, dict[str, torch.Tensor]] = {"base": {}, "tuned": {}}
-    for name, (d_out, d_in) in SHAPES.items():
+    for name, (d_out, d_in) in shapes.items():
         base = 0.02 * torch.randn(d_out, d_in, generator=draw)
-        rank = 512
+        rank = min(512, d_out, d_in)
         u = torch.linalg.qr(torch.randn(d_out, rank, generator=draw)).Q
         v = torch.linalg.qr(torch.randn(d_in, rank, generator=draw)).Q
         change = u * torch.arange(1, rank + 1).pow(-0.8) @ v.T + 1e-5 * torch.randn(d_out, d_in, generator=draw)
@@ -77,7 +86,7 @@ def plain(directory: Path, device: str) -> dict[str, float]:
     """Take a full SVD of each matrix, all in memory, and round the factors to the same bits."""
     started = time.monotonic()
     delta = Delta(Checkpoint.open(directory / "base"), Checkpoint.open(directory / "tuned"))
-    changes = {name: delta[name].to("cuda" if device == "cuda" else "cpu") for name in delta}
+    changes = {name: delta[name].to(device) for name in delta}
     worst = 0.0
     kept = {}
     for name, change in changes.items():
@@ -100,15 +109,18 @@ def _apart(way: str, directory: Path, device: str) -> dict[str, float]:
 def main() -> None:
     """Print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), default="large")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dir", type=Path, default=Path("runs/pack_speed"))
     parser.add_argument("--skip-plain", action="store_true", help="measure the library alone")
     given = parser.parse_args()
-    if not (given.dir / "tuned" / "model.safetensors").exists():
-        write_layer(given.dir)
-    found = {"threads": torch.get_num_threads(), "pack": _apart("pack", given.dir, given.device)}
+    home, device = given.dir / given.size, str(resolve_device(given.device))
+    if not (home / "tuned" / "model.safetensors").exists():
+        write_layer(home, SIZES[given.size])
+    found: dict[str, Any] = {"size": given.size, "device": device, "threads": torch.get_num_threads()}
+    found["pack"] = _apart("pack", home, device)
     if not given.skip_plain:
-        found["plain"] = _apart("plain", given.dir, given.device)
+        found["plain"] = _apart("plain", home, device)
         for figure in ("seconds", "peak_memory_bytes"):
             found[f"plain / pack, {figure}"] = found["plain"][figure] / found["pack"][figure]
     print(json.dumps(found, indent=1))

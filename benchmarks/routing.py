@@ -1,10 +1,12 @@
 """The router: which layer and pooling, how it scales from 1 to 64 packs, what a kind never seen does, what it costs.
 
     python benchmarks/routing.py [--base runs/demo/zoo/target] [--prompts runs/demo/zoo/prompts] [--seeds 0 1 2]
+        [--size small|large] [--device auto] [--image docs/images/routing.png]
 
 Sixty-four packs are the two-step skills of eight word operations, each asked in three wordings: "sort its
 letters, then double every letter" is another pack than the same in the other order. The base's own prompts are
-the demo's general ones. No pack is needed, since a router knows prompts alone. Writes docs/images/routing.png.
+the demo's general ones. No pack is needed, since a router knows prompts alone. With `--size large` the base is the
+target of `fusion_models.py`, trained unless it is there, and the model whose prefill is timed is eight times as wide.
 """
 
 import argparse
@@ -19,12 +21,13 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 import torch
+from fusion_models import build_target
 from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.evaluation.routes import unknown_accepted
-from graftllm.fusion.features import prompt_features
+from graftllm.fusion.features import WIDEST, prompt_features
 from graftllm.fusion.routing import BASE, Router, train_router
 from graftllm.generation import load_model, load_tokenizer, render
 from graftllm.recipe import RouterOptions
@@ -38,27 +41,36 @@ STEPS = (
 WORDINGS = ("{a}, then {b}: {word}", "take {word} and {a}, then {b}", "first {a} and after that {b}: {word}")
 TRAINED, TESTED = 128, 40
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
-PICTURE = Path("docs/images/routing.png")
+WIDTHS = {"small": 256, "large": 2048}  # of the model whose prefill is timed
 Features = Mapping[str, Tensor]
 
 
 def main() -> None:
     """Measure, print tables and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, default=Path("runs/demo/zoo/target"))
-    parser.add_argument("--prompts", type=Path, default=Path("runs/demo/zoo/prompts"))
+    parser.add_argument("--base", type=Path, help="checkpoint directory  [default: the size's]")
+    parser.add_argument("--prompts", type=Path, help="directory with the general prompts  [default: the size's]")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--size", choices=list(WIDTHS), default="small")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--image", type=Path, help="[default: docs/images/routing.png, or runs/routing/large.png]")
     given = parser.parse_args()
-    model, tokenizer = load_model(given.base), load_tokenizer(given.base)
-    train, test = questions(given.prompts, TRAINED, seed=0), questions(given.prompts, TESTED, seed=1, test=True)
+    zoo, image = Path("runs/demo/zoo"), Path("docs/images/routing.png")
+    if given.size == "large":
+        zoo, image = Path("runs/routing/large/zoo"), Path("runs/routing/large.png")
+        if given.base is None or given.prompts is None:
+            build_target(zoo.parent, "large", seed=0, device=given.device)
+    base, prompts = given.base or zoo / "target", given.prompts or zoo / "prompts"
+    model, tokenizer = load_model(base, device=given.device), load_tokenizer(base)
+    train, test = questions(prompts, TRAINED, seed=0), questions(prompts, TESTED, seed=1, test=True)
     by_layer = layers(model, tokenizer, train, test)
     first = {name: read(model, tokenizer, rows, 1) for name, rows in (("train", train), ("test", test))}
     scaling = []
     for count in COUNTS:
         scaling.append(scale(first["train"], first["test"], count, given.seeds))
         print(json.dumps(scaling[-1]), flush=True)
-    print("share of a prefill:", json.dumps(cost(tokenizer)))
-    draw(by_layer, scaling)
+    print("share of a prefill:", json.dumps(cost(tokenizer, WIDTHS[given.size], model.device)))
+    draw(by_layer, scaling, given.image or image)
 
 
 def questions(prompts: Path, count: int, *, seed: int, test: bool = False) -> dict[str, list[list[Message]]]:
@@ -101,6 +113,8 @@ def layers(
         "mean, last": [(width, 3 * width)],
         "embeddings, mean, last": [(0, 3 * width)],
     }
+    if 3 * width > WIDEST:
+        parts = {"embeddings, mean, last": [(0, 3 * width)]}  # folded: no part stands by itself
     found: dict[str, list[float]] = {name: [] for name in parts}
     for layer in range(1, model.config.num_hidden_layers + 1):
         features = [read(model, tokenizer, rows, layer) for rows in (train, test)]
@@ -140,20 +154,20 @@ def scale(train: Features, test: Features, count: int, seeds: Sequence[int]) -> 
     return row
 
 
-def cost(tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """Return the router's time over that of a prefill, both of a 32-layer model of width 256; medians of 7."""
+def cost(tokenizer: PreTrainedTokenizerBase, width: int, device: torch.device) -> dict[str, float]:
+    """Return the router's time over that of a prefill, both of a 32-layer model; medians of 7."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer), num_hidden_layers=32, hidden_size=256, intermediate_size=896,
+        vocab_size=len(tokenizer), num_hidden_layers=32, hidden_size=width, intermediate_size=width * 7 // 2,
         num_attention_heads=8, num_key_value_heads=4,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config).to(device).eval()
     draw = torch.Generator().manual_seed(0)
     clouds = {f"p{i}": torch.randn(1, 512, generator=draw) + torch.randn(128, 512, generator=draw) for i in range(64)}
     router = train_router({BASE: torch.randn(128, 512, generator=draw), **clouds}, RouterOptions(steps=20), seed=0)
     found = {}
     for words in (64, 256, 1024):
         asked = [[_asked("ab " * words)]]
-        ids = torch.full((1, prompt_length(tokenizer, asked[0])), 5)
+        ids = torch.full((1, prompt_length(tokenizer, asked[0])), 5, device=device)
         routing, prefill = [], []
         for _ in range(7):
             started = time.perf_counter()
@@ -162,7 +176,7 @@ def cost(tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
             routing.append(time.perf_counter() - started)
             started = time.perf_counter()
             with torch.inference_mode():
-                model(input_ids=ids, logits_to_keep=1)
+                model(input_ids=ids, logits_to_keep=1).logits.cpu()  # waits for a GPU
             prefill.append(time.perf_counter() - started)
         found[f"{ids.shape[1]} tokens"] = round(median(routing) / median(prefill), 4)
     return found
@@ -173,13 +187,15 @@ def prompt_length(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     return len(render(tokenizer, messages, answer_next=True))
 
 
-def draw(by_layer: Mapping[str, Sequence[float]], scaling: Sequence[Mapping[str, float]]) -> None:
+def draw(by_layer: Mapping[str, Sequence[float]], scaling: Sequence[Mapping[str, float]], image: Path) -> None:
     """Draw accuracy by layer and pooling, and errors by the number of packs."""
     figure = Figure(figsize=(9, 3.2))
     left, right = figure.subplots(1, 2)
     for name, values in by_layer.items():
         left.plot(range(1, len(values) + 1), [100 * value for value in values], marker="o", label=name)
-    left.set(xlabel="states after this layer of 4", ylabel="64 packs: right, %", xticks=range(1, 5))
+    layers = max(map(len, by_layer.values()))
+    every = range(1, layers + 1, max(1, layers // 4))
+    left.set(xlabel=f"states after this layer of {layers}", ylabel="64 packs: right, %", xticks=every)
     left.legend(frameon=False, fontsize=8)
     counts = [row["packs"] for row in scaling]
     for key, label in (("accuracy", "router"), ("nearest mean", "nearest class mean")):
@@ -189,7 +205,7 @@ def draw(by_layer: Mapping[str, Sequence[float]], scaling: Sequence[Mapping[str,
     right.set_xticks(counts, [str(count) for count in counts])
     right.legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    with whole_file(PICTURE) as out:
+    with whole_file(image) as out:
         figure.savefig(out, format="png", dpi=100)
 
 

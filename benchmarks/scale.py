@@ -1,7 +1,9 @@
 """Seconds and peak memory to pack and to apply a Llama-3.1-8B-shaped model, beside what the machine allows.
 
-    python benchmarks/scale.py [--layers 2] [--vocabulary 128256] [--workers N] [--dir runs/scale]
+    python benchmarks/scale.py [--size large|small] [--layers 2] [--vocabulary 128256] [--workers N] [--device auto]
+        [--dir runs/scale]
 
+`large`, the default, has that model's widths and vocabulary; `small` has an eighth of both, for a look in seconds.
 Base and tuned checkpoints are synthetic, in bfloat16, a shard a layer; embedding and head are of real size,
 and so are the matrices of each layer. They are drawn once: all layers hold the values of the first. Some
 rows of the vocabulary moved, as training moves those it reads. Packing is uncalibrated, in the strategy
@@ -12,7 +14,7 @@ Each step runs in a process of its own, and its memory is the largest sum over i
 (proportional set size, mapped files included: what processes share counts once).
 
 The bound is the time to read both checkpoints from disk, and the time that the range finders' products take at
-the rate measured for such a product on one core, divided by the workers.
+the rate measured for such a product on the device (one core of a CPU), divided by the workers.
 """
 
 import argparse
@@ -23,21 +25,23 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 import torch
-from pack_speed import SHAPES
+from pack_speed import SIZES
 
 from graftllm.checkpoint import INDEX, LARGE, Checkpoint, TensorSpec, raw_bytes, write_safetensors
 from graftllm.compression.crew import default_workers
 from graftllm.delta import Delta
 from graftllm.fusion.merging import apply_packs
+from graftllm.generation import resolve_device
 from graftllm.packer import compress_to
 from graftllm.recipe import PackOptions
 from graftllm.skillpack import SkillPack
 
-WIDTH = 4096
+VOCABULARIES = {"small": 16032, "large": 128256}
 _ROWS = 4096  # that are drawn at a time
 _PRODUCTS = 6  # with the whole matrix in a range finder: a sketch, two power iterations of two, the rest
 _SHARE = 8  # the rank that is looked at is the smaller side divided by this
@@ -45,7 +49,7 @@ _SAMPLING_S = 0.25
 _MADE = ("base", "tuned", "pack.safetensors", ".pack.safetensors.packing", "applied")
 
 
-def write_pair(directory: Path, layers: int, vocabulary: int) -> None:
+def write_pair(directory: Path, shapes: Mapping[str, tuple[int, int]], layers: int, vocabulary: int) -> None:
     """Write a base and a tuned checkpoint, shard by shard."""
     config = {"architectures": ["LlamaForCausalLM"], "vocab_size": vocabulary, "torch_dtype": "bfloat16"}
     words = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}
@@ -53,15 +57,19 @@ def write_pair(directory: Path, layers: int, vocabulary: int) -> None:
         home, shards = directory / part, {}
         home.mkdir(parents=True, exist_ok=True)
         (home / "config.json").write_text(json.dumps(config))
-        drawn = {f"{name}.weight": _values(name, shape, part == "tuned") for name, shape in SHAPES.items()}
+        drawn = {f"{name}.weight": _values(name, shape, part == "tuned") for name, shape in shapes.items()}
         for i in range(layers):
             tensors = {f"model.layers.{i}.{name}": value for name, value in drawn.items()}
             shards |= _write_shard(home, f"model-{i:05}.safetensors", tensors)
         del drawn
         for shard, name in words.items():
-            value = _values(name, (vocabulary, WIDTH), part == "tuned")
+            value = _values(name, (vocabulary, _width(shapes)), part == "tuned")
             shards |= _write_shard(home, f"model-{shard}.safetensors", {name: value})
         (home / INDEX).write_text(json.dumps({"weight_map": shards}))
+
+
+def _width(shapes: Mapping[str, tuple[int, int]]) -> int:
+    return shapes["self_attn.q_proj"][1]
 
 
 def _write_shard(home: Path, shard: str, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
@@ -91,10 +99,10 @@ def _values(name: str, shape: tuple[int, int], tuned: bool) -> torch.Tensor:
     return values
 
 
-def pack(directory: Path, workers: int) -> None:
+def pack(directory: Path, workers: int, device: str) -> None:
     """Pack the pair, from files to a file."""
     delta = Delta(Checkpoint.open(directory / "base"), Checkpoint.open(directory / "tuned"))
-    compress_to(directory / "pack.safetensors", delta, PackOptions(), device="cpu", workers=workers)
+    compress_to(directory / "pack.safetensors", delta, PackOptions(), device=device, workers=workers)
 
 
 def apply(directory: Path) -> None:
@@ -103,10 +111,11 @@ def apply(directory: Path) -> None:
     apply_packs(Checkpoint.open(directory / "base"), [(opened, 1.0)], directory / "applied")
 
 
-def measured(step: str, directory: Path, workers: int) -> dict[str, float]:
+def measured(step: str, directory: Path, workers: int, device: str) -> dict[str, float]:
     """Run a step in a process of its own; return its seconds, those of the cores, and its peak memory, with workers."""
     started, used, peak = time.monotonic(), _core_seconds(), 0
     command = [sys.executable, __file__, "--step", step, "--dir", str(directory), "--workers", str(workers)]
+    command += ["--device", device]
     with subprocess.Popen(command) as process:
         while process.poll() is None:
             peak = max(peak, _memory_bytes(process.pid, peak))
@@ -137,10 +146,15 @@ def _memory_bytes(pid: int, least: int) -> int:
         return 0
 
 
-def bound(directory: Path, workers: int) -> dict[str, float]:
+def bound(directory: Path, width: int, workers: int, device: str) -> dict[str, float]:
     """Return what reading the files and the range finders' products take at the least."""
     shards = [path for part in ("base", "tuned") for path in (directory / part).glob("*.safetensors")]
-    size, disk, rate, flops = sum(path.stat().st_size for path in shards), _read_rate(shards[0]), _product_rate(), 0
+    size, disk, rate, flops = (
+        sum(path.stat().st_size for path in shards),
+        _read_rate(shards[0]),
+        _product_rate(width, device),
+        0,
+    )
     for spec in Checkpoint.open(directory / "base").specs.values():
         if spec.parameters <= LARGE:  # larger ones are coded by rows alone
             flops += 2 * _PRODUCTS * spec.parameters * (min(spec.shape) // _SHARE)
@@ -167,15 +181,15 @@ def _read_rate(path: Path) -> float:
         os.close(descriptor)
 
 
-def _product_rate() -> float:
-    """Return floating-point operations per second of a range finder's product, on one core."""
+def _product_rate(width: int, device: str) -> float:
+    """Return floating-point operations per second of a range finder's product, on a GPU or one core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    matrix, sketch = torch.randn(WIDTH, WIDTH), torch.randn(WIDTH, WIDTH // _SHARE)
+    matrix, sketch = (torch.randn(width, columns, device=device) for columns in (width, width // _SHARE))
     seconds = []
     for _ in range(4):
         started = time.monotonic()
-        _ = matrix @ sketch
+        float((matrix @ sketch)[0, 0])  # waits for a GPU
         seconds.append(time.monotonic() - started)
     torch.set_num_threads(threads)
     return 2 * matrix.numel() * sketch.shape[1] / min(seconds)
@@ -185,7 +199,9 @@ def main() -> None:
     """Print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2, help="32 in the real model")
-    parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--size", choices=list(SIZES), default="large", help="of each layer and of the vocabulary")
+    parser.add_argument("--vocabulary", type=int, help="instead of the size's")
+    parser.add_argument("--device", default="auto", help="where it is packed")
     parser.add_argument("--workers", type=int, default=0, help="processes that pack  [default: what the library takes]")
     parser.add_argument(
         "--dir", type=Path, default=Path("runs/scale"), help="scratch; what is made in it goes at the end"
@@ -193,16 +209,18 @@ def main() -> None:
     parser.add_argument("--step", choices=["pack", "apply"], help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.step:
-        return pack(given.dir, given.workers) if given.step == "pack" else apply(given.dir)
-    write_pair(given.dir, given.layers, given.vocabulary)
+        return pack(given.dir, given.workers, given.device) if given.step == "pack" else apply(given.dir)
+    shapes, device = SIZES[given.size], str(resolve_device(given.device))
+    write_pair(given.dir, shapes, given.layers, given.vocabulary or VOCABULARIES[given.size])
     try:
         delta = Delta(Checkpoint.open(given.dir / "base"), Checkpoint.open(given.dir / "tuned"))
-        workers = given.workers or default_workers(delta, "cpu")
-        found: dict[str, object] = {"layers": given.layers, "parameters": delta.tuned.parameters, "workers": workers}
-        found["pack"] = measured("pack", given.dir, workers)
+        workers = given.workers or default_workers(delta, device)
+        found: dict[str, object] = {"size": given.size, "device": device, "layers": given.layers}
+        found |= {"parameters": delta.tuned.parameters, "workers": workers}
+        found["pack"] = measured("pack", given.dir, workers, device)
         found["file_bytes"] = (given.dir / "pack.safetensors").stat().st_size
-        found["apply"] = measured("apply", given.dir, workers)
-        found["bound"] = bound(given.dir, workers)
+        found["apply"] = measured("apply", given.dir, workers, device)
+        found["bound"] = bound(given.dir, _width(shapes), workers, device)
     finally:
         for made in (given.dir / name for name in _MADE):
             shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)

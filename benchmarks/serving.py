@@ -2,6 +2,7 @@
 
     python benchmarks/serving.py                 speed at 1, 8 and 32 clients, ratios in the same run
     python benchmarks/serving.py --load 60       64 clients over 8 packs for 60 s: answers and memory checked
+    python benchmarks/serving.py --size large    a model of 201 M parameters instead of 3.2 M; --device cuda on a GPU
 
 The model is a random Llama that is built on the spot, so that nothing but speed means anything.
 """
@@ -26,6 +27,7 @@ from openai import OpenAI
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.fusion.assembly import fuse_packs
+from graftllm.generation import resolve_device
 from graftllm.packer import compress
 from graftllm.recipe import PackOptions
 from graftllm.records import Message, Prompt, write_rows
@@ -35,9 +37,10 @@ from tests.models import perturb, rows, save_llama  # the tokenizer and the mode
 
 TOKENS = 48
 CLIENTS = (1, 8, 32)
+SIZES = {"small": (256, 4), "large": (1024, 16)}  # width and layers
 
 
-def build(home: Path, packs: int, *, width: int, layers: int) -> None:
+def build(home: Path, packs: int, *, width: int, layers: int, device: str) -> None:
     """Write a base and a grafted model with servable packs and a router."""
     shape = {
         "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers,
@@ -52,7 +55,7 @@ def build(home: Path, packs: int, *, width: int, layers: int) -> None:
         words = [f"{chr(97 + 3 * i) * (2 + k % 7)} {chr(98 + 3 * i) * (1 + k % 5)}" for k in range(40)]
         prompts += [Prompt(f"{i}-{k}", (Message(role="user", content=word),), f"p{i}") for k, word in enumerate(words)]
     write_rows(home / "router.jsonl", prompts)
-    fuse_packs(home / "grafted", str(base.path), files, router_data=home / "router.jsonl", device="cpu")
+    fuse_packs(home / "grafted", str(base.path), files, router_data=home / "router.jsonl", device=device)
 
 
 @contextmanager
@@ -98,13 +101,10 @@ def speed(address: str, clients: int, model_of: Callable[[int], str], *, request
     return written / (time.perf_counter() - began)
 
 
-def compare(home: Path, packs: int) -> None:
+def compare(home: Path, packs: int, device: str) -> None:
     """Print tokens a second by the number of clients."""
     found: dict[str, list[float]] = {}
-    with started([sys.executable, "-m", "graftllm.cli", "serve", str(home / "grafted"), "--device", "cpu"]) as (
-        ours,
-        _,
-    ):
+    with started(_served(home, device)) as (ours, _):
         ways: dict[str, Callable[[int], str]] = {
             "graftllm, base": lambda i: "base",
             "graftllm, one pack": lambda i: "p0",
@@ -113,7 +113,7 @@ def compare(home: Path, packs: int) -> None:
         }
         for name, model_of in ways.items():
             found[name] = [speed(ours, n, model_of, requests=max(packs, 2 * n), packs=packs) for n in CLIENTS]
-    rival = [str(Path(sys.executable).with_name("transformers")), "serve", str(home / "base"), "--device", "cpu"]
+    rival = [str(Path(sys.executable).with_name("transformers")), "serve", str(home / "base"), "--device", device]
     try:
         with started([*rival, "--dtype", "float32", "--continuous-batching"]) as (theirs, _):
             base = str(home / "base")
@@ -127,12 +127,9 @@ def compare(home: Path, packs: int) -> None:
         print(f"| {name} | {' | '.join(f'{value:.0f}' for value in values)} |")
 
 
-def load(home: Path, packs: int, seconds: float, clients: int = 64) -> None:
+def load(home: Path, packs: int, seconds: float, device: str, clients: int = 64) -> None:
     """Ask with many clients for a while; print how many answers were wrong or missing, and the server's memory."""
-    with started([sys.executable, "-m", "graftllm.cli", "serve", str(home / "grafted"), "--device", "cpu"]) as (
-        url,
-        pid,
-    ):
+    with started(_served(home, device)) as (url, pid):
         client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0)
         questions = [(f"backward: {k}", f"p{i}") for i in range(packs) for k in ("ABC", "XY", "hello", "31")]
 
@@ -162,6 +159,10 @@ def load(home: Path, packs: int, seconds: float, clients: int = 64) -> None:
           f"{sum(w for _, w in counts)} wrong; memory in MiB: {' '.join(f'{m >> 20}' for m in memory)}")  # fmt: skip
 
 
+def _served(home: Path, device: str) -> list[str]:
+    return [sys.executable, "-m", "graftllm.cli", "serve", str(home / "grafted"), "--device", device]
+
+
 def _memory(pid: int) -> int:
     """Return the resident memory of a process in bytes (Linux)."""
     with open(f"/proc/{pid}/statm") as file:
@@ -170,19 +171,22 @@ def _memory(pid: int) -> int:
 
 def main() -> None:
     """Build a model, serve it, measure."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", type=float, metavar="SECONDS", help="the load test instead of the comparison")
     parser.add_argument("--packs", type=int, default=8)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    options = parser.parse_args()
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="width and layers of the model")
+    parser.add_argument("--device", default="auto", help="of both servers")
+    parser.add_argument("--width", type=int, help="instead of the size's")
+    parser.add_argument("--layers", type=int, help="instead of the size's")
+    given = parser.parse_args()
+    (width, layers), device = SIZES[given.size], str(resolve_device(given.device))
     with tempfile.TemporaryDirectory() as place:
         home = Path(place)
-        build(home, options.packs, width=options.width, layers=options.layers)
-        if options.load:
-            load(home, options.packs, options.load)
+        build(home, given.packs, width=given.width or width, layers=given.layers or layers, device=device)
+        if given.load:
+            load(home, given.packs, given.load, device)
         else:
-            compare(home, options.packs)
+            compare(home, given.packs, device)
 
 
 if __name__ == "__main__":

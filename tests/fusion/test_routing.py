@@ -67,6 +67,19 @@ def test_judging_leaves_unsure_and_strange_prompts_to_the_base() -> None:
     assert verdict.strange.tolist() == [False, False, False, True]
 
 
+def test_reading_the_likeliest_class_alone_decides_as_reading_all_of_them_does(router: Router) -> None:
+    noise = torch.randn(200, 24, generator=torch.Generator().manual_seed(7))
+    features = torch.cat([*_clusters(seed=1).values(), *(3 * rows for rows in _clusters(seed=2).values()), noise])
+    few, every = (
+        judge(*read(features), router.calibration)
+        for read in (router.classifier.read_likeliest, router.classifier.read)
+    )
+    assert every.strange.any()
+    assert {0, 1, 2} == set(every.chosen.tolist())
+    for found, expected in ((few.chosen, every.chosen), (few.strange, every.strange)):
+        assert torch.equal(found, expected)
+
+
 def test_separable_prompts_are_told_apart(router: Router) -> None:
     assert _accuracy(router, _clusters(seed=1)) > 0.98
     assert router.accuracy > 0.98

@@ -47,13 +47,29 @@ class Classifier:
         features, times the root of the cosine distance in the hidden layer. The first knows prompts of a kind never
         seen, the second those that resemble one class in some ways and another in others.
         """
-        inner = self._hidden(features)
-        white = features @ self.whitening
-        strangeness = [
-            torch.cdist(white, known).amin(dim=1) * (1 - inner @ hidden.T).amin(dim=1).clamp(min=0).sqrt()
-            for known, hidden in zip(self.known, self.hidden, strict=True)
-        ]
-        return self.network((features - self.center) / self.spread), torch.stack(strangeness, dim=1)
+        white, inner = features @ self.whitening, self._hidden(features)
+        strangeness = [self._strangeness(white, inner, i) for i in range(len(self.known))]
+        return self._logits(features), torch.stack(strangeness, dim=1)
+
+    @torch.inference_mode()
+    def read_likeliest(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `read` does, with strangeness in the most probable class alone, and 0 in the others."""
+        logits = self._logits(features)
+        white, inner = features @ self.whitening, self._hidden(features)
+        strangeness = torch.zeros_like(logits)
+        likeliest = logits.argmax(dim=1)
+        for i in set(likeliest.tolist()) - {0}:  # the base may answer anything
+            rows = likeliest == i
+            strangeness[rows, i] = self._strangeness(white[rows], inner[rows], i)
+        return logits, strangeness
+
+    def _logits(self, features: Tensor) -> Tensor:
+        return self.network((features - self.center) / self.spread)
+
+    def _strangeness(self, white: Tensor, inner: Tensor, i: int) -> Tensor:
+        """Return how strange prompts would be in a class, shape (prompts,), by what `read` compares."""
+        near = (1 - inner @ self.hidden[i].T).amin(dim=1).clamp(min=0)
+        return torch.cdist(white, self.known[i]).amin(dim=1) * near.sqrt()
 
     def _hidden(self, features: Tensor) -> Tensor:
         return nn.functional.normalize(self.network[:2]((features - self.center) / self.spread), dim=1)
@@ -94,7 +110,8 @@ class Verdict:
 def judge(logits: Tensor, strangeness: Tensor, calibration: Calibration) -> Verdict:
     """Decide about prompts by logits and strangeness, each of shape (prompts, classes)."""
     probabilities = torch.softmax(logits / calibration.temperature, dim=1)
-    best, taken = probabilities.max(dim=1)
+    taken = logits.argmax(dim=1)
+    best = probabilities.gather(1, taken[:, None])[:, 0]
     limits = torch.tensor(calibration.limits)
     strange = (taken > 0) & (strangeness.gather(1, taken[:, None])[:, 0] > limits[taken])
     return Verdict(probabilities, torch.where((best > calibration.threshold) & ~strange, taken, 0), strange)

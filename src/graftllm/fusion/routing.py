@@ -96,7 +96,7 @@ class Router:
         """Return one route for each row of `prompt_features`."""
         if not len(features):
             return []
-        verdict = judge(*self.classifier.read(features), self.calibration)
+        verdict = judge(*self.classifier.read_likeliest(features), self.calibration)
         rows = zip(verdict.probabilities.tolist(), verdict.chosen.tolist(), verdict.strange.tolist(), strict=True)
         return [self._route(row, choice, strange) for row, choice, strange in rows]
 

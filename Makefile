@@ -42,7 +42,7 @@ docs-check: install
 	$(BIN)/python docs/write_cli.py --check
 
 docs-site: install
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
 
 dist: install
 	rm -rf dist

@@ -29,7 +29,7 @@ def on_files(files: Any, config: Any) -> Any:
     for name, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / name).read_text(encoding="utf-8")))
     parts = ["# Recipe files\n"]
-    for recipe in sorted((ROOT / "recipes").glob("*.yaml")):
+    for recipe in sorted((ROOT / "recipes").rglob("*.yaml")):
         parts.append(f"## {recipe.name}\n\n```yaml\n{recipe.read_text(encoding='utf-8')}```\n")
     files.append(File.generated(config, RECIPES, content="\n".join(parts)))
     return files

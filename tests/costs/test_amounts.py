@@ -65,9 +65,13 @@ def test_longer_rows_are_cut() -> None:
 
 
 def test_a_lora_spares_the_gradients_of_what_is_not_trained() -> None:
-    (sft,) = _found("sft", lora=100)
-    assert sft.flops == (4 * N + 2 * 100) * 3 * 10 * 50
-    assert sft.trained == 100
+    flops = (4 * N + 2 * 100) * 3 * 10 * 50
+    (sft,) = _found("sft", lora=100, method="lora")
+    assert (sft.flops, sft.trained) == (flops, 100)
+    baseline, _ = _found("baselines", lora=100, compare=("lora",))
+    assert (baseline.about, baseline.flops, baseline.trained) == ("math, lora sft", flops, 100)
+    (beside,) = _found("sft", lora=100, compare=("lora",))
+    assert (beside.flops, beside.trained) == (6 * N * 3 * 10 * 50, N)
 
 
 def test_a_share_of_the_prompts_is_for_sft_and_the_rest_for_pairs() -> None:

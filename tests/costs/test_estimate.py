@@ -119,4 +119,5 @@ def test_disk_holds_answers_checkpoints_the_trainer_and_packs() -> None:
     written = sum(one.tokens_out for one in amounts(asked))
     expected = 15 * written + 2 * 1000 * 2 + 2 * 12 * 1000 + 2 * 100
     assert disk_bytes(asked, amounts(asked)) == expected
-    assert disk_bytes(replace(asked, lora_parameters=10), []) < disk_bytes(asked, [])
+    by_lora = replace(asked, recipe=asked.recipe.model_copy(update={"method": "lora"}), lora_parameters=10)
+    assert disk_bytes(by_lora, []) < disk_bytes(asked, [])

@@ -6,7 +6,7 @@ gave a row to learn from, and every group of answers a pair: the real numbers ar
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from graftllm.costs.models import Sized
@@ -74,7 +74,7 @@ class Asked:
         prompts: by skill, and `general`.
         tests: by skill, and `general`.
         assumed: for what is not known.
-        lora_parameters: that a LoRA of the recipe trains; 0 when all parameters are trained.
+        lora_parameters: that a LoRA trains, as the recipe's method or as a baseline.
     """
 
     recipe: Recipe
@@ -89,14 +89,18 @@ class Asked:
         """The model that is trained."""
         return self.models[self.recipe.target]
 
+    @property
+    def trained(self) -> int:
+        """How many parameters the recipe's method trains."""
+        return self.lora_parameters if self.recipe.method == "lora" else self.target.shape.parameters
+
 
 def amounts(asked: Asked) -> list[Amount]:
     """Return the parts of a run, in the order in which they are done for each skill."""
     found = []
     for name in asked.recipe.skills:
-        trained = [*_trained(asked, name)]
-        found += [*_sampled(asked, name), *trained, _packed(asked, name), *_evaluated(asked, name)]
-        found += [*_baselines(asked, name, trained)]
+        found += [*_sampled(asked, name), *_trained(asked, name, asked.trained), _packed(asked, name)]
+        found += [*_evaluated(asked, name), *_baselines(asked, name)]
     return found
 
 
@@ -159,13 +163,14 @@ def _judgment(
         yield Amount(stage, f"{skill}, {judge.model} (URL)", "endpoint", rows, read, written, dollars=cost)
 
 
-def _trained(asked: Asked, name: str) -> Iterator[Amount]:
+def _trained(asked: Asked, name: str, trained: int) -> Iterator[Amount]:
+    """Yield what learning a skill takes when so many parameters are trained."""
     recipe, skill, prompts = asked.recipe, asked.recipe.skills[name], asked.prompts[name]
     pairs, share = skill.pairs or recipe.pairs, (skill.pairs or recipe.pairs).sft_share
     most = max((source.sampling or recipe.sampling).max_new_tokens for source in skill.sources)
     length = prompts.tokens + asked.assumed.answer(most)
     rows = prompts.count * (share or 1) * (len(skill.sources) if pairs.sft == "each" else 1)
-    yield _training(asked, "sft", name, recipe.sft, rows, length, answers=1, reference=False)
+    yield _training(asked, "sft", name, recipe.sft, rows, length, trained, answers=1, reference=False)
     left = prompts.count * (1 if share is None else 1 - share)
     if recipe.dpo is None or not left:
         return
@@ -176,15 +181,15 @@ def _trained(asked: Asked, name: str) -> Iterator[Amount]:
         yield _generated("own", f"{name}, the target", asked.target, options, prompts, left, written)
         yield from _judged(asked, "own", name, left * options.samples, prompts.tokens, answer)
     groups = left * (len(skill.sources) if pairs.preference == "same_source" else 1)
-    yield _training(asked, "dpo", name, recipe.dpo, groups, length, answers=2, reference=True)
+    yield _training(asked, "dpo", name, recipe.dpo, groups, length, trained, answers=2, reference=True)
 
 
 def _training(
-    asked: Asked, stage: str, name: str, options: TrainingOptions, rows: float, length: float, *, answers: int,
-    reference: bool,
+    asked: Asked, stage: str, name: str, options: TrainingOptions, rows: float, length: float, trained: int, *,
+    answers: int, reference: bool,
 ) -> Amount:  # fmt: skip
     """Return what training on rows takes: a pair is two answers, which DPO's reference reads once more."""
-    parameters, trained = asked.target.shape.parameters, asked.lora_parameters or asked.target.shape.parameters
+    parameters = asked.target.shape.parameters
     learnt = rows * (1 - options.held_out) * answers * min(length, options.max_length)
     each = 2 * parameters + 2 * parameters + 2 * trained  # forward, gradients of activations and of what is trained
     flops = learnt * (options.epochs * each + 2 * parameters * reference)
@@ -217,13 +222,12 @@ def _evaluated(asked: Asked, name: str) -> Iterator[Amount]:
     yield from _judgment(asked, "evaluate", name, skill.tested_by, judged, tests.tokens, answer)
 
 
-def _baselines(asked: Asked, name: str, trained: list[Amount]) -> Iterator[Amount]:
+def _baselines(asked: Asked, name: str) -> Iterator[Amount]:
     """Yield the trainings of the baselines; the first step of training in sequence is the skill's own."""
     first = name == next(iter(asked.recipe.skills))
     for baseline in asked.recipe.compare:
         if baseline == "summed" or (first and baseline in ("sequential", "grafting")):
             continue
-        for one in trained:
+        for one in _trained(asked, name, asked.lora_parameters if baseline == "lora" else asked.trained):
             if one.way == "train":
-                told = {**one.__dict__, "stage": "baselines", "about": f"{name}, {baseline} {one.stage}"}
-                yield Amount(**told)
+                yield replace(one, stage="baselines", about=f"{name}, {baseline} {one.stage}")

@@ -106,6 +106,6 @@ def disk_bytes(asked: Asked, found: Sequence[Amount]) -> float:
     parameters, skills = asked.target.shape.parameters, len(asked.recipe.skills)
     answers = 3 * 5 * sum(one.tokens_out for one in found)  # three files of them, five bytes a token
     checkpoints = 2 * parameters * skills * (2 if asked.recipe.dpo else 1)
-    trainer = 2 * (4 * parameters + 8 * (asked.lora_parameters or parameters))  # the next is written before it goes
+    trainer = 2 * (4 * parameters + 8 * asked.trained)  # the next is written before it goes
     packed = 2 * skills * (pack_bytes(asked.recipe.pack, 2 * parameters) or 2 * parameters)
     return answers + checkpoints + trainer + packed

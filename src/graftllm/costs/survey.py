@@ -6,7 +6,7 @@ from graftllm.costs.amounts import GENERAL, Asked
 from graftllm.costs.models import Sized, sized
 from graftllm.costs.prompts import Assumed, count_prompts
 from graftllm.generation import load_tokenizer
-from graftllm.recipe import DEFAULT_SHARE, Recipe, budget_bytes
+from graftllm.recipe import DEFAULT_SHARE, Recipe, budget_bytes, kl_target
 from graftllm.training.memory import Shape
 from graftllm.transfer_options import RewardJudge
 
@@ -31,16 +31,20 @@ def survey(recipe: Recipe, assumed: Assumed) -> Asked:
         {name: count_prompts(section.prompts, assumed, tokenizer) for name, section in sections.items()},
         {name: count_prompts(section.test, assumed, tokenizer, tests=True) for name, section in sections.items()},
         assumed,
-        lora_parameters(recipe, models[recipe.target]) if recipe.method == "lora" else 0,
+        lora_parameters(recipe, models[recipe.target]),
     )
 
 
 def lora_parameters(recipe: Recipe, target: Sized) -> int:
-    """Return how many numbers a LoRA on every linear layer has, of the recipe's rank or its pack's bytes."""
+    """Return how many numbers a LoRA on every linear layer has, of the recipe's rank or its pack's bytes.
+
+    Where only packing tells these, they are those of a pack without a budget.
+    """
     each = numbers_per_rank(target.shape)
     if recipe.lora.rank is not None:
         return each * recipe.lora.rank
-    room = budget_bytes(recipe.pack.budget or f"{DEFAULT_SHARE:.0%}", 2 * target.shape.parameters)
+    budget = recipe.pack.budget or f"{DEFAULT_SHARE:.0%}"
+    room = budget_bytes(budget if kl_target(budget) is None else f"{DEFAULT_SHARE:.0%}", 2 * target.shape.parameters)
     return each * max(1, room // (2 * each))
 
 

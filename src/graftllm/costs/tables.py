@@ -117,7 +117,10 @@ def warnings(found: Sequence[Estimate], on: Hardware) -> list[str]:
         if one.rows_left:
             lines.append(f"{what}: {one.how}; choose another.")
         elif not one.fits:
-            mend = "more devices, or method: lora" if one.amount.way == "train" else "a larger device"
+            mend = "a larger device"
+            if one.amount.way == "train":
+                whole = one.amount.model is not None and one.amount.trained == one.amount.model.shape.parameters
+                mend = "more devices, or method: lora" if whole else "more devices"
             needed, there = one.memory_bytes / 1e9, on.chip.memory_bytes / 1e9
             lines.append(
                 f"{what}: {needed:,.1f} GB on each device, more than is to be had of {there:,.0f} GB; take {mend}."

@@ -175,11 +175,12 @@ class CodeReader:
             model = _model(family, table, classes) if isinstance(family, int) else family
             numbers = self._coder.decode(model, place.size)
             part = numbers.astype(np.uint32)
-            for number in range(8, classes):
-                here = numbers == number
-                if bool(here.any()):
-                    rest = self._bits(int(here.sum()), low_bits(number))
-                    part[here] = rest | np.uint32((4 + number % 4) << low_bits(number))
+            wide = np.flatnonzero(numbers >= 8)  # their low bits follow, class by class
+            wide = wide[np.argsort(numbers[wide].astype(np.uint8), kind="stable")]
+            for here in np.split(wide, np.flatnonzero(np.diff(numbers[wide])) + 1) if len(wide) else ():
+                number = int(numbers[here[0]])
+                rest = self._bits(len(here), low_bits(number))
+                part[here] = rest | np.uint32((4 + number % 4) << low_bits(number))
             folded[chosen] = part.reshape(place.shape)
         return unfold(folded)
 

@@ -17,7 +17,7 @@ from graftllm.live import Binding, bindings, named_values
 from graftllm.skillpack import SkillPack
 
 Weighted = tuple[SkillPack, float]
-_CACHED = 1 << 17  # numbers that stay in a processor's cache from one step to the next
+_CACHED = 1 << 20  # numbers that stay in a processor's cache from one step to the next
 _BLOCK = 1 << 26
 
 
@@ -163,9 +163,10 @@ def _with_products(base: Tensor, products: tuple[Tensor, Tensor], dtype: torch.d
     left, right = (factor.to(base.device) for factor in products)
     made = torch.empty(base.shape, dtype=dtype, device=base.device)
     height = max(1, (_CACHED if base.device.type == "cpu" else _BLOCK) // base.shape[1])
+    room = torch.empty(min(height, len(base)), base.shape[1], device=base.device)  # float32
     for start in range(0, len(base), height):
-        part = left[start : start + height] @ right
-        made[start : start + height] = part.add_(base[start : start + height])
+        block = base[start : start + height]
+        made[start : start + height] = room[: len(block)].copy_(block).addmm_(left[start : start + height], right)
     return made
 
 

@@ -125,6 +125,12 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _added_tokens_are_trained(self) -> "Recipe":
+        if self.method == "lora" and any(skill.added_tokens for skill in self.skills.values()):
+            raise ValueError("added_tokens: a LoRA trains no embedding rows; take `method: full`, or leave them out")
+        return self
+
+    @model_validator(mode="after")
     def _names_are_free(self) -> "Recipe":
         if taken := {"base", "auto", "by-task", "general"} & set(self.skills):
             raise ValueError(f"skills: {sorted(taken)[0]!r} is a reserved name; choose another")
@@ -261,7 +267,7 @@ def _first_problem(error: ValidationError) -> str:
         return f"unknown key {where!r}; the nearest known one is {near!r} (known here: {', '.join(known)})."
     if first["type"] == "missing":
         return f"key {where!r} is missing, and it has no default."
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ").removesuffix(".")
     if not where or location[-1:] == ["url"]:  # a URL may hold a password
         return f"{where + ': ' if where else ''}{message}."
     return f"{where}: {message}; found {first['input']!r}."

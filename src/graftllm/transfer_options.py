@@ -227,6 +227,9 @@ class Skill(Section):
     test_judge: OneJudge | None = Field(default=None, description="of the test prompts; the first of `judge`")
     pairs: PairOptions | None = Field(default=None, description="instead of the recipe's")
     description: str = ""
+    added_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), description="tokens that the fine-tune gets if the target's tokenizer lacks them"
+    )
 
     @model_validator(mode="after")
     def _judges_fit(self) -> "Skill":

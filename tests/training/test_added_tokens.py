@@ -1,16 +1,23 @@
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from graftllm.checkpoint import Checkpoint, copy_companions
 from graftllm.delta import Delta
-from graftllm.errors import TrainingError
+from graftllm.errors import RecipeError, TrainingError
 from graftllm.fusion.merging import apply_packs
 from graftllm.generation import generate, load_model, load_tokenizer
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions, Strategy
-from graftllm.records import Message, PreferencePair, Prompt
+from graftllm.pipeline.learning import learn
+from graftllm.pipeline.river import run
+from graftllm.pipeline.transfer import tune
+from graftllm.pipeline.work import Work
+from graftllm.recipe import PackOptions, Recipe, Strategy
+from graftllm.records import Message, PreferencePair, Prompt, write_rows
 from graftllm.skillpack import SkillPack
+from graftllm.stages import Stages
 from graftllm.training.tuning import Training, train_dpo, train_sft
 from graftllm.training_options import DpoOptions, SftOptions
 from tests.models import save_llama
@@ -24,7 +31,7 @@ def _row(letter: str, word: str) -> Prompt:
     return Prompt(letter, messages, reference=f"{word} {word}")
 
 
-ROWS = [_row("A", "alfa"), _row("B", "bravo")] * 20
+ROWS = [replace(_row(*pair), id=f"{i}{pair[0]}") for i in range(20) for pair in (("A", "alfa"), ("B", "bravo"))]
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +106,45 @@ def test_a_lora_adds_none(base: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"^x: added_tokens need new embedding rows, which a LoRA does not train;"):
         train_sft(Training(base.path, tmp_path / "out", 0, "x", lora_rank=2, added_tokens=WORDS), ROWS, SFT)
     assert not (tmp_path / "out").exists()
+
+
+def _work(base: Checkpoint, directory: Path, **changes: object) -> Work:
+    rows = {"prompts": str(directory / "prompts.jsonl"), "test": str(directory / "prompts.jsonl")}
+    skill = {"sources": [str(base.path)], "added_tokens": list(WORDS), **rows}
+    sft = {"epochs": 1, "batch_size": 8, "learning_rate": 3e-3, "max_length": 64}
+    content = {
+        "name": "x",
+        "target": str(base.path),
+        "skills": {"say": skill},
+        "general": rows,
+        "sft": sft,
+        "dpo": None,
+    }
+    return Work(Recipe.model_validate(content | changes), directory, Stages(directory / "stages"), "cpu")
+
+
+def test_a_recipe_names_them_for_a_skill(base: Checkpoint, tmp_path: Path) -> None:
+    work = _work(base, tmp_path)
+    write_rows(work.skill("say") / "sft.jsonl", ROWS)
+    tune(work, "say", [], base.path, work.tuned("say"), name="say")
+    assert len(load_tokenizer(work.tuned("say"))) == len(load_tokenizer(base.path)) + 2
+    adapter = work.tuned("say").with_name("lora")
+    tune(work, "say", [], base.path, adapter, name="lora", lora_rank=2)  # learns the words by their letters
+    assert (adapter / "adapter_model.safetensors").exists()
+
+
+def test_a_run_for_a_grafted_model_refuses_them_at_once(base: Checkpoint, tmp_path: Path) -> None:
+    work = _work(base, tmp_path)
+    told = (
+        "skills.say.added_tokens: a grafted model answers with the target's tokenizer and has no room for more tokens. "
+        "Leave them out; or take `graftllm train`, and then `pack` and `apply`, which have."
+    )
+    for start in (lambda: run(work), lambda: learn(work, tmp_path / "grafted")):
+        with pytest.raises(RecipeError, match=f"^{re.escape(told)}$"):
+            start()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_for_loras_refuses_them(base: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="added_tokens: a LoRA trains no embedding rows; take `method: full`"):
+        _work(base, tmp_path, method="lora", lora={"rank": 2})

@@ -23,7 +23,7 @@ from graftllm.pipeline.measuring import answering, measure, measure_source, meas
 from graftllm.pipeline.packing import pack
 from graftllm.pipeline.preparing import prompts_of, test_of
 from graftllm.pipeline.transfer import score, tune
-from graftllm.pipeline.work import GENERAL, Work
+from graftllm.pipeline.work import GENERAL, Work, refuse_added_tokens
 from graftllm.records import read_prompts
 from graftllm.stages import Stamp
 from graftllm.storage import write_text
@@ -97,6 +97,7 @@ def learn(work: Work, into: Path, *, on: Sequence[str] = ()) -> Learned:
         FusionError: a pack is unknown, packs have no router, or the new prompts are too much like old ones.
         GraftError: something else cannot be used; see the message.
     """
+    refuse_added_tokens(work.recipe)
     manifest = read_manifest(into)
     if manifest.fingerprint not in ("", work.target.fingerprint):
         raise RecipeError(

@@ -22,7 +22,7 @@ from graftllm.pipeline.measuring import (
 )
 from graftllm.pipeline.packing import fuse, pack, verify
 from graftllm.pipeline.transfer import train
-from graftllm.pipeline.work import GENERAL, Work
+from graftllm.pipeline.work import GENERAL, Work, refuse_added_tokens
 from graftllm.recipe import dump_recipe
 from graftllm.storage import write_text
 
@@ -34,6 +34,7 @@ def run(work: Work) -> Report:
         GraftError: something in the recipe, the models or the data cannot be used; see the message.
     """
     recipe = work.recipe
+    refuse_added_tokens(recipe)
     sft, dpo = work.training(lora=False)
     if leads():
         write_text(work.directory / "recipe.yaml", dump_recipe(recipe.model_copy(update={"sft": sft, "dpo": dpo})))

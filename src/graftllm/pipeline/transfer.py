@@ -143,13 +143,15 @@ def tune(
     pairs = read_pairs(home / "pairs.jsonl") if recipe.dpo and not on_policy else []
     after_sft = out.with_name(f"{out.name}.sft") if pairs or on_policy else out
     sft, dpo = work.training(lora=lora_rank is not None)
+    added = recipe.skills[skill].added_tokens if lora_rank is None else ()
     told = Training(start, after_sft, recipe.seed, f"SFT {name}", device=work.device, report_to=recipe.report_to)
 
     def supervise() -> None:
-        train_sft(replace(told, lora_rank=lora_rank), read_prompts(home / "sft.jsonl"), sft)
+        run = replace(told, lora_rank=lora_rank, added_tokens=added)
+        train_sft(run, read_prompts(home / "sft.jsonl"), sft)
 
     tuned = work.stages.run(
-        f"sft.{name}", [*inputs, start, sft, recipe.seed, lora_rank], [after_sft], supervise, together=True
+        f"sft.{name}", [*inputs, start, sft, recipe.seed, lora_rank, *added], [after_sft], supervise, together=True
     )
     if on_policy:
         file = home / "pairs.jsonl" if name == skill else after_sft.with_name(f"{out.name}.pairs.jsonl")

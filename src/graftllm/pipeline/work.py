@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from graftllm.checkpoint import Checkpoint
+from graftllm.errors import RecipeError
 from graftllm.recipe import Recipe, SamplingOptions, load_recipe
 from graftllm.stages import Stages
 from graftllm.training.defaults import dpo_for, sft_for
@@ -73,6 +74,19 @@ def open_work(recipe: Path, directory: Path | None = None, *, device: str = "aut
     """
     loaded, where = load_recipe(recipe, directory)
     return Work(loaded, where, Stages(where / "stages"), device)
+
+
+def refuse_added_tokens(recipe: Recipe) -> None:
+    """Stop before a run whose packs could not be plugged.
+
+    Raises:
+        RecipeError: a skill adds tokens, which a grafted model has no room for.
+    """
+    if added := [name for name, skill in recipe.skills.items() if skill.added_tokens]:
+        raise RecipeError(
+            f"skills.{added[0]}.added_tokens: a grafted model answers with the target's tokenizer and has no room for "
+            "more tokens. Leave them out; or take `graftllm train`, and then `pack` and `apply`, which have."
+        )
 
 
 def model_identity(model: str) -> Path | str:

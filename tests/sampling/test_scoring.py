@@ -35,6 +35,54 @@ def test_math_compares_values(answer: str, reference: str, score: float) -> None
 
 
 @pytest.mark.parametrize(
+    ("reference", "right", "wrong"),
+    [
+        (r"2\sqrt{3}", [r"\boxed{2\sqrt{3}}", r"$\sqrt{12}$", r"2\sqrt{3}"], [r"\boxed{2}", "2", r"\boxed{\sqrt{3}}"]),
+        ("2", [r"\boxed{2}", "2", "**2**", "2."], [r"2\sqrt{3}", "2+3i", "x^2"]),
+        (r"\frac{3}{4}\pi", [r"\boxed{\frac{3\pi}{4}}"], [r"\boxed{\frac34}", r"\boxed{\pi}"]),
+        (r"\frac34", [r"\boxed{0.75}", "3/4"], [r"\boxed{\frac43}", "0.34"]),
+        ("3/4", ["so 0.75", r"$\frac{3}{4}$"], ["3", "4/3"]),
+        ("x^2-1", ["$(x-1)(x+1)$", "x^2-1"], [r"\boxed{x^2+1}", "1", ""]),
+        ("x=5", [r"\boxed{5}", "$x = 5$"], [r"\boxed{6}", "$x=6$"]),
+        ("(1,2)", [r"\boxed{(1,2)}", "(1, 2)"], [r"\boxed{(2,1)}", r"\boxed{[1,2]}", "2"]),
+        ("(1,2,3)", [r"\boxed{(1,2,3)}"], [r"\boxed{(1,3,2)}", r"\boxed{(1,2)}"]),
+        ("[0,1)", [r"\boxed{[0,1)}"], [r"\boxed{[0,1]}", r"\boxed{(0,1)}"]),
+        (r"(-\infty, 3]", [r"$(-\infty,3]$"], [r"\boxed{3}", r"\boxed{(-\infty,3)}"]),
+        (r"(0,1)\cup(2,3)", [r"\boxed{(0,1)\cup(2,3)}"], [r"\boxed{(0,1)}"]),
+        (r"\{1,2,3\}", [r"\boxed{\{3,2,1\}}"], [r"\boxed{\{1,2\}}"]),
+        ("1/2 or 2", [r"\boxed{2, \frac{1}{2}}"], [r"\boxed{2}"]),
+        (r"50\%", [r"\boxed{50\%}", r"\boxed{0.5}"], [r"\boxed{5}", r"\boxed{500\%}"]),
+        ("50%", [r"\boxed{50\%}"], [r"\boxed{5\%}"]),
+        (r"5\text{ cm}", [r"\boxed{5}", "5 cm"], [r"\boxed{6\text{ cm}}"]),
+        ("5 square inches", [r"\boxed{5}"], [r"\boxed{25}"]),
+        (r"\$5", [r"\boxed{5}", r"\boxed{\$5}"], [r"\boxed{6}"]),
+        ("1,000", ["The answer is 1000."], ["The answer is 1."]),
+        ("1e-05", [r"\boxed{0.00001}"], [r"\boxed{1}"]),
+        ("10^{6}", [r"\boxed{1000000}"], [r"\boxed{10}"]),
+        (r"x \ge 2", [r"\boxed{x \ge 2}"], [r"\boxed{x \le 2}", r"\boxed{2}"]),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", [r"$\begin{pmatrix}1\\2\end{pmatrix}$"], [r"\boxed{1}"]),
+        (r"\text{Evelyn}", [r"\boxed{\text{Evelyn}}", r"\boxed{Evelyn}", "Evelyn"], [r"\boxed{\text{Brianna}}", ""]),
+        ("no solution", [r"\boxed{\text{No solution}}", "No solution."], [r"\boxed{2}", "I do not know"]),
+        ("The answer is 12", [r"\boxed{12}", "12"], [r"\boxed{1}"]),
+        ("Answer: 12", [r"\boxed{12}"], [r"\boxed{1}"]),
+        (r"$\sqrt{4}$", [r"\boxed{2}"], [r"\boxed{4}"]),
+        (r"so it is \boxed{7}", [r"\boxed{7}"], [r"\boxed{8}"]),
+    ],
+)
+def test_math_reads_references_as_data_sets_have_them(reference: str, right: list[str], wrong: list[str]) -> None:
+    assert {answer: judge_math(answer, reference) for answer in right} == dict.fromkeys(right, 1.0)
+    assert {answer: judge_math(answer, reference) for answer in wrong} == dict.fromkeys(wrong, 0.0)
+
+
+@pytest.mark.parametrize("reference", ["", "  "])
+def test_math_refuses_a_reference_with_nothing_in_it(reference: str) -> None:
+    with pytest.raises(
+        SamplingError, match=r"prompt 'p': 'reference', which the judge 'math' compares with: expected an .* found '"
+    ):
+        judge_answers([Prompt("p", QUESTION, reference=reference)], ["4"], judge_named("math"))
+
+
+@pytest.mark.parametrize(
     ("answer", "reference", "score"),
     [
         ("B", "B", 1),

@@ -25,12 +25,47 @@ def judge_exact(answer: str, reference: str) -> float:
 def judge_math(answer: str, reference: str) -> float:
     r"""Return 1.0 when the last expression of the answer equals the reference's, by math-verify.
 
-    >>> judge_math("So x is $\\frac{1}{2}$.", "0.5"), judge_math("It is 3.", "4")
+    A bare reference counts as written in LaTeX, and so does an answer that is a bare expression.
+
+    >>> judge_math("So x is $\\frac{1}{2}$.", "0.5"), judge_math(r"\boxed{2}", r"2\sqrt{3}")
     (1.0, 0.0)
+
+    Raises:
+        ValueError: there is nothing in the reference to compare with.
     """
     from math_verify import parse, verify  # imported late: it takes a while and few runs need it
 
-    return float(verify(parse(reference), parse(answer)))
+    expected = _expected(reference)
+    if not expected:
+        raise ValueError(f"expected an expression, a number or words, found {reference!r}")
+    bare = answer.strip("*#_. \t\n")
+    said = parse(f"${bare}$" if _is_bare(bare) and "\n" not in bare and not _words(bare) else answer)
+    same = bool(_plain(reference)) and _plain(reference) == _plain(str(said[-1]) if said else answer)
+    return float(same or verify(expected, said))
+
+
+def _expected(reference: str) -> list[Any]:
+    """Return what math-verify reads in a reference; it sees LaTeX only between delimiters, so a bare one gets them."""
+    from math_verify import parse
+
+    bare = _EXPONENT.sub(r"\1 \\cdot 10^{\2}", reference.strip())
+    is_prose = "\\" not in bare and (len(_words(bare)) > 1 or (":" in bare and bool(_words(bare))))
+    return (parse(bare) if is_prose or not _is_bare(bare) else []) or parse(f"${bare}$")
+
+
+def _is_bare(text: str) -> bool:
+    return re.search(r"\\boxed|\\\(|\\\[|(?<!\\)\$.*(?<!\\)\$", text, flags=re.DOTALL) is None
+
+
+def _words(text: str) -> list[str]:
+    """Return the words of a text that are no LaTeX and no part of a formula."""
+    found = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", re.sub(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}", "", text))
+    return [word for word in found if word not in _IN_FORMULAS]
+
+
+def _plain(text: str) -> str:
+    """Return what a text says, without the LaTeX that sets words, case and space."""
+    return re.sub(r"\\(?:text|textbf|mathrm|mbox)\b|[{}$\s]|\.$", "", text).lower()
 
 
 def judge_choice(answer: str, reference: str) -> float:
@@ -79,7 +114,7 @@ def judge_reasoning_gym(answer: str, prompt: Prompt) -> float:
 
 RULES: Mapping[str, Rule] = {
     "exact": lambda answer, prompt: judge_exact(answer, _reference(prompt, "exact")),
-    "math": lambda answer, prompt: judge_math(answer, _reference(prompt, "math")),
+    "math": lambda answer, prompt: _judged_math(answer, prompt),
     "choice": lambda answer, prompt: judge_choice(answer, _reference(prompt, "choice")),
     "reasoning_gym": judge_reasoning_gym,
 }
@@ -89,6 +124,19 @@ _CHOICES = (
     r"(?i:answer|choice|option)(?i:\s+is)?\s*:?\s*\**\s*\(?([A-Z])\b(?!')",
     r"^\**\(?([A-Z])(?:\)|[.:](?:\s|$)|\**$)",
 )
+
+
+_EXPONENT = re.compile(r"^([-+]?[\d.]+)[eE]([-+]?\d+)$")  # as JSON writes large and small numbers
+_IN_FORMULAS = {"or", "and", "sin", "cos", "tan", "log", "ln", "exp", "pi", "sqrt"}
+
+
+def _judged_math(answer: str, prompt: Prompt) -> float:
+    try:
+        return judge_math(answer, _reference(prompt, "math"))
+    except ValueError as error:
+        raise SamplingError(
+            f"prompt {prompt.id!r}: 'reference', which the judge 'math' compares with: {error}; mend it."
+        ) from error
 
 
 def _reference(prompt: Prompt, judge: str) -> str:

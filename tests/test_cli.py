@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from graftllm import cli
+from graftllm import __version__, cli
 from graftllm.checkpoint import Checkpoint
 from graftllm.records import Prompt, write_rows
 from tests.conftest import TinyRun
@@ -219,7 +219,7 @@ def _broken(files: Path, tmp_path: Path, value: float) -> Path:
         ),
         (
             ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{t}/p", "--budget", "big"],
-            "such as 5%, 400MB or",
+            "such as 5%, 400MB or 60KB; found 'big'.",
         ),
         (["inspect", "{f}/rows.jsonl"], "The file is truncated or not a SkillPack."),
         (["inspect", "{f}/base/model.safetensors"], "a safetensors file, but not a SkillPack"),
@@ -249,6 +249,11 @@ def _broken(files: Path, tmp_path: Path, value: float) -> Path:
             "expected a grafted model, found no manifest.json in it; make one with `graftllm fuse`.",
         ),
         (["eval", "{f}/base", "--task", "{f}/none.jsonl"], "none.jsonl: no such file; expected JSONL rows there."),
+        (["rules", "{f}/base", "{f}/none.yaml"], "none.yaml: no such file; expected a list of rules, each with pack,"),
+        (
+            ["export", "{f}/base", "--format", "peft", "--out", "{t}/p"],
+            "found a directory; a grafted model takes --format",
+        ),
         (
             ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{f}/rows.jsonl/p"],
             "p.packing: cannot be written (",
@@ -272,6 +277,14 @@ def test_a_mistake_is_one_line_and_exit_code_1(
     assert "Traceback" not in shown.err
     assert shown.out == ""
     assert set(tmp_path.iterdir()) == set(written)
+
+
+def test_the_version_is_that_of_the_package(graftllm) -> None:
+    assert graftllm("--version").out == f"graftllm {__version__}\n"
+
+
+def test_short_help_is_help(graftllm) -> None:
+    assert graftllm("pack", "-h").out == graftllm("pack", "--help").out
 
 
 def test_an_unknown_option_is_exit_code_2(graftllm) -> None:

@@ -23,7 +23,7 @@ from graftllm.cli_report import report
 from graftllm.cli_serve import export, serve
 from graftllm.errors import GraftError
 from graftllm.launched import leads
-from graftllm.terminal import AllJson, AsJson, Device, Quiet, print_lines, print_table, settle
+from graftllm.terminal import AllJson, AsJson, Device, Quiet, ShowVersion, print_lines, print_table, settle
 
 if TYPE_CHECKING:
     from graftllm.evaluation.report import Report
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -72,7 +73,7 @@ def main() -> None:
 
 
 @app.callback()
-def every(context: typer.Context, quiet: Quiet = False, json: AllJson = False) -> None:
+def every(context: typer.Context, quiet: Quiet = False, json: AllJson = False, version: ShowVersion = False) -> None:
     """Move a capability from any LLM into yours, and keep it as a small SkillPack that plugs in and out."""
     settle(context, quiet=quiet, json=json)
 

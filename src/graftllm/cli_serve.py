@@ -3,13 +3,14 @@
 Like there, no logic lives here and heavy imports happen inside the functions.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from graftllm.errors import ServingError
-from graftllm.terminal import Device, print_lines
+from graftllm.terminal import AsJson, Device, print_json, print_lines
 
 _GIB, _MIB = 1 << 30, 1 << 20
 
@@ -77,7 +78,7 @@ def export(
     ],
     out: Annotated[Path, typer.Option(help="Directory to write.")],
     base: Annotated[
-        Path | None, typer.Option(help="Checkpoint directory of the base model; a grafted model knows its own.")
+        Path | None, typer.Option(help="peft: checkpoint directory of the base model; a grafted model knows its own.")
     ] = None,
     max_rank: Annotated[int, typer.Option(help="Largest rank; raised to the next one that vLLM takes.")] = 512,
     allow_drop: Annotated[
@@ -87,6 +88,7 @@ def export(
         Path | None, typer.Option(help="JSONL rows to measure losses on.  [default: texts that the model writes]")
     ] = None,
     device: Device = "auto",
+    json: AsJson = False,
 ) -> None:
     """Write packs as LoRA adapters for PEFT and vLLM; what they cannot hold is measured, and refused unless allowed."""
     from graftllm.exporting.adapter import export_adapter
@@ -95,11 +97,20 @@ def export(
     options: Any = {"max_rank": max_rank, "allow_drop": allow_drop, "prompts": prompts, "device": device}
     if format == "vllm":
         launch = export_shelf(source, out, **options)
+        if json:
+            print_json(asdict(launch))
+            return
         for name, adapter in launch.adapters.items():
             print_lines(f"{out / name}:", *(f"  {line}" for line in adapter.sentences()))
         print_lines("Start it:", f"  {launch.command}", "Route in front of it:")
         print_lines(f"  graftllm serve {source} --engine http://127.0.0.1:8000 --port 8001")
         return
+    if source.is_dir():
+        raise ServingError(f"{source}: expected a SkillPack, found a directory; a grafted model takes --format vllm.")
     if base is None:
         raise ServingError("--base: expected the checkpoint directory of the pack's base; give it.")
-    print_lines(f"{out}:", *export_adapter(source, base, out, **options).sentences())
+    made = export_adapter(source, base, out, **options)
+    if json:
+        print_json(asdict(made))
+    else:
+        print_lines(f"{out}:", *made.sentences())

@@ -7,12 +7,25 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from graftllm import __version__
+
 Base = Annotated[Path, typer.Option(help="Checkpoint directory of the base model.")]
 Device = Annotated[str, typer.Option(help="auto takes a GPU when there is one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bars.")]
 AllJson = Annotated[
     bool, typer.Option("--json", help="Print results as one JSON object, as after a command that has the option.")
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"graftllm {__version__}")
+        raise typer.Exit
+
+
+ShowVersion = Annotated[
+    bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and end.")
 ]
 
 

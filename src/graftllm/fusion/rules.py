@@ -55,6 +55,8 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
         FusionError: the file is missing or is no such list.
     """
     expected = "expected a list of rules, each with pack, and pattern or tag"
+    if not path.is_file():
+        raise FusionError(f"{path}: no such file; {expected} there.")
     try:
         rows = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -6,7 +6,17 @@ from transformers import GenerationConfig
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import CheckpointError
-from graftllm.generation import _length, generate, load_model, load_tokenizer, render, render_answered, stream
+from graftllm.generation import (
+    _answer,
+    _length,
+    generate,
+    generate_answers,
+    load_model,
+    load_tokenizer,
+    render,
+    render_answered,
+    stream,
+)
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Message, Prompt
 
@@ -92,5 +102,37 @@ def test_what_is_no_language_model_is_named(tmp_path: Path, base_dir: Path) -> N
 def test_tokens_are_counted_to_the_end_of_the_answer_or_to_the_padding() -> None:
     for ends in (3, [3, 7]):
         config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
-        assert [_length(tokens, config) for tokens in ([5, 6, 3, 0], [5, 0, 6, 0], [5, 6, 8, 9])] == [3, 3, 4]
-    assert _length([5, 0, 0], GenerationConfig(eos_token_id=0, pad_token_id=0)) == 2
+        rows = ([5, 6, 3, 0], [5, 0, 6, 0], [5, 6, 8, 9])
+        assert [_length(tokens, config) for tokens in rows] == [(3, True), (3, False), (4, False)]
+    assert _length([5, 0, 0], GenerationConfig(eos_token_id=0, pad_token_id=0)) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text", "truncated"),
+    [
+        ([5, 6, 7, 8], "abcd", True),
+        ([5, 6, 7, 3], "abc", False),  # the last token allowed is the end
+        ([5, 6, 3, 0], "ab", False),
+        ([5, 6, 7, 8], "ab..", False),  # the last token allowed makes the stop text whole
+        ([5, 6, 0, 0], "ab", False),  # a stop text that is a special token is in no text
+    ],
+)
+def test_an_answer_is_cut_off_when_only_the_limit_ended_it(tokens: list[int], text: str, truncated: bool) -> None:
+    config = GenerationConfig(eos_token_id=3, pad_token_id=0, max_new_tokens=4, stop_strings=[".."])
+    found = _answer(text, tokens, 7, config)
+    assert (found.text, found.input_tokens, found.truncated) == (text.removesuffix(".."), 7, truncated)
+
+
+@pytest.mark.parametrize("limit", [1, 3, 12])
+def test_what_is_longer_than_the_limit_is_cut_off(base: Checkpoint, prompts: list[Prompt], limit: int) -> None:
+    model, words = load_model(base.path), load_tokenizer(base.path)
+    conversations = [prompt.question for prompt in prompts[:12]]
+
+    def lengths(limit: int) -> list[tuple[int, bool]]:
+        answers = generate_answers(
+            model, words, conversations, GREEDY.model_copy(update={"max_new_tokens": limit, "stop": ("a",)})
+        )
+        return [(answer.output_tokens, answer.truncated) for (answer,) in answers]
+
+    whole = lengths(60)
+    assert [cut for _, cut in lengths(limit)] == [length > limit for length, _ in whole]

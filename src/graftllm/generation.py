@@ -141,11 +141,19 @@ def pad(
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated text without special tokens, and how many tokens were read and generated for it."""
+    """A generated text without special tokens, how many tokens were read and generated for it, and how it ended.
+
+    Attributes:
+        text: up to its end, or to the first stop text.
+        input_tokens: of the prompt.
+        output_tokens: with the one that ends it, if one does.
+        truncated: it has the most tokens allowed, and neither an end token nor a stop text is among them.
+    """
 
     text: str
     input_tokens: int
     output_tokens: int
+    truncated: bool
 
 
 def generate(
@@ -206,7 +214,7 @@ def generate_answers(
         new = output[:, ids.shape[1] :]  # (rows, tokens)
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)
         told = [
-            Answer(_stopped(text, options.stop), len(prompts[batch[row // options.samples]]), _length(tokens, config))
+            _answer(text, tokens, len(prompts[batch[row // options.samples]]), config)
             for row, (text, tokens) in enumerate(zip(texts, new.tolist(), strict=True))
         ]
         for row, i in enumerate(batch):
@@ -267,13 +275,26 @@ def _generation_config(
     )
 
 
-def _length(tokens: Sequence[int], config: GenerationConfig) -> int:
-    """Return how many tokens were generated: up to the end of the answer, which counts, or to the padding behind it."""
+def _answer(text: str, tokens: Sequence[int], input_tokens: int, config: GenerationConfig) -> Answer:
+    """Return what a row of generated tokens, which `text` is of, says."""
+    length, ended = _length(tokens, config)
+    kept = _stopped(text, config.stop_strings or ())
+    return Answer(kept, input_tokens, length, not ended and kept == text and length == config.max_new_tokens)
+
+
+def _length(tokens: Sequence[int], config: GenerationConfig) -> tuple[int, bool]:
+    """Return how many tokens were generated, and whether one ended the answer.
+
+    They count up to that one, with it, or to the padding behind them.
+    """
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    for place, token in enumerate(tokens):
+        if token in ends:
+            return place + 1, True
     length = len(tokens)
     while length and tokens[length - 1] == config.pad_token_id:
         length -= 1
-    return next((place + 1 for place, token in enumerate(tokens) if token in ends), length)
+    return length, False
 
 
 def _stopped(text: str, stop: Sequence[str]) -> str:

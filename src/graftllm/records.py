@@ -70,7 +70,7 @@ class Response:
         text: the answer.
         score: 1 for right and 0 for wrong, by rule; None when no rule has judged it.
         grade: how good it is, by a reward model or a model with a rubric; None when none has.
-        truncated: the endpoint says that it ended at the longest answer allowed.
+        truncated: it ended at the longest answer allowed, not by itself.
         input_tokens: that were read; an endpoint's are counted once for all answers of a request, a local model's
             once for all answers to a prompt.
         output_tokens: that were generated, reasoning included; an endpoint's once for all answers of a request.

@@ -1,4 +1,5 @@
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -8,9 +9,10 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.errors import CheckpointError
 from graftllm.generation import render
 from graftllm.records import Prompt, read_responses
+from graftllm.sampling.pairs import preference_pairs, sft_rows
 from graftllm.sampling.responses import File, Key, Source, sample_responses
 from graftllm.sampling.sources import LocalSource, open_source
-from graftllm.transfer_options import SamplingOptions, SourceOptions
+from graftllm.transfer_options import PairOptions, SamplingOptions, SourceOptions
 
 OPTIONS = SamplingOptions(samples=2, temperature=1.0, top_p=1.0, max_new_tokens=4, batch_size=5)
 
@@ -59,6 +61,26 @@ def test_tokens_of_a_local_source_are_counted(source: Source, prompts: list[Prom
         asked = len(render(source.tokenizer, prompt.question, answer_next=True))
         assert row.input_tokens == (asked if row.sample == 0 else 0)
         assert len(row.text) <= row.output_tokens <= 12  # a character is a token, and so is the end
+
+
+def test_cut_off_answers_of_a_local_source_are_not_learnt_from(
+    source: Source, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    path, asked = tmp_path / "responses.jsonl", prompts[:12]
+    options = OPTIONS.model_copy(update={"samples": 8, "max_new_tokens": 24})
+    sample_responses(asked, lambda: source, options, path, source_name="base", seed=0)
+    found = read_responses(path)
+    cut, whole = {row.text for row in found if row.truncated}, [row for row in found if not row.truncated]
+    assert cut
+    assert {row.text for row in whole if row.text} - cut
+    assert all(row.output_tokens == 24 for row in found if row.truncated)
+    right = [replace(row, score=float(row.sample % 2)) for row in found]
+    learnt = {row.answer for row in sft_rows(asked, right, PairOptions(), skill="s")}
+    pairs = preference_pairs(asked, right, PairOptions()).pairs
+    assert learnt
+    assert not learnt & cut
+    assert pairs
+    assert not {text for pair in pairs for text in (pair.chosen, pair.rejected)} & cut
 
 
 @pytest.mark.parametrize("cut", [0, 1, 7, 50])

@@ -50,6 +50,7 @@ class LocalSource:
                         self.name,
                         sample,
                         self._kept(answer.text),
+                        truncated=answer.truncated,
                         input_tokens=answer.input_tokens if sample == 0 else 0,  # read once for all samples
                         output_tokens=answer.output_tokens,
                     )

@@ -84,6 +84,27 @@ def test_without_a_chat_template_contents_stand_one_below_the_other(base: Checkp
     assert render(words, messages[:1], answer_next=True) == words("ab\n")["input_ids"]
 
 
+def test_a_given_chat_template_stands_in_for_the_tokenizers_own(base: Checkpoint, tmp_path: Path) -> None:
+    template = "{% for m in messages %}<user>{{ m.content }}{% endfor %}{% if add_generation_prompt %}?{% endif %}"
+    (tmp_path / "chat.jinja").write_text(template)
+    for given in (template, str(tmp_path / "chat.jinja")):
+        words = load_tokenizer(base.path, chat_template=given)
+        assert words.decode(render(words, [Message(role="user", content="ab")], answer_next=True)) == "<user>ab?"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("no/chat.jinja", r"chat_template: expected a Jinja template or a file that holds one, found 'no/chat.jinja'"),
+        ("{% for m in messages %}", r"chat_template: expected a Jinja template that renders a user's message \(Unexp"),
+        ("{{ raise_exception('no users') }}", r"that renders a user's message \(no users\)\.$"),
+    ],
+)
+def test_what_is_no_chat_template_is_refused(base: Checkpoint, given: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(base.path, chat_template=given)
+
+
 def test_models_are_loaded_in_float32_on_cpu(base: Checkpoint) -> None:
     assert load_model(base.path).dtype == torch.float32
 

@@ -37,6 +37,12 @@ def test_paths_start_at_the_recipe_and_dir_is_the_runs_directory(tmp_path: Path)
     assert skill.test == (PromptSet(files=("/data/math.test.jsonl",)),)
 
 
+def test_a_chat_template_is_a_file_beside_the_recipe_or_text(tmp_path: Path) -> None:
+    for given, expected in (("chat.jinja", str(tmp_path / "chat.jinja")), ("{{ bos }}{dir}", "{{ bos }}{dir}")):
+        text = SMALL.replace("[org/model, ./local]", f"{{model: org/model, chat_template: '{given}'}}")
+        assert load_recipe(_write(tmp_path, text))[0].skills["math"].sources[0].chat_template == expected
+
+
 def test_the_runs_directory_is_named_after_the_recipe(tmp_path: Path) -> None:
     assert load_recipe(_write(tmp_path, SMALL))[1] == Path("runs/small")
 
@@ -60,6 +66,10 @@ def test_the_demo_recipe_is_valid() -> None:
         ("skills: {a: {sorces: [x]}}", "key 'skills.a.sources' is missing"),
         ("skills: {a: {sources: [x], prompts: p, test: t, juge: exact}}", "the nearest known one is 'judge'"),
         ("skills: {test: {sources: [x], prompts: p, test: t, juge: exact}}", "the nearest known one is 'judge'"),
+        (
+            "skills: {a: {sources: {model: m, url: 'http://x/v1', chat_template: c.jinja}, prompts: p, test: t}}",
+            "skills.a.sources.0: chat_template: a model behind a URL has its server's own; leave it out, or the url",
+        ),
         ("skills: {base: {sources: [x], prompts: p, test: t}}", "skills: 'base' is a reserved name; choose another"),
         ("skills: {a/b: {sources: [x], prompts: p, test: t}}", "skills.a/b"),
         ("sampling: {samples: 0}", "sampling.samples: Input should be greater than or equal to 1; found 0"),
@@ -78,6 +88,39 @@ def test_a_bad_recipe_is_one_clear_line(tmp_path: Path, change: str, message: st
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
     assert "me:pw" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        ("judge: mathh", "skills.a.judge.0: expected a kind among 'exact', 'math', {others}; found 'mathh'."),
+        ("judge: [math, {kind: bad, model: m}]", "skills.a.judge.1: expected a kind among {others}; found 'bad'."),
+        ("test_judge: mathh", "skills.a.test_judge: expected a kind among 'exact', {others}; found 'mathh'."),
+        ("judge: {model: m}", "key 'skills.a.judge.0.kind' is missing, and it has no default."),
+        (
+            "judge: [{kind: reward_model, model: a}, {kind: reward_model, model: b}]",
+            "skills.a: judge: expected at most one that grades (reward_model or judge), found reward_model and "
+            "reward_model.",
+        ),
+        (
+            "judge: {kind: reward_model, model: m}",
+            "skills.a: test_judge: a reward model cannot tell right from wrong; name another judge for the test.",
+        ),
+        ("judge: {kind: judge, model: m, rubric: r}", "judge.0.judge: url: expected the endpoint of the judge, "),
+        ("sampling: {stop: %s}" % ("x" * 500), "; found 'xxx"),
+    ],
+)  # fmt: skip
+def test_a_wrong_judge_is_told_in_one_short_line(tmp_path: Path, judge: str, message: str) -> None:
+    text = SMALL.replace("  math:", "  a:").replace("    test: /data", f"    {judge}\n    test: /data")
+    if judge.startswith("sampling"):
+        text = f"{SMALL}{judge}\n"
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(_write(tmp_path, text))
+    said = str(raised.value).removeprefix(f"{tmp_path}/")
+    for part in message.split("{others}"):
+        assert part in said
+    assert len(said) < 250
+    assert "found {" not in said
 
 
 def test_every_section_knows_its_own_keys(tmp_path: Path) -> None:

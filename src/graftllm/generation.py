@@ -12,6 +12,7 @@ from threading import Event, Thread
 from typing import Any, Literal, cast
 
 import torch
+from jinja2 import TemplateError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,6 +27,7 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.errors import CheckpointError
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Message, Prompt
+from graftllm.transfer_options import is_template
 
 GREEDY = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=256)
 
@@ -70,11 +72,15 @@ def load_model(path: str | Path, *, device: str = "auto", device_map: str | None
     return (model if device_map else cast(Any, model).to(where)).eval()
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer beside a model, with padding on the left and a pad token.
 
+    Args:
+        path: checkpoint directory or Hub id.
+        chat_template: Jinja text, or a file of it, instead of the tokenizer's own.
+
     Raises:
-        CheckpointError: transformers cannot load it.
+        CheckpointError: transformers cannot load it, or the template cannot be read or does not render a question.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -83,7 +89,23 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        _use_template(tokenizer, chat_template)
     return tokenizer
+
+
+def _use_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    try:
+        tokenizer.chat_template = template if is_template(template) else Path(template).read_text(encoding="utf-8")
+        render(tokenizer, [Message(role="user", content="?")], answer_next=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"chat_template: expected a Jinja template or a file that holds one, found {template!r} ({error})."
+        ) from error
+    except TemplateError as error:
+        raise CheckpointError(
+            f"chat_template: expected a Jinja template that renders a user's message ({_first_line(error)})."
+        ) from error
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answer_next: bool) -> list[int]:

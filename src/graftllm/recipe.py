@@ -26,6 +26,7 @@ from graftllm.transfer_options import (
     SamplingOptions,
     Section,
     Skill,
+    is_template,
 )
 
 Strategy = Literal["auto", "paper", "exact"]
@@ -267,10 +268,16 @@ def _first_problem(error: ValidationError) -> str:
         return f"unknown key {where!r}; the nearest known one is {near!r} (known here: {', '.join(known)})."
     if first["type"] == "missing":
         return f"key {where!r} is missing, and it has no default."
-    message = first["msg"].removeprefix("Value error, ").removesuffix(".")
-    if not where or location[-1:] == ["url"]:  # a URL may hold a password
+    if first["type"] == "union_tag_not_found":
+        return f"key {where + '.kind'!r} is missing, and it has no default."
+    if first["type"] == "union_tag_invalid":
+        told = first.get("ctx", {})
+        return f"{where}: expected a kind among {told['expected_tags']}; found {told['tag']!r}."
+    message, found = first["msg"].removeprefix("Value error, ").removesuffix("."), repr(first["input"])
+    in_message = first["type"] == "value_error" and isinstance(first["input"], dict)  # which of the keys is wrong
+    if not where or in_message or location[-1:] == ["url"]:  # a URL may hold a password
         return f"{where + ': ' if where else ''}{message}."
-    return f"{where}: {message}; found {first['input']!r}."
+    return f"{where}: {message}; found {found if len(found) <= 80 else found[:77] + '...'}."
 
 
 def _keys_at(location: list[str]) -> list[str]:
@@ -319,7 +326,9 @@ def _with_paths(recipe: Recipe, home: Path, directory: Path) -> Recipe:
     def here(section: Any) -> Any:
         """Locate the model of a source or judge that runs on this machine."""
         is_here = isinstance(section, RewardJudge) or getattr(section, "url", "none") is None
-        return section.model_copy(update={"model": model(section.model)}) if is_here else section
+        template = getattr(section, "chat_template", None)
+        paths = {"chat_template": located(template)} if template and not is_template(template) else {}
+        return section.model_copy(update={"model": model(section.model), **paths}) if is_here else section
 
     def prompts(section: Any) -> dict[str, Any]:
         return {"prompts": sets(section.prompts), "test": sets(section.test)}

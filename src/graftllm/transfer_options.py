@@ -99,6 +99,9 @@ class SourceOptions(Endpoint):
     )
     sampling: SamplingOptions | None = Field(default=None, description="instead of the recipe's")
     device_map: str | None = Field(default=None, description="`auto` spreads a local model over several devices")
+    chat_template: str | None = Field(
+        default=None, min_length=1, description="Jinja file or text, instead of what a local model's tokenizer has"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -106,6 +109,21 @@ class SourceOptions(Endpoint):
         if isinstance(given, dict) and isinstance(given.get("model"), str) and not given.get("name"):
             return given | {"name": given["model"].rstrip("/").split("/")[-1]}
         return given
+
+    @model_validator(mode="after")
+    def _template_is_used(self) -> "SourceOptions":
+        if self.url is not None and self.chat_template is not None:
+            raise ValueError("chat_template: a model behind a URL has its server's own; leave it out, or the url")
+        return self
+
+
+def is_template(text: str) -> bool:
+    """Say whether a chat template is given as such, and not as the path of one.
+
+    >>> is_template("{% for m in messages %}{{ m.content }}{% endfor %}"), is_template("{dir}/chat.jinja")
+    (True, False)
+    """
+    return "{{" in text or "{%" in text
 
 
 class RuleJudge(Section):
@@ -233,8 +251,11 @@ class Skill(Section):
 
     @model_validator(mode="after")
     def _judges_fit(self) -> "Skill":
-        if sum(not isinstance(judge, RULES) for judge in self.judge) > 1:
-            raise ValueError("judge: expected at most one that grades (reward_model or judge)")
+        grading = [judge.kind for judge in self.judge if not isinstance(judge, RULES)]
+        if len(grading) > 1:
+            raise ValueError(
+                f"judge: expected at most one that grades (reward_model or judge), found {' and '.join(grading)}"
+            )
         if isinstance(self.tested_by, RewardJudge):
             raise ValueError("test_judge: a reward model cannot tell right from wrong; name another judge for the test")
         if len({source.name for source in self.sources}) < len(self.sources):

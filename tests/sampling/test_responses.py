@@ -142,6 +142,15 @@ def test_a_local_source_may_be_spread_over_devices(base: Checkpoint, prompts: li
     assert len(read_responses(path)) == 4
 
 
+def test_a_local_source_may_have_another_chat_template(base: Checkpoint, source: Source) -> None:
+    other = open_source(SourceOptions(model=str(base.path), chat_template="{% for m in messages %}?{% endfor %}"))
+    assert isinstance(source, LocalSource)
+    assert isinstance(other, LocalSource)
+    asked = [{"role": "user", "content": "ab"}]
+    found = [one.tokenizer.decode(render(one.tokenizer, asked, answer_next=True)) for one in (source, other)]
+    assert found == ["<user>ab<end><assistant>", "?"]
+
+
 def test_a_missing_source_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"none: expected a checkpoint directory, found nothing"):
         open_source(SourceOptions(model=str(tmp_path / "none")))

@@ -10,7 +10,7 @@ from graftllm.recipe import Recipe, SamplingOptions, load_recipe
 from graftllm.stages import Stages
 from graftllm.training.defaults import dpo_for, sft_for
 from graftllm.training_options import DpoOptions, SftOptions
-from graftllm.transfer_options import Endpoint, PairOptions, Section, SourceOptions
+from graftllm.transfer_options import Endpoint, PairOptions, Section, SourceOptions, is_template
 
 GENERAL = "general"  # the name of the test set of general tasks
 
@@ -102,7 +102,11 @@ def endpoint_identity(section: Endpoint) -> Section:
 
 def source_identity(source: SourceOptions) -> list[Any]:
     """Return what a stage depends on when it asks a source."""
-    return [endpoint_identity(source), *([] if source.url else [model_identity(source.model)])]
+    told, template = endpoint_identity(source).model_dump(mode="json"), source.chat_template
+    if template is None:
+        del told["chat_template"]  # so that what was asked before there was this option still holds
+    files = [Path(template)] if template is not None and not is_template(template) else []
+    return [told, *([] if source.url else [model_identity(source.model)]), *files]
 
 
 _PATIENCE = ("api_key_env", "concurrency", "timeout_s", "retries", "max_failures", "price")

@@ -69,10 +69,11 @@ def open_source(options: SourceOptions, *, device: str = "auto") -> Source:
     """Load a local source, or check that the key of one behind a URL is there.
 
     Raises:
-        CheckpointError: transformers cannot load it.
+        CheckpointError: transformers cannot load it, or the options' chat template is none.
         RecipeError: the environment lacks its key.
     """
     if options.url is not None:
         return EndpointSource(options)
     model = load_model(options.model, device=device, device_map=options.device_map)
-    return LocalSource(options.name, model, load_tokenizer(options.model), options.reasoning)
+    tokenizer = load_tokenizer(options.model, chat_template=options.chat_template)
+    return LocalSource(options.name, model, tokenizer, options.reasoning)

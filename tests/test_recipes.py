@@ -1,5 +1,6 @@
 """The recipes that come with the project: each is whole, says what it needs, and holds the published settings."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -31,12 +32,47 @@ def test_every_recipe_is_valid_and_says_what_it_needs(path: Path) -> None:
                     assert str(Path(file).relative_to(RECIPES)) in opening, file
 
 
+def _keys(text: str) -> list[str]:
+    """Return what looks like a key: by its prefix, by the name that it stands behind, or by being long and random."""
+    known = re.findall(r"\b(?:sk|pk|rk|hf|gsk|ghp|glpat|xai|AKIA|AIza)[-_]?[A-Za-z0-9_-]{12,}", text)
+    named = re.findall(
+        r"(?i)\b(?:(?:api_?key|token|secret|password)['\"]?\s*[:=]|bearer\s)\s*['\"]?([^\s'\",}]+)", text
+    )
+    env = re.findall(r"api_key_env:\s*(?![A-Z][A-Z0-9_]{0,40}\s)(\S+)", text)  # a variable is not its value
+    random = [
+        word
+        for word in re.findall(r"[A-Za-z0-9_+]{24,}", text)
+        if re.search(r"[0-9]", word) and re.search(r"[a-z]", word) and re.search(r"[A-Z]", word)
+    ]
+    return [*known, *named, *env, *random, *re.findall(r"https?://[^\s/]*@\S*|https?://\S*[?&]\S*=\S*", text)]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_no_recipe_holds_a_key(path: Path) -> None:
+    assert _keys(path.read_text()) == []
     recipe, _ = load_recipe(path)
     for skill in recipe.skills.values():
         for asked in (*skill.sources, *(judge for judge in (skill.tested_by,) if isinstance(judge, LlmJudge))):
             assert asked.url is None or asked.url.startswith("http://") or asked.api_key_env
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        "api_key_env: sk-" + "abcdef0123456789" * 2, "model: m # sk-proj-" + "x1Y2" * 5, "x: hf_" + "aBcD" * 8,
+        "api_key: 12345", "API_KEY=abc", "Authorization: Bearer abc", "note: " + "a1B2c3D4" * 5,
+        "url: https://me:pw@host/v1", "url: https://host/v1?key=abc", "api_key_env: lowercase1value ",
+    ],
+)  # fmt: skip
+def test_a_key_would_be_found(held: str) -> None:
+    text = (RECIPES / "implicit-fusion-llama3.1-8b.yaml").read_text()
+    assert _keys(f"{text}\n{held}\n") != []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_single_refused_requests_do_not_stop_a_recipe_that_asks_many(path: Path) -> None:
+    for skill in load_recipe(path)[0].skills.values():
+        assert all(10 <= source.max_failures <= 100 for source in skill.sources if source.url)
 
 
 def test_implicit_fusion_has_the_published_samples_judges_and_gaps() -> None:

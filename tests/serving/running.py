@@ -1,8 +1,11 @@
 """A served application on a free loopback port, in a thread; and asking an engine without HTTP."""
 
+import json
+import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from http.client import HTTPConnection
 from queue import Queue
 from typing import Any
 
@@ -47,6 +50,27 @@ def client_of(address: str, key: str = "none") -> Iterator[OpenAI]:
 def plain_client(address: str) -> Iterator[httpx2.Client]:
     with httpx2.Client(base_url=address, timeout=PATIENCE_S) as client:
         yield client
+
+
+@contextmanager
+def posted(address: str, path: str, body: dict[str, Any], *, buffer: int | None = None) -> Iterator[HTTPConnection]:
+    """Send a request and yield its connection, of whose answer nothing is read yet; leave at the end.
+
+    Args:
+        address: of the server.
+        path: of the request.
+        body: sent as JSON.
+        buffer: bytes that the kernel may take in before somebody reads.
+    """
+    host, port = address.removeprefix("http://").split(":")
+    with closing(HTTPConnection(host, int(port), timeout=PATIENCE_S)) as line:
+        line.sock = socket.socket()
+        line.sock.settimeout(PATIENCE_S)
+        if buffer is not None:
+            line.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)  # before it connects
+        line.sock.connect((host, int(port)))
+        line.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+        yield line
 
 
 def order(tokenizer: PreTrainedTokenizerBase, question: str, pack: str, **wanted: Any) -> Order:

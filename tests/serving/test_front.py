@@ -1,22 +1,25 @@
+import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi import FastAPI, Request
-from openai import APIStatusError, NotFoundError, OpenAI
+from openai import APIError, APIStatusError, NotFoundError, OpenAI
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from graftllm.errors import ServingError
 from graftllm.serving.app import build_app
 from graftllm.serving.front import Front
-from tests.serving.running import client_of, served
+from tests.serving.running import PATIENCE_S, client_of, posted, served
 
 
 def _engine(names: tuple[str, ...], key: str = "inner") -> FastAPI:
     """A stand-in that speaks as vLLM does with adapters: the model's name chooses one; it says what it was sent."""
     app = FastAPI()
+    app.state.begun, app.state.left = threading.Event(), threading.Event()
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -29,6 +32,14 @@ def _engine(names: tuple[str, ...], key: str = "inner") -> FastAPI:
             return JSONResponse({"error": {"message": "no key"}}, 401)
         if body["messages"][-1]["content"] == "fail":
             return JSONResponse({"error": {"message": "the engine is out of memory"}}, 503)
+        if body["messages"][-1]["content"] == "wait":  # until the client leaves
+            app.state.begun.set()
+            while not await request.is_disconnected():
+                await asyncio.sleep(0.005)
+            app.state.left.set()
+        breaks = body["messages"][-1]["content"] == "break"
+        if breaks and not body.get("stream"):
+            return StreamingResponse(_broken('{"id": "1", "choi'), media_type="application/json")
         words = [f"{body['model']}:", " said", f" {body['messages'][-1]['content']}"]
         head = {"id": "1", "created": 0, "model": body["model"]}
         if not body.get("stream"):
@@ -40,6 +51,9 @@ def _engine(names: tuple[str, ...], key: str = "inner") -> FastAPI:
             for word in words:
                 choice = {"index": 0, "delta": {"content": word}, "finish_reason": None}
                 yield f"data: {json.dumps(head | {'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n"
+                if breaks:
+                    async for part in _broken('data: {"id": "1", "choi'):
+                        yield part
             yield "data: [DONE]\n\n"
 
         return StreamingResponse(chunks(), media_type="text/event-stream")
@@ -47,14 +61,34 @@ def _engine(names: tuple[str, ...], key: str = "inner") -> FastAPI:
     return app
 
 
+async def _broken(part: str) -> AsyncIterator[str]:
+    """Yield the beginning of something, and let the connection break."""
+    yield part
+    raise ConnectionResetError("the engine died")
+
+
 @pytest.fixture(scope="module")
-def client(fused: Path) -> Iterator[OpenAI]:
+def engine() -> FastAPI:
+    return _engine(("some/llama", "one", "whole"))
+
+
+@pytest.fixture(scope="module")
+def address(fused: Path, engine: FastAPI) -> Iterator[str]:
     with (
-        served(_engine(("some/llama", "one", "whole"))) as engine,
-        served(build_app(Front(fused / "grafted", engine, key="inner", device="cpu"))) as front,
-        client_of(front) as client,
+        served(engine) as inner,
+        served(build_app(Front(fused / "grafted", inner, key="inner", device="cpu"))) as front,
     ):
+        yield front
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Iterator[OpenAI]:
+    with client_of(address) as client:
         yield client
+
+
+def _body(question: str) -> dict[str, Any]:
+    return {"model": "one", "messages": [{"role": "user", "content": question}]}
 
 
 def _ask(client: OpenAI, model: str, question: str) -> tuple[str | None, str]:
@@ -91,6 +125,34 @@ def test_the_engines_errors_are_passed_back(client: OpenAI) -> None:
     with pytest.raises(APIStatusError, match="the engine is out of memory") as info:
         _ask(client, "one", "fail")
     assert info.value.status_code == 503
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_request_at_the_engine(address: str, engine: FastAPI, stream: bool) -> None:
+    engine.state.begun.clear()
+    engine.state.left.clear()
+    with posted(address, "/v1/chat/completions", _body("wait") | {"stream": stream}):
+        assert engine.state.begun.wait(PATIENCE_S)
+    assert engine.state.left.wait(PATIENCE_S)
+
+
+def test_a_stream_that_breaks_ends_with_an_error(client: OpenAI, address: str) -> None:
+    words: list[str | None] = []
+    with pytest.raises(APIError, match=r"the engine at http.* does not answer, or not to the end \(") as info:
+        for chunk in client.chat.completions.create(
+            model="one", messages=[{"role": "user", "content": "break"}], stream=True
+        ):
+            words.append(chunk.choices[0].delta.content)
+    assert (words, info.value.code, info.value.type) == (["one:"], "engine", "server_error")
+    with posted(address, "/v1/chat/completions", _body("break") | {"stream": True}) as line:
+        text = line.getresponse().read().decode()
+    assert [event[:16] for event in text.split("\n\n") if event.strip()][-1].strip() == 'data: {"error":'
+
+
+def test_an_answer_that_breaks_is_an_error(client: OpenAI) -> None:
+    with pytest.raises(APIStatusError, match="does not answer, or not to the end") as info:
+        _ask(client, "one", "break")
+    assert info.value.status_code == 502
 
 
 def test_an_engine_that_is_not_there_is_named(fused: Path) -> None:

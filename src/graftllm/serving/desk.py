@@ -2,15 +2,18 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import suppress
-from typing import Any, cast
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar, cast
 
 from fastapi import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
 from graftllm.errors import GraftError
+from graftllm.fusion.directory import AUTO
 from graftllm.generation import render
 from graftllm.records import Message
 from graftllm.serving.engine import Engine
@@ -20,6 +23,7 @@ from graftllm.serving.protocol import Answer, ChatRequest, Choice, CompletionReq
 
 _DONE = "data: [DONE]\n\n"
 Asked = ChatRequest | CompletionRequest
+T = TypeVar("T")
 
 
 class ClientGone(Exception):
@@ -39,25 +43,33 @@ class Desk:
         Raises:
             Refused: it cannot be answered as asked.
         """
-        order = await asyncio.to_thread(self._order, asked)
+        orders = await asyncio.to_thread(self._orders, asked)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
-        def emit(event: Event) -> None:
-            with suppress(RuntimeError):  # the loop may be closed when the server was made to stop at once
-                loop.call_soon_threadsafe(events.put_nowait, event)
+        def emit(number: int, event: Event) -> None:
+            if isinstance(event, Piece | Ended):
+                event = replace(event, choice=number * asked.n + event.choice)
+            if number == 0 or not isinstance(event, Chosen):  # several prompts are all of one named pack
+                with suppress(RuntimeError):  # the loop may be closed when the server was made to stop at once
+                    loop.call_soon_threadsafe(events.put_nowait, event)
 
-        job = self._engine.submit(order, emit)
-        gone = asyncio.ensure_future(_leaves(request))
-        handed_over = False
+        jobs, gone, handed_over = list[Job](), asyncio.ensure_future(leaves(request)), False
+
+        async def over() -> None:
+            gone.cancel()
+            for job in jobs:
+                self._engine.cancel(job)
+
         try:
+            for number, order in enumerate(orders):
+                jobs.append(self._engine.submit(order, partial(emit, number)))
             chosen = cast(Chosen, await _next(events, gone))
-            chat = isinstance(asked, ChatRequest)
-            answer = Answer(chat, asked.model, len(order.ids), chosen, [Choice() for _ in range(order.choices)])
+            count, read = asked.n * len(orders), sum(len(order.ids) for order in orders)
+            answer = Answer(isinstance(asked, ChatRequest), asked.model, read, chosen, [Choice() for _ in range(count)])
             headers = chosen_headers(chosen)
             if asked.stream:
                 handed_over = True
-                stream = _chunks(answer, events, gone, with_usage=asked.with_usage)
-                return _Stream(stream, headers, lambda: self._leave(job, gone))
+                return Stream(_chunks(answer, events, gone, with_usage=asked.with_usage), headers, over)
             while not answer.whole:
                 answer.take(cast(Piece | Ended, await _next(events, gone)))
             return JSONResponse(answer.body(), headers=headers)
@@ -65,15 +77,19 @@ class Desk:
             return Response(status_code=499)
         finally:
             if not handed_over:
-                self._leave(job, gone)
+                await over()
 
-    def _leave(self, job: Job, gone: asyncio.Future[None]) -> None:
-        gone.cancel()
-        self._engine.cancel(job)
+    def _orders(self, asked: Asked) -> list[Order]:
+        """Return what a request asks of the engine, by prompt; takes time for long ones."""
+        if isinstance(asked, ChatRequest):
+            messages = [message.plain() for message in asked.messages]
+            return [self._order(asked, messages, self._rendered(messages))]
+        if len(asked.prompts) > 1 and asked.model == AUTO:
+            raise Refused("prompt: auto chooses for one prompt at a time; name a pack, or send one.", param="prompt")
+        return [self._order(asked, *self._continued(prompt)) for prompt in asked.prompts]
 
-    def _order(self, asked: Asked) -> Order:
-        """Return what a request asks of the engine; takes time for long prompts."""
-        messages, ids = self._prompt(asked)
+    def _order(self, asked: Asked, messages: list[Message], ids: list[int]) -> Order:
+        """Return what a request asks for a prompt, as the router sees it and as tokens."""
         if not ids:
             raise Refused("prompt: expected at least one token, found none.", param="prompt")
         vocabulary = len(self._tokenizer)
@@ -101,16 +117,10 @@ class Desk:
             top_logprobs=asked.alternatives,
         )
 
-    def _prompt(self, asked: Asked) -> tuple[list[Message], list[int]]:
-        """Return a prompt as the router sees it, and as tokens."""
-        if isinstance(asked, ChatRequest):
-            messages = [message.plain() for message in asked.messages]
-            return messages, self._rendered(messages)
-        if isinstance(asked.prompt, list) and asked.prompt and isinstance(asked.prompt[0], int):
-            ids = cast(list[int], asked.prompt)
-            return [Message(role="user", content=cast(str, self._tokenizer.decode(ids)))], ids
-        text = asked.prompt if isinstance(asked.prompt, str) else cast(str, asked.prompt[0])
-        return [Message(role="user", content=text)], self._tokenizer(text)["input_ids"]
+    def _continued(self, prompt: str | list[int]) -> tuple[list[Message], list[int]]:
+        if isinstance(prompt, str):
+            return [Message(role="user", content=prompt)], self._tokenizer(prompt)["input_ids"]
+        return [Message(role="user", content=cast(str, self._tokenizer.decode(prompt)))], prompt
 
     def _rendered(self, messages: list[Message]) -> list[int]:
         try:
@@ -119,18 +129,22 @@ class Desk:
             raise Refused(f"messages: the model's chat template refuses them ({error}).", param="messages") from error
 
 
-class _Stream(StreamingResponse):
+class Stream(StreamingResponse):
     """A stream of events that says when it is over, also if it never began."""
 
-    def __init__(self, chunks: AsyncIterator[str], headers: dict[str, str], over: Callable[[], None]) -> None:
+    def __init__(
+        self, chunks: AsyncIterator[str | bytes], headers: dict[str, str], over: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Send chunks, and await `over` at the end."""
         super().__init__(chunks, headers=headers | {"cache-control": "no-cache"}, media_type="text/event-stream")
         self._over = over
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send all."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._over()
+            await self._over()
 
 
 async def _chunks(
@@ -138,18 +152,18 @@ async def _chunks(
 ) -> AsyncIterator[str]:
     try:
         for chunk in answer.first_chunks():
-            yield _sent(chunk)
+            yield sent(chunk)
         while not answer.whole:
             event = cast(Piece | Ended, await _next(events, gone))
-            yield _sent(answer.chunk(event))
+            yield sent(answer.chunk(event))
             answer.take(event)
         if with_usage:
-            yield _sent(answer.usage_chunk())
+            yield sent(answer.usage_chunk())
         yield _DONE
     except ClientGone:
         pass
     except Refused as error:
-        yield _sent(error_body(str(error), status=error.status, code=error.code))
+        yield sent(error_body(str(error), status=error.status, code=error.code))
 
 
 def chosen_headers(chosen: Chosen) -> dict[str, str]:
@@ -168,12 +182,7 @@ async def _next(events: asyncio.Queue[Event], gone: asyncio.Future[None]) -> Eve
         Refused: the order failed.
     """
     if events.empty():
-        waiting = asyncio.ensure_future(events.get())
-        await asyncio.wait((waiting, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not waiting.done():
-            waiting.cancel()
-            raise ClientGone
-        event = waiting.result()
+        event = await unless_gone(events.get(), gone)
     else:
         event = events.get_nowait()
     if isinstance(event, Failed):
@@ -185,11 +194,29 @@ async def _next(events: asyncio.Queue[Event], gone: asyncio.Future[None]) -> Eve
     return event
 
 
-async def _leaves(request: Request) -> None:
+async def unless_gone(waiting: Coroutine[Any, Any, T], gone: asyncio.Future[None]) -> T:
+    """Return what is waited for.
+
+    Raises:
+        ClientGone: the client left before; the waiting has ended, too.
+    """
+    task = asyncio.ensure_future(waiting)
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        if task.cancel():
+            await asyncio.wait((task,))
+
+
+async def leaves(request: Request) -> None:
     """Return when the client closes the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def _sent(chunk: dict[str, Any]) -> str:
+def sent(chunk: dict[str, Any]) -> str:
+    """Return an event of a stream."""
     return f"data: {json.dumps(chunk)}\n\n"

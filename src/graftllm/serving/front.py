@@ -13,16 +13,16 @@ from typing import Any
 
 import httpx2
 from fastapi import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from graftllm.errors import ServingError
 from graftllm.fusion.directory import AUTO, unknown_pack
 from graftllm.fusion.routing import BASE
 from graftllm.records import Message
-from graftllm.serving.desk import chosen_headers
+from graftllm.serving.desk import ClientGone, Stream, chosen_headers, leaves, sent, unless_gone
 from graftllm.serving.metrics import Metrics
 from graftllm.serving.orders import Chosen, Refused
-from graftllm.serving.protocol import ChatRequest, CompletionRequest
+from graftllm.serving.protocol import ChatRequest, CompletionRequest, error_body
 from graftllm.serving.shelves import Library
 
 _PATIENCE = httpx2.Timeout(10, read=600)
@@ -72,12 +72,28 @@ class Front:
         body = json.loads(await request.body()) | {"model": self._names[chosen.pack]}
         path = "/chat/completions" if isinstance(asked, ChatRequest) else "/completions"
         passed = self._client.build_request("POST", self._url + path, json=body, headers=self._headers)
+        gone, answer, handed_over = asyncio.ensure_future(leaves(request)), None, False
+
+        async def over() -> None:
+            gone.cancel()
+            if answer is not None:
+                await answer.aclose()  # the engine sees that nobody reads on
+
         try:
-            answer = await self._client.send(passed, stream=True)
+            answer = await unless_gone(self._client.send(passed, stream=True), gone)
+            headers, kind = chosen_headers(chosen), answer.headers.get("content-type", "application/json")
+            if answer.is_success and kind.startswith("text/event-stream"):
+                handed_over = True
+                return Stream(_events(answer, gone, self._url), headers, over)
+            content = await unless_gone(answer.aread(), gone)
+            return Response(content, answer.status_code, headers | {"content-type": kind})
+        except ClientGone:
+            return Response(status_code=499)
         except httpx2.HTTPError as error:
-            raise Refused(f"the engine at {self._url} does not answer ({error}).", status=502, code="engine") from error
-        kind = {"content-type": answer.headers.get("content-type", "application/json")}
-        return StreamingResponse(_body(answer), answer.status_code, chosen_headers(chosen) | kind)
+            raise Refused(_broken(self._url, error), status=502, code="engine") from error
+        finally:
+            if not handed_over:
+                await over()
 
     def add(self, name: str, file: Path) -> None:
         """Refuse: the other server has the packs."""
@@ -137,9 +153,26 @@ class Front:
 _ELSEWHERE = "the packs are on another engine; add and remove them there."
 
 
-async def _body(answer: httpx2.Response) -> AsyncIterator[bytes]:
+async def _events(answer: httpx2.Response, gone: asyncio.Future[None], url: str) -> AsyncIterator[bytes]:
+    """Yield whole lines of a stream; when it breaks, an error in the place of what is missing."""
+    held, pieces = b"", answer.aiter_bytes()
+
+    async def more() -> bytes | None:
+        return await anext(pieces, None)
+
     try:
-        async for piece in answer.aiter_bytes():
-            yield piece
-    finally:
-        await answer.aclose()
+        while (piece := await unless_gone(more(), gone)) is not None:
+            held += piece
+            whole = held.rfind(b"\n") + 1
+            if whole:
+                yield held[:whole]
+                held = held[whole:]
+        yield held
+    except ClientGone:
+        pass
+    except httpx2.HTTPError as error:
+        yield f"\n{sent(error_body(_broken(url, error), status=502, code='engine'))}".encode()
+
+
+def _broken(url: str, error: httpx2.HTTPError) -> str:
+    return f"the engine at {url} does not answer, or not to the end ({str(error) or type(error).__name__})."

@@ -8,13 +8,14 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from graftllm.records import Message
 from graftllm.serving.orders import Chosen, Ended, Piece, Token
 
+_MOST_CHOICES = 128  # of a request
 _Stop = str | list[str] | None
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {  # accepted where they ask for nothing
     "frequency_penalty": (0, None), "presence_penalty": (0, None), "logit_bias": ({}, None), "best_of": (1, None),
@@ -37,7 +38,7 @@ class _Asked(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     model: str
-    n: Annotated[int, Field(ge=1, le=128)] = 1
+    n: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] = 1
     stop: _Stop = None
     seed: int | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
@@ -121,10 +122,25 @@ class ChatRequest(_Asked):
 
 
 class CompletionRequest(_Asked):
-    """The body of `/v1/completions`: one prompt, as text or as tokens."""
+    """The body of `/v1/completions`: prompts, as texts or as tokens."""
 
-    prompt: str | list[int] | Annotated[list[str], Field(min_length=1, max_length=1)]
+    prompt: str | list[int] | list[str] | list[list[int]]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _asks_for_few_texts(self):
+        if self.n * len(self.prompts) > _MOST_CHOICES:
+            raise ValueError(
+                f"prompt: expected at most {_MOST_CHOICES} texts, found {len(self.prompts)} prompts and n = {self.n}"
+            )
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, as text or as tokens."""
+        given = self.prompt
+        one = isinstance(given, str) or all(isinstance(token, int) for token in given)
+        return cast(list[str | list[int]], [given] if one else given)
 
     @property
     def alternatives(self) -> int | None:
@@ -154,9 +170,9 @@ class Answer:
     Attributes:
         chat: whether it answers a conversation.
         model: the name that was asked for.
-        prompt_tokens: length of the prompt.
+        prompt_tokens: length of the prompts, together.
         chosen: which pack answers.
-        choices: the texts.
+        choices: the texts; of several prompts, all of the first come first.
     """
 
     chat: bool

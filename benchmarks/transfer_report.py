@@ -17,6 +17,8 @@ from graftllm.storage import whole_file
 Results = Mapping[int, Mapping[str, Row]]  # seed -> row -> what was measured
 _NOT_WORK = ("evaluate", "prepare", "zoo", "choose", "full")  # kinds of stages that are no part of a transfer
 _OURS = "SkillPack"
+_NEAR = 0.25  # in the logarithm of bytes: points of one column
+_LINE = 4.0  # points of the score that a label takes
 
 
 def table(results: Results) -> str:
@@ -102,28 +104,54 @@ def draw(results: Results, path: Path) -> None:
     """Draw the mean score of each row that keeps bytes against them; bars are standard errors over seeds."""
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
+    axes.set_xscale("log")
+    labels: dict[float, list[tuple[float, float, str, str]]] = {}  # by column: value, megabytes, name, color
     for name in names(results):
         found = [seed[name] for seed in results.values() if name in seed]
         values, size = [100 * mean_score(row) for row in found], found[0].stored_bytes
+        value = statistics.mean(values)
         if size is None:
-            axes.axhline(statistics.mean(values), color="#999999", linewidth=0.8, linestyle="--")
-            axes.annotate(
-                name, (1, statistics.mean(values)), xycoords=("axes fraction", "data"), ha="right", va="bottom"
-            )
+            axes.axhline(value, color="#999999", linewidth=0.8, linestyle="--")
+            axes.annotate(name, (0.01, value), xycoords=("axes fraction", "data"), va="bottom")
             continue
         ours, one = name.startswith(_OURS), GENERAL in found[0].scores
         color = "#D55E00" if ours else "#009E73" if one else "#0072B2"
         bar = stderr(values) if len(values) > 1 else 0
-        axes.errorbar(size / 1e6, statistics.mean(values), bar, fmt="s" if one else "o", color=color, capsize=2)
-        axes.annotate(
-            name, (size / 1e6, statistics.mean(values)), xytext=(6, -9 if ours else 4), textcoords="offset points",
-            fontsize=8, color=color,
-        )  # fmt: skip
-    axes.set(xlabel="MB kept beside the base for all six skills", ylabel="% right, mean of the skills", xscale="log")
+        axes.errorbar(size / 1e6, value, bar, fmt="s" if one else "o", color=color, capsize=2)
+        column = next((other for other in labels if abs(math.log(other * 1e6 / size)) < _NEAR), size / 1e6)
+        labels.setdefault(column, []).append((value, size / 1e6, name, color))
+    for texts in map(sorted, labels.values()):
+        left = 1.2 * max(size for _, size, _, _ in texts)
+        for (value, size, name, color), height in zip(texts, spread([one[0] for one in texts]), strict=True):
+            line = {"arrowstyle": "-", "color": color, "linewidth": 0.5}
+            axes.annotate(
+                name, (size, value), xytext=(left, height), fontsize=8, va="center", color=color, arrowprops=line
+            )
+    axes.set_xlim(right=3 * max(labels, default=1))
+    axes.set(xlabel="MB kept beside the base for all six skills", ylabel="% right, mean of the skills")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     with whole_file(path) as file:
         figure.savefig(file, dpi=120, format=path.suffix[1:])
+
+
+def spread(values: Sequence[float]) -> list[float]:
+    """Return heights of labels near values that ascend, none closer to the next than a line.
+
+    >>> spread([1.0, 50.0, 51.0])
+    [1.0, 48.5, 52.5]
+    """
+    groups: list[list[float]] = []  # labels that stand together around the middle of their values
+    for value in values:
+        groups.append([value])
+        while len(groups) > 1 and _stacked(groups[-1])[0] - _stacked(groups[-2])[-1] < _LINE:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [height for group in groups for height in _stacked(group)]
+
+
+def _stacked(values: Sequence[float]) -> list[float]:
+    low = statistics.mean(values) - _LINE * (len(values) - 1) / 2
+    return [low + _LINE * i for i in range(len(values))]
 
 
 def as_json(spent: Mapping[int, Mapping[str, Spent]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 import json
-import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx2
 import pytest
@@ -98,6 +98,43 @@ def test_completions_continue_text_and_tokens(client: OpenAI) -> None:
     assert client.completions.create(model="two", prompt=ids, max_tokens=6, temperature=0).choices == text.choices
     pieces = client.completions.create(model="two", prompt="abc", max_tokens=6, temperature=0, stream=True)
     assert "".join(choice.text for piece in pieces for choice in piece.choices) == text.choices[0].text
+
+
+def test_several_prompts_are_continued_as_each_alone(client: OpenAI) -> None:
+    wanted: dict[str, Any] = {"model": "two", "max_tokens": 6, "temperature": 1.5, "seed": 3, "n": 2}
+    alone = [client.completions.create(prompt=prompt, **wanted) for prompt in ("abc", "hello")]
+    for prompts in (["abc", "hello"], [[5, 6, 7], [12, 9, 16, 16, 19]]):
+        together = client.completions.create(prompt=prompts, **wanted)
+        assert [choice.index for choice in together.choices] == [0, 1, 2, 3]
+        assert [choice.text for choice in together.choices] == [c.text for one in alone for c in one.choices]
+        assert together.usage is not None
+        assert together.usage.prompt_tokens == 8
+        assert together.usage.completion_tokens == sum(one.usage.completion_tokens for one in alone if one.usage)
+        texts = [""] * 4
+        for piece in client.completions.create(prompt=prompts, stream=True, **wanted):
+            for choice in piece.choices:
+                texts[choice.index] += choice.text
+        assert texts == [choice.text for choice in together.choices]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"prompt": ["a"] * 65, "n": 2}, "prompt: expected at most 128 texts, found 65 prompts and n = 2"),
+        ({"prompt": ["a", ""]}, "prompt: expected at least one token, found none."),
+        ({"prompt": []}, "prompt: expected at least one token, found none."),
+        (
+            {"prompt": ["a", "b"], "model": "auto"},
+            "prompt: auto chooses for one prompt at a time; name a pack, or send",
+        ),
+    ],
+)
+def test_prompts_that_cannot_be_continued_together_are_refused(
+    plain: httpx2.Client, body: dict[str, object], message: str
+) -> None:
+    answer = plain.post("/v1/completions", json={"model": "one"} | body)
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]
 
 
 def test_several_choices_are_drawn_apart_and_again_the_same_by_their_seed(client: OpenAI) -> None:
@@ -261,32 +298,6 @@ def test_metrics_count_what_happened(plain: httpx2.Client, client: OpenAI) -> No
     assert more('graftllm_requests_total{path="/v1/chat/completions",status="200"}') == 1
     assert after["graftllm_packs"] == 3
     assert after["graftllm_pack_memory_bytes"] > 0
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_stops_its_answer(address: str, plain: httpx2.Client, stream: bool) -> None:
-    asked = {"model": "one", "prompt": "abc", "max_tokens": 250, "n": 64, "seed": 0, "temperature": 2, "stream": stream}
-    body = json.dumps(asked)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    host, port = address.removeprefix("http://").split(":")
-    before = _running(plain)["graftllm_generated_tokens_total"]
-    with socket.create_connection((host, int(port))) as line:
-        line.sendall(f"{head}\r\n\r\n{body}".encode())
-        while not _running(plain)["graftllm_running_choices"]:
-            pass
-    while _running(plain)["graftllm_running_choices"] or _running(plain)["graftllm_waiting_choices"]:
-        pass
-    assert _running(plain)["graftllm_generated_tokens_total"] - before < 64 * 250 / 4
-
-
-def test_a_slow_reader_holds_up_nobody(client: OpenAI, expected: Expected) -> None:
-    slow = client.chat.completions.create(
-        model="one", messages=[{"role": "user", "content": "hello there"}], max_tokens=12, temperature=0, stream=True
-    )
-    first = next(iter(slow))
-    assert _ask(client, "b", "one") == expected("b", "one", 12)
-    text = "".join(choice.delta.content or "" for chunk in [first, *slow] for choice in chunk.choices)
-    assert text == expected("hello there", "one", 12)
 
 
 def test_a_card_tells_bytes_by_role_and_layer(plain: httpx2.Client) -> None:

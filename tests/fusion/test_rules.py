@@ -64,7 +64,7 @@ def test_what_is_wrong_with_a_rule_is_named(tmp_path: Path, text: str, error: st
     (tmp_path / "rules.yaml").write_text(text)
     with pytest.raises(FusionError, match=error):
         read_rules(tmp_path / "rules.yaml")
-    with pytest.raises(FusionError, match="nothing.yaml: expected a list of rules"):
+    with pytest.raises(FusionError, match="nothing.yaml: no such file; expected a list of rules"):
         read_rules(tmp_path / "nothing.yaml")
 
 

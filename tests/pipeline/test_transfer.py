@@ -106,12 +106,15 @@ def test_on_policy_pairs_are_of_the_tuned_model_itself(tmp_path: Path, content: 
     }
     content["pairs"] = {"preference": "on_policy", "sft_share": 0.5}
     content["dpo"]["batch_size"] = 2
+    content["sampling"]["max_new_tokens"] = 80  # so that some answers of a random model end
     work = _work(tmp_path, content)
     transfer.train(work, "reverse")
     home = work.skill("reverse")
     pairs = read_pairs(home / "pairs.jsonl")
-    own = {(row.prompt_id, row.text) for row in read_responses(home / "pairs.responses.jsonl")}
+    said = read_responses(home / "pairs.responses.jsonl")
+    own = {(row.prompt_id, row.text) for row in said if not row.truncated}
     assert pairs
+    assert len(own) < len(said)
     assert {pair.source for pair in pairs} == {"own"}
     assert all({(pair.prompt_id, pair.chosen), (pair.prompt_id, pair.rejected)} <= own for pair in pairs)
     assert {row.id for row in read_prompts(home / "sft.jsonl")}.isdisjoint(pair.prompt_id for pair in pairs)

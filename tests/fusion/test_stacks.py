@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -16,6 +17,7 @@ from graftllm.fusion.stacks import Batch, Stacked, multiplied, normed, takes_row
 from graftllm.generation import load_model
 from graftllm.packer import compress
 from graftllm.recipe import PackOptions
+from graftllm.skillpack import SkillPack
 from tests.models import perturb, save_llama
 
 NAMES = ("a", "b", "c", "d")
@@ -76,11 +78,19 @@ def test_a_module_gets_its_own_values_back_when_its_code_fails() -> None:
     assert module.weight is own
 
 
-def test_a_base_that_changes_between_two_batches_of_the_same_rows_is_seen(tmp_path: Path) -> None:
+@pytest.fixture
+def carried(tmp_path: Path) -> tuple[PreTrainedModel, SkillPack]:
+    """A model and a pack in factors for it."""
     base = save_llama(tmp_path / "base", dtype=torch.float32)
     tuned = perturb(base, tmp_path / "tuned", seed=1)
     pack = compress(Delta(Checkpoint.open(base), Checkpoint.open(tuned)), PackOptions(strategy="paper", energy=0.9))
-    model = load_model(base)
+    return load_model(base), pack
+
+
+def test_a_base_that_changes_between_two_batches_of_the_same_rows_is_seen(
+    carried: tuple[PreTrainedModel, SkillPack],
+) -> None:
+    model, pack = carried
     norm = model.get_parameter("model.layers.0.input_layernorm.weight")
     ids = torch.arange(4, 16).reshape(2, 6)
     beside = Beside(model, {"a": pack})
@@ -95,11 +105,10 @@ def test_a_base_that_changes_between_two_batches_of_the_same_rows_is_seen(tmp_pa
     torch.testing.assert_close(found[:1], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_norm_has_its_own_vector_after_an_error_in_the_middle_of_a_batch(tmp_path: Path) -> None:
-    base = save_llama(tmp_path / "base", dtype=torch.float32)
-    tuned = perturb(base, tmp_path / "tuned", seed=1)
-    pack = compress(Delta(Checkpoint.open(base), Checkpoint.open(tuned)), PackOptions(strategy="paper", energy=0.9))
-    model = load_model(base)
+def test_a_norm_has_its_own_vector_after_an_error_in_the_middle_of_a_batch(
+    carried: tuple[PreTrainedModel, SkillPack],
+) -> None:
+    model, pack = carried
     norm = model.get_submodule("model.layers.1.input_layernorm")
     before, plain = norm.weight, norm.forward
 

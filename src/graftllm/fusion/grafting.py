@@ -17,7 +17,7 @@ from graftllm.live import Binding, bindings, named_values
 from graftllm.skillpack import SkillPack
 
 Weighted = tuple[SkillPack, float]
-_CACHED = 1 << 20  # numbers that stay in a processor's cache from one step to the next
+_CACHED = 1 << 20  # numbers that are multiplied out in one step on a processor
 _BLOCK = 1 << 26
 
 

@@ -112,24 +112,6 @@ def judge_reasoning_gym(answer: str, prompt: Prompt) -> float:
         return 0.0
 
 
-RULES: Mapping[str, Rule] = {
-    "exact": lambda answer, prompt: judge_exact(answer, _reference(prompt, "exact")),
-    "math": lambda answer, prompt: _judged_math(answer, prompt),
-    "choice": lambda answer, prompt: judge_choice(answer, _reference(prompt, "choice")),
-    "reasoning_gym": judge_reasoning_gym,
-}
-
-_CHOICES = (
-    r"\\boxed\{\s*(?:\\text\{)?\(?([A-Za-z])\)?\}",
-    r"(?i:answer|choice|option)(?i:\s+is)?\s*:?\s*\**\s*\(?([A-Z])\b(?!')",
-    r"^\**\(?([A-Z])(?:\)|[.:](?:\s|$)|\**$)",
-)
-
-
-_EXPONENT = re.compile(r"^([-+]?[\d.]+)[eE]([-+]?\d+)$")  # as JSON writes large and small numbers
-_IN_FORMULAS = {"or", "and", "sin", "cos", "tan", "log", "ln", "exp", "pi", "sqrt"}
-
-
 def _judged_math(answer: str, prompt: Prompt) -> float:
     try:
         return judge_math(answer, _reference(prompt, "math"))
@@ -137,6 +119,22 @@ def _judged_math(answer: str, prompt: Prompt) -> float:
         raise SamplingError(
             f"prompt {prompt.id!r}: 'reference', which the judge 'math' compares with: {error}; mend it."
         ) from error
+
+
+RULES: Mapping[str, Rule] = {
+    "exact": lambda answer, prompt: judge_exact(answer, _reference(prompt, "exact")),
+    "math": _judged_math,
+    "choice": lambda answer, prompt: judge_choice(answer, _reference(prompt, "choice")),
+    "reasoning_gym": judge_reasoning_gym,
+}
+
+_EXPONENT = re.compile(r"^([-+]?[\d.]+)[eE]([-+]?\d+)$")  # as JSON writes large and small numbers
+_IN_FORMULAS = {"or", "and", "sin", "cos", "tan", "log", "ln", "exp", "pi", "sqrt"}
+_CHOICES = (
+    r"\\boxed\{\s*(?:\\text\{)?\(?([A-Za-z])\)?\}",
+    r"(?i:answer|choice|option)(?i:\s+is)?\s*:?\s*\**\s*\(?([A-Z])\b(?!')",
+    r"^\**\(?([A-Z])(?:\)|[.:](?:\s|$)|\**$)",
+)
 
 
 def _reference(prompt: Prompt, judge: str) -> str:

@@ -23,11 +23,13 @@ from zstandard import ZstdCompressor
 import graftllm.packer
 from graftllm.checkpoint import raw_bytes
 from graftllm.errors import CompressionError
-from graftllm.recipe import PackOptions, Strategy
+from graftllm.recipe import PackOptions
 from graftllm.skillpack import SkillPack
 
 RATES = (0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # bits per parameter that our budgets ask for
-OWN = ("auto", "auto, not calibrated", "paper")
+OWN = ("auto", "auto, distilled", "auto, not calibrated", "paper")
+_DISTILLED = 600  # steps of 32 rows
+PAPER = "https://arxiv.org/abs/2505.18502"
 _LIBRARY = Path(graftllm.packer.__file__).parent
 _HERE = Path(__file__).parent
 
@@ -68,9 +70,10 @@ def methods(rates: Sequence[float] = RATES) -> dict[str, Method]:
     )
     budgets = tuple(rates)
     own = [
-        Method("auto", budgets, partial(_pack, "auto", True), codec),
-        Method("auto, not calibrated", budgets, partial(_pack, "auto", False), codec),
-        Method("paper", budgets, partial(_pack, "paper", True), codec, "https://arxiv.org/abs/2505.18502"),
+        Method("auto", budgets, partial(_pack, PackOptions(), True), codec),
+        Method("auto, distilled", budgets, partial(_pack, PackOptions(distill=_DISTILLED), True), codec),
+        Method("auto, not calibrated", budgets, partial(_pack, PackOptions(), False), codec),
+        Method("paper", budgets, partial(_pack, PackOptions(strategy="paper"), True), codec, PAPER),
         Method("exact", ("exact",), _exact, codec),
     ]
     theirs = [
@@ -85,16 +88,16 @@ def code_digest(sources: Sequence[Path]) -> str:
     return hashlib.sha256("\n".join(_code(path) for path in sources).encode()).hexdigest()[:16]
 
 
-def _pack(strategy: Strategy, calibrated: bool, yardstick: Yardstick, rate: float) -> dict[str, Any]:
+def _pack(options: PackOptions, calibrated: bool, yardstick: Yardstick, rate: float) -> dict[str, Any]:
     """Compress with the library to a budget of `rate` bits per parameter; measure the file."""
     budget = str(int(rate * yardstick.delta.base.parameters / 8))
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "pack.safetensors"
         try:
-            options = PackOptions(strategy=strategy, budget=budget)
+            sized = options.model_copy(update={"budget": budget})
             rows = yardstick.rows if calibrated else ()
-            graftllm.packer.compress(yardstick.delta, options, calibration=rows, device="cpu").save(path)
+            graftllm.packer.compress(yardstick.delta, sized, calibration=rows, device="cpu").save(path)
         except CompressionError as error:
             return {"refused": str(error)}
         seconds, pack = time.monotonic() - started, SkillPack.load(path)

@@ -121,7 +121,7 @@ def draw(points: Sequence[Point]) -> Figure:
     figure = Figure(figsize=(9, 7 * max(1, len(targets))))
     names = list(dict.fromkeys(point.method for point in points if point.method not in OWN))
     styles = {name: (_COLORS[i % len(_COLORS)], _DASHES[i // len(_COLORS)]) for i, name in enumerate(names)}
-    styles |= {name: ("black", dash) for name, dash in zip(OWN, ("-", "--", ":"), strict=True)}
+    styles |= {name: ("black", dash) for name, dash in zip(OWN, ("-", (0, (5, 1)), "--", ":"), strict=True)}
     panels = figure.subplots(max(1, len(targets)), 1, squeeze=False)[:, 0]
     for axes, target in zip(panels, targets, strict=False):
         some = [point for point in points if point.target == target]
@@ -131,7 +131,7 @@ def draw(points: Sequence[Point]) -> Figure:
             if len(sizes):
                 color, dash = styles[name]
                 strong = name in OWN or name == REFERENCE
-                axes.plot(sizes, kls, dash, color=color, linewidth=2.6 if strong else 1.3)
+                axes.plot(sizes, kls, linestyle=dash, color=color, linewidth=2.6 if strong else 1.3)
                 axes.plot(sizes[-1], kls[-1], "o", color=color, markersize=4)
                 ends.append((float(sizes[-1]), float(kls[-1]), name, color))
         _draw_bound(axes, some)

@@ -10,6 +10,7 @@ from pathlib import Path
 from graftllm.checkpoint import fingerprint
 from graftllm.compression.calibration import SEQUENCES, Calibration, collect_moments
 from graftllm.compression.crew import Crew, Engine, default_workers, open_crew
+from graftllm.compression.distillation import distill_job
 from graftllm.compression.measures import Measures, save_measures
 from graftllm.compression.sensitivity import fits_in_memory, measure_sensitivity
 from graftllm.compression.strategy import encode_job, refine_job
@@ -48,7 +49,8 @@ def compress(
         delta: tuned - base.
         options: the strategy and its knobs; a budget counts the bytes of the whole file, without the exact layer.
         calibration: rows that the tuned model reads, so that rounding errors fall where they matter least;
-            the skill's own SFT rows are best. Without them, and where nothing is lossy, there is no calibration.
+            the skill's own SFT rows are best. The first 128 are read, and where codes are distilled, all. Without
+            them, and where nothing is lossy, there is no calibration.
         card: name, description, provenance and scores for the header.
         measure: gives the KL divergence of a pack; for a budget such as `kl=0.01`.
         device: where matrices are decomposed; `auto` takes a GPU when there is one.
@@ -63,7 +65,8 @@ def compress(
         StorageError: the spool is in use, or holds something else.
     """
     device = str(resolve_device(device))
-    calibration = calibration[:SEQUENCES] if options.strategy != "exact" or options.layered else ()
+    rows = calibration if options.distill else calibration[:SEQUENCES]
+    calibration = rows if options.strategy != "exact" or options.layered else ()
     with ExitStack() as stack:
         workspace = Workspace.temporary()
         if spool is not None:
@@ -71,9 +74,9 @@ def compress(
             workspace = stack.enter_context(open_workspace(spool, key))
         job = Job(delta, options, device, workspace)
         if calibration and not job.measures_file.exists():
-            save_measures(_measured(job, calibration), job.measures_file)
+            save_measures(_measured(job, calibration[:SEQUENCES]), job.measures_file)
         crew = stack.enter_context(open_crew(job, workers or default_workers(delta, device), engine))
-        return _within_budget(job, crew, card, measure)
+        return _within_budget(job, crew, card, measure, calibration)
 
 
 def compress_to(
@@ -125,13 +128,15 @@ def _measured(job: Job, calibration: Sequence[Prompt]) -> Measures:
     return Measures(moments, sensitivity)
 
 
-def _within_budget(job: Job, crew: Crew, card: Card, measure: Callable[[SkillPack], float] | None) -> SkillPack:
+def _within_budget(
+    job: Job, crew: Crew, card: Card, measure: Callable[[SkillPack], float] | None, rows: Sequence[Prompt]
+) -> SkillPack:
     """Return a pack of the size or the divergence that the options ask for."""
     delta, options = job.delta, job.options
     calibration = job.measures().calibration
 
     def build(budget: int | None, refined: bool = False) -> SkillPack:
-        return _build(job, crew, budget, card=card, calibration=calibration, refined=refined)
+        return _build(job, crew, budget, card=card, calibration=calibration, rows=rows, refined=refined)
 
     size, target = None, None if options.budget is None else kl_target(options.budget)
     if target is not None:
@@ -173,7 +178,14 @@ def _smallest_within(
 
 
 def _build(
-    job: Job, crew: Crew, budget: int | None, *, card: Card, calibration: Calibration | None, refined: bool
+    job: Job,
+    crew: Crew,
+    budget: int | None,
+    *,
+    card: Card,
+    calibration: Calibration | None,
+    rows: Sequence[Prompt],
+    refined: bool,
 ) -> SkillPack:
     """Return a pack whose file takes at most `budget` bytes, and `refined` an exact layer more."""
     delta, options = job.delta, job.options
@@ -218,7 +230,8 @@ def _build(
     beside = len(json.dumps({"__metadata__": metadata(header)})) + 64
     while True:
         room = None if budget is None else budget - beside
-        parts = {part.name: part for part in encode_job(job, crew, payload_budget=room, entry_bytes=entry_bytes)}
+        coded = encode_job(job, crew, payload_budget=room, entry_bytes=entry_bytes)
+        parts = {part.name: part for part in (distill_job(job, coded, rows) if options.distill else coded)}
         entries = {name: entry(part) for name, part in parts.items()}
         found = fingerprint((name, entry.spec, entry.base_digest) for name, entry in entries.items())
         base = header.base.model_copy(update={"fingerprint": found})

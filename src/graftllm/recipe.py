@@ -47,6 +47,11 @@ class PackOptions(Section):
     servable: int | None = Field(
         default=None, ge=1, le=512, description="keep linear layers at this rank or below, as LoRA servers need it"
     )
+    distill: int | None = Field(
+        default=None,
+        ge=1,
+        description="steps of 32 calibration rows that train the codes to answer as the tuned model does (auto only)",
+    )
     density: float = Field(default=0.97, gt=0, le=1, description="share kept of embedding and head deltas")
     energy: float = Field(
         default=0.95, gt=0, le=1, description="share of squared singular values kept; a budget overrides it"
@@ -78,6 +83,17 @@ class PackOptions(Section):
                     budget_bytes(self.budget, 1)
             except RecipeError as error:
                 raise ValueError(str(error)) from error
+        return self
+
+    @model_validator(mode="after")
+    def _distilled_is_sized(self) -> "PackOptions":
+        if self.distill and self.strategy != "auto":
+            raise ValueError(f"distill: trains codes of the strategy auto, found {self.strategy}; leave it out")
+        if self.distill and self.budget is not None and kl_target(self.budget) is not None:
+            raise ValueError(
+                f"distill: would learn from the rows that a budget of {self.budget} is measured on; "
+                "give a size, such as 5%"
+            )
         return self
 
 
@@ -175,6 +191,7 @@ def pack_options(
     bit_bands: str | None,
     group_size: int | None,
     servable: int | None = None,
+    distill: int | None = None,
 ) -> PackOptions:
     """Return pack options with the given values; None stands for the default.
 
@@ -186,12 +203,13 @@ def pack_options(
         bit_bands: such as `8:0.02,4:0.18,2:0.8`.
         group_size: values that share one scale.
         servable: largest rank of linear layers.
+        distill: steps that train the codes.
 
     Raises:
         RecipeError: a value is out of range.
     """
     given = {"strategy": strategy, "budget": budget, "energy": energy, "density": density, "group_size": group_size}
-    given["servable"] = servable
+    given |= {"servable": servable, "distill": distill}
     if bit_bands is not None:
         given["bit_bands"] = [band.split(":") for band in bit_bands.split(",")]
     try:

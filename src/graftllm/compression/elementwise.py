@@ -4,9 +4,9 @@ Best where the spectrum is flat. Rows that did not change cost a bit or two, so 
 operator of embeddings of which few rows moved.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from graftllm.compression.codes import CodeReader, CodeWriter, code_bits
-from graftllm.compression.matrix import BLOCK, MatrixOperator
+from graftllm.compression.matrix import BLOCK, Levels, MatrixOperator
 from graftllm.compression.metric import Metric, from_half_octaves, half_octaves, quantize
 
 _SLOPES = (0, 2, 4)  # tables per half octave of a column's step
@@ -38,6 +38,35 @@ class Elementwise(MatrixOperator):
         Raises:
             ValueError: the payload is not an encoding of that shape.
         """
+        for start, grid, codes in self._blocks(payload, shape):
+            yield start, grid.levels(codes).values()
+
+    def levels(self, payload: np.ndarray, shape: tuple[int, int]) -> list[Levels]:
+        """Return the codes, block by block.
+
+        Raises:
+            ValueError: the payload is not an encoding of that shape.
+        """
+        return [grid.levels(codes) for _, grid, codes in self._blocks(payload, shape)]
+
+    def joined(self, values: Sequence[Tensor]) -> Tensor:
+        """Return the blocks as one matrix."""
+        return torch.cat(list(values))
+
+    def recoded(
+        self, payload: np.ndarray, shape: tuple[int, int], codes: Sequence[np.ndarray]
+    ) -> tuple[Self, np.ndarray]:
+        """Return the operator, which stays, and the payload with other codes.
+
+        Raises:
+            ValueError: the payload is not an encoding of that shape.
+        """
+        grids = [grid for _, grid, _ in self._blocks(payload, shape)]
+        parts = [grid.payload(part, self.slope) for grid, part in zip(grids, codes, strict=True)]
+        return self, np.concatenate(parts)
+
+    def _blocks(self, payload: np.ndarray, shape: tuple[int, int]) -> Iterator[tuple[int, "Grid", np.ndarray]]:
+        """Yield the first row, the grid and the codes of each block."""
         rows, columns = shape
         position = 0
         for start in range(0, rows, self.height):
@@ -47,7 +76,7 @@ class Elementwise(MatrixOperator):
             row_exponents, column_exponents = reader.vector(some), reader.vector(columns)
             codes = reader.matrix(some, columns, -self.slope * column_exponents)
             reader.finish()
-            yield start, Grid(self.step, row_exponents, column_exponents).values(torch.from_numpy(codes).float())
+            yield start, Grid(self.step, row_exponents, column_exponents), codes
             position += 4 + size
         if position != len(payload):
             raise ValueError(f"expected {position} bytes of codes, found {len(payload)}")
@@ -66,10 +95,24 @@ class Grid:
         rows, columns = from_half_octaves(self.row_exponents) * self.step, from_half_octaves(self.column_exponents)
         return quantize(values, rows, columns, metric.lower)
 
+    def levels(self, codes: np.ndarray) -> Levels:
+        """Return codes, int32, with the steps of this grid."""
+        return Levels(
+            codes, from_half_octaves(self.row_exponents) * self.step, from_half_octaves(self.column_exponents)
+        )
+
     def values(self, codes: Tensor) -> Tensor:
         """Return what the codes stand for."""
-        rows = (from_half_octaves(self.row_exponents) * self.step).to(codes)
-        return codes * rows[:, None] * from_half_octaves(self.column_exponents).to(codes)
+        return self.levels(np.empty(0, np.int32)).values(codes)
+
+    def payload(self, codes: np.ndarray, slope: int) -> np.ndarray:
+        """Return a block of the operator's payload."""
+        writer = CodeWriter()
+        writer.vector(self.row_exponents)
+        writer.vector(self.column_exponents)
+        writer.matrix(codes, -slope * self.column_exponents)
+        payload = writer.payload()
+        return np.concatenate([np.array([len(payload)], "<u4").view(np.uint8), payload])
 
 
 def grid_for(metric: Metric, step: float, shape: tuple[int, int]) -> Grid:
@@ -102,12 +145,7 @@ def encode_elementwise(
         codes = part.codes(read(start, min(start + height, rows)), metric).to(torch.int32).cpu().numpy()
         if slope < 0:  # the first block tells: keeping all of a vocabulary's codes would take gigabytes
             slope = _best_slope(codes, grid.column_exponents)
-        writer = CodeWriter()
-        writer.vector(part.row_exponents)
-        writer.vector(grid.column_exponents)
-        writer.matrix(codes, -slope * grid.column_exponents)
-        payload = writer.payload()
-        parts += [np.array([len(payload)], "<u4").view(np.uint8), payload]
+        parts.append(part.payload(codes, slope))
     return Elementwise(step=grid.step, slope=slope, height=height), np.concatenate(parts)
 
 

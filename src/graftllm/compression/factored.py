@@ -5,8 +5,8 @@ solved again by least squares against the stored B, and both are rounded with th
 units of cost, which is reverse water-filling: strong directions get many bits, weak ones few or none.
 """
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from graftllm.compression.codes import CodeReader, CodeWriter
 from graftllm.compression.elementwise import Elementwise, encode_elementwise
 from graftllm.compression.lowrank import truncated_svd
-from graftllm.compression.matrix import MatrixOperator
+from graftllm.compression.matrix import Levels, MatrixOperator
 from graftllm.compression.metric import Metric, damped_cholesky, from_half_octaves, half_octaves, quantize
 
 
@@ -47,16 +47,62 @@ class Factored(MatrixOperator):
         Raises:
             ValueError: as for `blocks`.
         """
+        right, left = self.levels(payload, shape)
+        return left.values().T, right.values()
+
+    def levels(self, payload: np.ndarray, shape: tuple[int, int]) -> list[Levels]:
+        """Return the codes of B, shape (rank, columns), and those of A transposed, shape (rank, rows).
+
+        Raises:
+            ValueError: as for `blocks`.
+        """
+        (column_exponents, right), (row_exponents, direction_exponents, left) = self._read(payload, shape)
+        column_steps, row_steps = from_half_octaves(column_exponents) * self.step, from_half_octaves(row_exponents)
+        return [
+            Levels(right, torch.ones(self.rank), column_steps),
+            Levels(left, from_half_octaves(direction_exponents), row_steps),
+        ]
+
+    def joined(self, values: Sequence[Tensor]) -> Tensor:
+        """Return A B from B and A transposed."""
+        right, left = values
+        return left.T @ right
+
+    def recoded(
+        self, payload: np.ndarray, shape: tuple[int, int], codes: Sequence[np.ndarray]
+    ) -> tuple[Self, np.ndarray]:
+        """Return the operator, which stays, and the payload with other codes.
+
+        Raises:
+            ValueError: as for `blocks`.
+        """
+        (column_exponents, _), (row_exponents, direction_exponents, _) = self._read(payload, shape)
+        right, left = codes
+        return self, _payload((column_exponents, right), (row_exponents, direction_exponents, left))
+
+    def _read(self, payload: np.ndarray, shape: tuple[int, int]) -> tuple["_Right", "_Left"]:
         rows, columns = shape
         if self.rank > min(shape):
             raise ValueError(f"expected a rank of at most {min(shape)}, found {self.rank}")
         reader = CodeReader(payload)
-        column_steps = from_half_octaves(reader.vector(columns)) * self.step
-        right = torch.from_numpy(reader.matrix(self.rank, columns)).float() * column_steps
-        row_steps, direction_steps = from_half_octaves(reader.vector(rows)), from_half_octaves(reader.vector(self.rank))
-        left = torch.from_numpy(reader.matrix(self.rank, rows)).float() * direction_steps[:, None] * row_steps
+        right = reader.vector(columns), reader.matrix(self.rank, columns)
+        left = reader.vector(rows), reader.vector(self.rank), reader.matrix(self.rank, rows)
         reader.finish()
-        return left.T, right
+        return right, left
+
+
+_Right = tuple[np.ndarray, np.ndarray]  # column exponents, codes of B
+_Left = tuple[np.ndarray, np.ndarray, np.ndarray]  # row exponents, direction exponents, codes of A transposed
+
+
+def _payload(right: _Right, left: _Left) -> np.ndarray:
+    writer = CodeWriter()
+    writer.vector(right[0])
+    writer.matrix(right[1])
+    writer.vector(left[0])
+    writer.vector(left[1])
+    writer.matrix(left[2])
+    return writer.payload()
 
 
 class Hybrid(MatrixOperator):
@@ -82,6 +128,30 @@ class Hybrid(MatrixOperator):
         strong = self.strong.matrix(payload[: self.split], shape)
         for start, rest in self.rest.blocks(payload[self.split :], shape):
             yield start, strong[start : start + len(rest)] + rest
+
+    def levels(self, payload: np.ndarray, shape: tuple[int, int]) -> list[Levels]:
+        """Return the codes of the factored part, two, and those of the rest.
+
+        Raises:
+            ValueError: as for `blocks`.
+        """
+        return self.strong.levels(payload[: self.split], shape) + self.rest.levels(payload[self.split :], shape)
+
+    def joined(self, values: Sequence[Tensor]) -> Tensor:
+        """Return the sum of both parts."""
+        return self.strong.joined(values[:2]) + self.rest.joined(values[2:])
+
+    def recoded(
+        self, payload: np.ndarray, shape: tuple[int, int], codes: Sequence[np.ndarray]
+    ) -> tuple[Self, np.ndarray]:
+        """Return the operator, whose split moves, and the payload with other codes.
+
+        Raises:
+            ValueError: as for `blocks`.
+        """
+        _, strong = self.strong.recoded(payload[: self.split], shape, codes[:2])
+        _, rest = self.rest.recoded(payload[self.split :], shape, codes[2:])
+        return self.model_copy(update={"split": len(strong)}), np.concatenate([strong, rest])
 
 
 MatrixCode = Elementwise | Factored | Hybrid
@@ -119,13 +189,8 @@ def encode_factored(
     row_exponents = np.zeros(len(delta), np.int32) if metric.rows is None else half_octaves(metric.rows.rsqrt())
     direction_exponents = half_octaves(step / inner_lower.diagonal())
     left_codes = quantize(left, from_half_octaves(row_exponents), from_half_octaves(direction_exponents), inner_lower)
-    writer = CodeWriter()
-    writer.vector(column_exponents)
-    writer.matrix(_whole(codes))
-    writer.vector(row_exponents)
-    writer.vector(direction_exponents)
-    writer.matrix(_whole(left_codes.T))
-    return Factored(rank=len(codes), step=step), writer.payload()
+    payload = _payload((column_exponents, _whole(codes)), (row_exponents, direction_exponents, _whole(left_codes.T)))
+    return Factored(rank=len(codes), step=step), payload
 
 
 def encode_hybrid(

@@ -1,9 +1,9 @@
 """Parameters as matrices: how a tensor of any shape is cut into rows and columns, and what such operators share."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -13,6 +13,26 @@ from torch import Tensor
 from graftllm.checkpoint import LARGE
 
 BLOCK = 1 << 24  # entries that are coded at a time; bounds the memory
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Codes of a payload, and what they stand for: codes * rows[:, None] * columns.
+
+    Attributes:
+        codes: whole numbers, int32, shape (rows, columns).
+        rows: steps, float32, shape (rows,).
+        columns: steps, float32, shape (columns,).
+    """
+
+    codes: np.ndarray
+    rows: Tensor
+    columns: Tensor
+
+    def values(self, codes: Tensor | None = None) -> Tensor:
+        """Return what the codes stand for, or others in their place, in float32 or the dtype of the others."""
+        codes = torch.from_numpy(self.codes).float() if codes is None else codes
+        return codes * self.rows.to(codes)[:, None] * self.columns.to(codes)
 
 
 class MatrixOperator(BaseModel):
@@ -30,6 +50,28 @@ class MatrixOperator(BaseModel):
 
     def blocks(self, payload: np.ndarray, shape: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
         """Yield the first row and the entries, float32, of each block of rows."""
+        raise NotImplementedError
+
+    def levels(self, payload: np.ndarray, shape: tuple[int, int]) -> list[Levels]:
+        """Return all codes of a payload, for `joined` and `recoded`.
+
+        Raises:
+            ValueError: the payload is not an encoding of that shape.
+        """
+        raise NotImplementedError
+
+    def joined(self, values: Sequence[Tensor]) -> Tensor:
+        """Return the matrix, shape (rows, columns), that the values of all `levels` make; gradients pass."""
+        raise NotImplementedError
+
+    def recoded(
+        self, payload: np.ndarray, shape: tuple[int, int], codes: Sequence[np.ndarray]
+    ) -> tuple[Self, np.ndarray]:
+        """Return the operator and payload with other codes, int32, in place of those of all `levels`.
+
+        Raises:
+            ValueError: as for `levels`.
+        """
         raise NotImplementedError
 
     def matrix(self, payload: np.ndarray, shape: tuple[int, int]) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from graftllm.checkpoint import Checkpoint
@@ -74,12 +75,12 @@ def input_metric(moments: Tensor | None) -> Metric:
     return Metric(float(moments.diagonal().mean()), None, _normal(moments))
 
 
-def fits_in_memory(checkpoint: Checkpoint, device: torch.device) -> bool:
-    """Return whether the whole model fits, with room for activations: its weights take at most half of the memory."""
+def fits_in_memory(checkpoint: Checkpoint, device: torch.device, copies: int = 2) -> bool:
+    """Return whether so many copies of the whole model fit; by default its weights, and as much for activations."""
     if device.type == "cuda":
-        return 2 * checkpoint.nbytes <= torch.cuda.get_device_properties(device).total_memory
+        return copies * checkpoint.nbytes <= torch.cuda.get_device_properties(device).total_memory
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 2 * 4 * checkpoint.parameters <= physical  # float32
+    return copies * 4 * checkpoint.parameters <= physical  # float32
 
 
 def measure_sensitivity(tuned: Path, rows: Sequence[Prompt], *, device: str = "auto") -> Sensitivity:
@@ -100,22 +101,39 @@ def measure_sensitivity(tuned: Path, rows: Sequence[Prompt], *, device: str = "a
         live: found.stored[0] for found in bindings(model, checkpoint.specs) if found.plain for live in found.live
     }
     watcher = _Watcher(model, stored)
-    rendered = [render_answered(tokenizer, row) for row in rows]
-    sequences = [(ids[:MAX_LENGTH], min(first, MAX_LENGTH)) for ids, first in rendered if ids]
+    sequences = answered(tokenizer, rows)
     draw = torch.Generator(device=model.device).manual_seed(0)
     predicted = 0
     for start in track(range(0, len(sequences), _BATCH), label="sensitivity"):
         batch = sequences[start : start + _BATCH]
         ids, mask = pad([row for row, _ in batch], tokenizer, model.device)
-        answers = torch.zeros_like(mask, dtype=torch.bool)
-        for i, (row, first) in enumerate(batch):
-            answers[i, (first if first < len(row) else 1) - 1 : len(row) - 1] = True
+        answers = predicting(batch, mask)
         watcher.ids, watcher.mask = ids, mask.bool()
         chances = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[answers].float().log_softmax(-1)
         drawn = torch.multinomial(chances.detach().exp(), 1, generator=draw)
         chances.gather(1, drawn).sum().backward()
         predicted += len(drawn)
     return watcher.sensitivity(predicted)
+
+
+Answered = tuple[list[int], int]  # token ids, and the position where the answer begins
+
+
+def answered(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> list[Answered]:
+    """Return the tokens of rows that have any, at most `MAX_LENGTH` of each."""
+    rendered = [render_answered(tokenizer, row) for row in rows]
+    return [(ids[:MAX_LENGTH], min(first, MAX_LENGTH)) for ids, first in rendered if ids]
+
+
+def predicting(batch: Sequence[Answered], mask: Tensor) -> Tensor:
+    """Return at which places of a batch, padded on the right, a token of an answer is predicted: a mask like `mask`.
+
+    Where there is no answer every token counts as one.
+    """
+    places = torch.zeros_like(mask, dtype=torch.bool)
+    for i, (row, first) in enumerate(batch):
+        places[i, (first if first < len(row) else 1) - 1 : len(row) - 1] = True
+    return places
 
 
 class _Watcher:

@@ -61,12 +61,12 @@ class Unit:
     Attributes:
         name: of the tensor.
         kind: `look` and `code` for the strategy `auto`, `refine` for an exact layer on what `code` made,
-            `spectrum` and `publish` for the others.
-        at: the step that `code` and `refine` use, or the rank of `publish`.
+            `distill` for what training makes of that, `spectrum` and `publish` for the other strategies.
+        at: the step that `code`, `refine` and `distill` use, or the rank of `publish`.
     """
 
     name: str
-    kind: Literal["look", "code", "refine", "spectrum", "publish"]
+    kind: Literal["look", "code", "refine", "distill", "spectrum", "publish"]
     at: float | None = None
 
     def file(self, job: Job) -> Path:
@@ -166,9 +166,9 @@ def _look(job: Job, unit: Unit) -> None:
     spec = delta.tuned.specs[name]
     floating = DTYPES[spec.dtype].is_floating_point
     if delta.unchanged(name):
-        _write_code(job, unit, Unchanged(), np.empty(0, np.uint8), 0.0)
+        write_code(job, unit, Unchanged(), np.empty(0, np.uint8), 0.0)
     elif min(matrix_shape(spec.shape)) == 1 or not floating:
-        _write_code(job, unit, *encode_exact(*delta.pair(name)), 0.0)
+        write_code(job, unit, *encode_exact(*delta.pair(name)), 0.0)
     else:
         served = role_of(name, spec.shape) in SERVED and len(spec.shape) == 2
         measures = job.measures()
@@ -187,7 +187,7 @@ def _code(job: Job, unit: Unit) -> None:
     operator, payload, error = encode_matrix(lambda: job.delta.pair(unit.name), source, metric, known, unit.at)
     if measures.transposed(unit.name) and isinstance(operator, MatrixOperator):
         operator = operator.model_copy(update={"transposed": True})
-    _write_code(job, unit, operator, payload, error)
+    write_code(job, unit, operator, payload, error)
 
 
 def _refine(job: Job, unit: Unit) -> None:
@@ -214,17 +214,17 @@ def _spectrum(job: Job, unit: Unit) -> None:
 def _publish(job: Job, unit: Unit) -> None:
     """Code a parameter in the strategy `paper` or `exact`."""
     if job.delta.unchanged(unit.name):
-        return _write_code(job, unit, Unchanged(), np.empty(0, np.uint8), 0.0)
+        return write_code(job, unit, Unchanged(), np.empty(0, np.uint8), 0.0)
     base, tuned, change, role = _changed(job, unit.name)
     if job.options.strategy == "exact":
-        return _write_code(job, unit, *encode_closest(base, tuned, resolve_device(job.device)), 0.0)
+        return write_code(job, unit, *encode_closest(base, tuned, resolve_device(job.device)), 0.0)
     calibration = job.measures().calibration
     moments = None if calibration is None else calibration.moments.get(unit.name)
     rank = None if unit.at is None else int(unit.at)
     encoded = EncodedTensor(*encode_published(base, tuned, change, role, job.options, rank, moments))
     change = change.cpu()
     error, norm = float((encoded.decode(base) - change).norm()), float(change.norm())
-    return _write_code(job, unit, encoded.operator, encoded.payload, error / norm if norm else 0.0)
+    return write_code(job, unit, encoded.operator, encoded.payload, error / norm if norm else 0.0)
 
 
 def _changed(job: Job, name: str) -> tuple[Tensor, Tensor, Tensor, Role]:
@@ -236,7 +236,8 @@ def _changed(job: Job, name: str) -> tuple[Tensor, Tensor, Tensor, Role]:
 _KINDS = {"look": _look, "code": _code, "refine": _refine, "spectrum": _spectrum, "publish": _publish}
 
 
-def _write_code(job: Job, unit: Unit, operator: Operator, payload: np.ndarray, error: float) -> None:
+def write_code(job: Job, unit: Unit, operator: Operator, payload: np.ndarray, error: float) -> None:
+    """Keep what a unit made of its parameter; `error` is ||decoded - delta|| / ||delta||."""
     _write_encoded(job, unit, EncodedTensor(operator, payload), error)
 
 
@@ -265,7 +266,7 @@ def _write_encoded(job: Job, unit: Unit, encoded: EncodedTensor, error: float) -
 
 def _base_digest(job: Job, unit: Unit) -> str:
     """Return the digest of the base value; the look at a matrix has found it already."""
-    if unit.kind not in ("code", "refine"):
+    if unit.kind not in ("code", "refine", "distill"):
         return job.delta.base_digest(unit.name)
     with safe_open(Unit(unit.name, "look").file(job), framework="np") as file:
         return json.loads((file.metadata() or {})["outlook"])["base_digest"]

@@ -1,0 +1,271 @@
+"""Codes trained so that the packed model answers as the tuned one does.
+
+Rounding takes one matrix after the other, and an estimate of what its errors cost. Here all codes learn at once, by
+Adam on
+
+    KL(tuned || packed) + sum_l ||h_l' - h_l||^2 / ||h_l||^2 + price * bits
+
+over calibration rows, where h_l is what layer l gives for all tokens: from the answers alone, codes learn the rows
+by heart (TinyBERT, arXiv 1909.10351, learns from both). Codes are real numbers that are rounded on the way forward;
+gradients pass as if they were not (straight-through estimator, arXiv 1308.3432). They start where rounding left them.
+Operators, ranks and steps stay, so a pack is read as before. The price is what a bit is worth at the start, 3 loss a
+bit of the pack, since divergence falls with about the cube of its size; it rises where the pack would grow.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.functional import kl_div
+from transformers import PreTrainedModel
+
+from graftllm.checkpoint import DTYPE_NAMES, TensorSpec, raw_bytes, write_safetensors
+from graftllm.compression.factored import MatrixCode
+from graftllm.compression.matrix import matrix_shape
+from graftllm.compression.sensitivity import answered, fits_in_memory, predicting
+from graftllm.compression.units import Compressed, Job, Unit, found_code, write_code
+from graftllm.errors import CompressionError
+from graftllm.generation import load_model, load_tokenizer, pad, resolve_device
+from graftllm.live import Binding, bindings
+from graftllm.progress import progress
+from graftllm.records import Prompt
+
+_BATCH = 32
+_RATE = 0.01  # codes that Adam moves a step, more or less; more where steps are few
+_WAY = 3.0  # codes that one can move in all
+_BETAS = (0.9, 0.99)
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_LOOKS = 4  # batches that the loss at the start is measured on
+_KEPT = 50  # steps between two savings
+_WEIGHED = 24  # times that a training looks at how many bytes the codes take
+_DEARER = 1.5  # times the price, where they take more than at the start
+_TRIES = 3  # each beginning at twice the price, until the pack is not larger
+_COPIES = 6  # of the weights, that training needs memory for
+
+
+def distill_job(job: Job, parts: Sequence[Compressed], rows: Sequence[Prompt]) -> list[Compressed]:
+    """Return what `encode_job` gave with trained codes; all together take no more bytes than before.
+
+    Matrices that transformers stacks or splits when it loads them (the experts of a layer) keep their codes.
+
+    Args:
+        job: its options say for how many steps.
+        parts: of the strategy `auto`.
+        rows: conversations to train on; what models say is compared at the tokens of answers, where there are any.
+
+    Raises:
+        CompressionError: there are no rows, or the model is too large to be trained.
+        CheckpointError: transformers cannot load the model or its tokenizer.
+    """
+    units = {part.name: Unit(part.name, "distill", part.unit.at) for part in parts if _is_coded(part)}
+    if any(not unit.file(job).exists() for unit in units.values()):
+        codes = _trained(job, parts, rows)
+        for part in parts:
+            if part.name in units:
+                operator, payload = codes.get(part.name, (part.facts.operator, part.payload))
+                base, change = job.delta.pair(part.name)[0], job.delta[part.name]
+                error = float((operator.delta(payload, base) - change).norm() / change.norm())
+                write_code(job, units[part.name], operator, payload, error)
+    return [found_code(job, units[part.name]) if part.name in units else part for part in parts]
+
+
+def _is_coded(part: Compressed) -> bool:
+    return isinstance(part.facts.operator, MatrixCode)
+
+
+def _trained(
+    job: Job, parts: Sequence[Compressed], rows: Sequence[Prompt]
+) -> Mapping[str, tuple[MatrixCode, np.ndarray]]:
+    """Return operators and payloads by parameter; nothing where there is nothing to gain, or it takes more bytes."""
+    student = _Student(job, parts, rows)
+    start = student.loss_at_start() if student.matrices else 0.0
+    for attempt in range(student.attempt, _TRIES if start > 0 else 0):
+        student.train(attempt, 2**attempt * 3 * start / (8 * student.room))
+        if student.nbytes() <= student.room:
+            return {matrix.part.name: matrix.recoded() for matrix in student.matrices}
+    return {}
+
+
+@dataclass
+class _Matrix:
+    """A parameter whose codes are trained.
+
+    Attributes:
+        part: how it is coded.
+        operator: of the part.
+        live: its name in the model.
+        base: its base value, on the device and in the dtype of the model.
+    """
+
+    part: Compressed
+    operator: MatrixCode
+    live: str
+    base: Tensor
+
+    def __post_init__(self) -> None:
+        shape = matrix_shape(tuple(self.base.shape))
+        self.shape = (shape[1], shape[0]) if self.operator.transposed else shape
+        levels, device = self.operator.levels(self.part.payload, self.shape), self.base.device
+        self.levels = [replace(one, rows=one.rows.to(device), columns=one.columns.to(device)) for one in levels]
+        self.start()
+
+    def start(self) -> None:
+        """Put the codes to where rounding left them."""
+        self.codes = [torch.from_numpy(one.codes).float().to(self.base.device).requires_grad_() for one in self.levels]
+
+    def bits(self) -> Tensor:
+        """Return about how many bits the codes take, up to a constant."""
+        each = zip(self.codes, self._bits_each, strict=True)
+        return torch.stack([(codes.abs() * bits).sum() for codes, bits in each]).sum()
+
+    @cached_property
+    def _bits_each(self) -> list[Tensor]:
+        """What a code that is one further from 0 takes, by rows: log2((1 + m) / m), m being their mean magnitude."""
+        means = [np.abs(one.codes).mean(axis=1).clip(1 / max(1, one.codes.shape[1])) for one in self.levels]
+        return [torch.from_numpy(np.log2(1 + 1 / mean)).to(self.base.device).float()[:, None] for mean in means]
+
+    def value(self) -> Tensor:
+        """Return base + delta."""
+        rounded = [codes + (codes.round() - codes).detach() for codes in self.codes]
+        matrix = self.operator.joined([one.values(codes) for one, codes in zip(self.levels, rounded, strict=True)])
+        matrix = matrix.T if self.operator.transposed else matrix
+        return (self.base.float() + matrix.reshape(self.base.shape)).to(self.base.dtype)
+
+    def recoded(self) -> tuple[MatrixCode, np.ndarray]:
+        """Return operator and payload with the codes as they are now."""
+        codes = [codes.detach().round().to(torch.int32).cpu().numpy() for codes in self.codes]
+        return self.operator.recoded(self.part.payload, self.shape, codes)
+
+
+class _Student:
+    """The tuned model, which teaches, and what the packed one has in place of its weights."""
+
+    def __init__(self, job: Job, parts: Sequence[Compressed], rows: Sequence[Prompt]) -> None:
+        tuned, self.steps = job.delta.tuned, job.options.distill or 0
+        if not rows:
+            raise CompressionError(
+                "distill: codes are trained on calibration rows, but there are none. Give some (--calibration), best "
+                "all that the model was tuned on."
+            )
+        if not fits_in_memory(tuned, resolve_device(job.device), copies=_COPIES):
+            raise CompressionError(
+                f"distill: codes are trained with {_COPIES} times the model's {tuned.nbytes / 1e9:.1f} GB in memory, "
+                "which is more than there is. Leave it out, or take a larger device."
+            )
+        self.model: PreTrainedModel = load_model(tuned.path, device=job.device)
+        self.model.requires_grad_(False)
+        self.tokenizer = load_tokenizer(tuned.path)
+        self.rows = [row for row in answered(self.tokenizer, rows) if len(row[0]) > 1]
+        self.matrices: list[_Matrix] = []
+        self.fixed: dict[str, Tensor] = {}  # live parameters that are neither trained nor the tuned model's own
+        by_name = {part.name: part for part in parts}
+        for binding in bindings(self.model, tuned.specs):
+            own = [by_name[name] for name in binding.stored]
+            if any(part.facts.error for part in own):
+                self._bind(job, binding, own)
+        self.room = sum(matrix.part.facts.nbytes for matrix in self.matrices)
+        at = next((part.unit.at for part in parts if _is_coded(part)), None)
+        self._file = job.workspace.directory / f"distilling.{float(at or 0).hex()}"
+
+    def _bind(self, job: Job, binding: Binding, own: Sequence[Compressed]) -> None:
+        """Say what stands for a live parameter that the pack does not restore bit for bit."""
+        bases = {part.name: job.delta.pair(part.name)[0] for part in own}
+        operator = own[0].facts.operator
+        if binding.plain and isinstance(operator, MatrixCode):
+            name = binding.live[0]
+            base = bases[own[0].name].to(self.model.get_parameter(name))
+            self.matrices.append(_Matrix(own[0], operator, name, base))
+            return
+        values = {part.name: part.encoded.restore(bases[part.name]) for part in own}
+        for name, value in binding.to_live(values).items():
+            self.fixed[name] = value.to(self.model.get_parameter(name))
+
+    @torch.no_grad()
+    def loss_at_start(self) -> float:
+        """Return the loss on a few batches, without bits."""
+        return sum(float(self._loss(-1 - number)) for number in range(_LOOKS)) / _LOOKS
+
+    def nbytes(self) -> int:
+        """Return the bytes that the codes take as they are now; at the start, `room`."""
+        return sum(matrix.recoded()[1].nbytes for matrix in self.matrices)
+
+    @property
+    def attempt(self) -> int:
+        """The training that was stopped, or the first one."""
+        return self._stopped()[0]
+
+    def train(self, attempt: int, price: float) -> None:
+        """Train the codes from their start, or from where this attempt was stopped.
+
+        Args:
+            attempt: its number.
+            price: what a bit counts in the loss, to begin with.
+        """
+        for matrix in self.matrices:
+            matrix.start()
+        codes = [codes for matrix in self.matrices for codes in matrix.codes]
+        rate, done = max(_RATE, _WAY / self.steps), 0
+        optimizer = torch.optim.Adam(codes, lr=rate, betas=_BETAS)
+        if self._stopped()[:2] > (attempt, 0):
+            _, done, price = self._stopped()
+            self._load(codes, optimizer, done)
+        with progress("distilling") as show:
+            for step in range(done, self.steps):
+                if step % max(1, self.steps // _WEIGHED) == 0 and self.nbytes() > self.room:
+                    price *= _DEARER
+                optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / self.steps)) / 2
+                loss = self._loss(step) + price * torch.stack([matrix.bits() for matrix in self.matrices]).sum()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                show(step + 1, self.steps)
+                if (step + 1) % _KEPT == 0:
+                    self._save(codes, optimizer, (attempt, step + 1, price))
+
+    def _loss(self, number: int) -> Tensor:
+        """Return the loss on a batch, by its number, without bits; divergence is in nats a predicted token."""
+        draw = torch.Generator().manual_seed(number % (1 << 32))
+        batch = [self.rows[i] for i in torch.randint(len(self.rows), (_BATCH,), generator=draw).tolist()]
+        ids, mask = pad([row for row, _ in batch], self.tokenizer, self.model.device)
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False, "output_hidden_states": True}
+        places, seen = predicting(batch, mask), mask.bool()
+        with torch.no_grad():
+            tuned = cast(Any, self.model)(**inputs)
+        weights = self.fixed | {matrix.live: matrix.value() for matrix in self.matrices}
+        packed = functional_call(self.model, weights, (), inputs)
+        expected, found = (one.logits[places].float().log_softmax(-1) for one in (tuned, packed))
+        loss = kl_div(found, expected, reduction="batchmean", log_target=True)
+        for ours, theirs in zip(packed.hidden_states or (), tuned.hidden_states or (), strict=True):
+            target = theirs[seen].float()
+            loss = loss + (ours[seen].float() - target).square().sum() / target.square().sum()
+        return loss
+
+    def _stopped(self) -> tuple[int, int, float]:
+        """Return which attempt was saved last, after how many steps, and the price then."""
+        if not self._file.exists():
+            return 0, 0, 0.0
+        with safe_open(self._file, framework="pt") as file:
+            attempt, step, price = json.loads((file.metadata() or {})["at"])
+        return attempt, step, price
+
+    def _save(self, codes: Sequence[Tensor], optimizer: torch.optim.Adam, at: tuple[int, int, float]) -> None:
+        tensors = {f"{i}.codes": one.detach().cpu() for i, one in enumerate(codes)}
+        for i, one in enumerate(codes):
+            tensors |= {f"{i}.{kind}": optimizer.state[one][kind].cpu() for kind in _MOMENTS}
+        layout = {name: TensorSpec(DTYPE_NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
+        write_safetensors(self._file, layout, lambda name: raw_bytes(tensors[name]), metadata={"at": json.dumps(at)})
+
+    def _load(self, codes: Sequence[Tensor], optimizer: torch.optim.Adam, step: int) -> None:
+        with safe_open(self._file, framework="pt") as file:
+            for i, one in enumerate(codes):
+                one.data.copy_(file.get_tensor(f"{i}.codes"))
+                moments = {kind: file.get_tensor(f"{i}.{kind}").to(one.device) for kind in _MOMENTS}
+                optimizer.state[one] = moments | {"step": torch.tensor(float(step))}

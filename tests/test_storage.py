@@ -1,7 +1,11 @@
 import errno
+import itertools
 import multiprocessing
 import os
 import resource
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,3 +114,49 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"file/below: cannot be written \(.*\); check the path"):
         write_text(tmp_path / "file" / "below", "x")
+
+
+@pytest.mark.parametrize("failing", [0, 1], ids=["the old steps aside", "the new takes its place"])
+def test_a_directory_is_not_lost_where_renaming_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    out, calls, rename = tmp_path / "out", itertools.count(), os.replace
+    out.mkdir()
+    (out / "old").touch()
+
+    def broken(source: Path, target: Path) -> None:
+        if next(calls) == failing:
+            raise OSError(errno.EIO, "the disk has gone")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(StorageError, match="out: cannot be written"), whole_directory(out) as partial:
+        (partial / "new").touch()
+    assert [found.name for found in tmp_path.rglob("*")] == ["out", "old"]
+
+
+_REPLACE = """
+import os, sys
+from pathlib import Path
+from graftllm.storage import whole_directory
+
+def kill(source, target, rename=os.replace):
+    rename(source, target)
+    os.kill(os.getpid(), 9)  # the old directory has stepped aside
+
+with whole_directory(Path(sys.argv[1])) as partial:
+    (partial / "new").touch()
+    os.replace = kill
+"""
+
+
+def test_a_directory_that_a_killed_writer_moved_aside_is_put_back(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    assert subprocess.run([sys.executable, "-c", _REPLACE, str(out)]).returncode == -signal.SIGKILL
+    assert not out.exists()
+    with pytest.raises(KeyboardInterrupt), whole_directory(out):
+        assert (out / "old").exists()
+        raise KeyboardInterrupt
+    assert [found.name for found in tmp_path.rglob("*")] == ["out", "old"]

@@ -1,8 +1,9 @@
 """Files and directories that appear whole or not at all.
 
 Everything is written beside its place under a hidden name and renamed at the end, so a process
-killed at any moment leaves the old content or the new. The hidden name is fixed and locked: a
-killed writer's leftovers are reused by the next one, and two writers never mix.
+killed at any moment leaves the old content or the new. (A directory that is replaced steps aside first: killed
+between these two renamings, the next writer puts it back.) The hidden name is fixed and locked: a killed
+writer's leftovers are reused by the next one, and two writers never mix.
 """
 
 import errno
@@ -59,14 +60,15 @@ def whole_directory(path: Path) -> Iterator[Path]:
     try:
         with _room_for(path):
             _lock(descriptor, partial, path)
+            replaced = path.with_name(f".{path.name}.replaced")
+            if replaced.exists() and not path.exists():
+                os.replace(replaced, path)
             try:
                 for leftover in partial.iterdir():
                     _remove(leftover)
                 yield partial
                 with _writing(path):
-                    if path.exists():
-                        shutil.rmtree(path)
-                    os.replace(partial, path)
+                    _replace_directory(path, partial, replaced)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
@@ -120,6 +122,22 @@ def _lock(descriptor: int, opened: Path, path: Path) -> None:
     except (BlockingIOError, FileNotFoundError):
         pass
     raise StorageError(f"{path}: another process is writing here now; wait for it or choose another place.")
+
+
+def _replace_directory(path: Path, new: Path, aside: Path) -> None:
+    """Put a directory in the place of another; nothing is deleted before the new one is there."""
+    if aside.exists():
+        _remove(aside)
+    if path.exists():
+        os.replace(path, aside)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        if aside.exists():
+            os.replace(aside, path)
+        raise
+    if aside.exists():
+        _remove(aside)
 
 
 def _remove(path: Path) -> None:

@@ -9,7 +9,7 @@ over calibration rows, where h_l is what layer l gives for all tokens: from the 
 by heart (TinyBERT, arXiv 1909.10351, learns from both). Codes are real numbers that are rounded on the way forward;
 gradients pass as if they were not (straight-through estimator, arXiv 1308.3432). They start where rounding left them.
 Operators, ranks and steps stay, so a pack is read as before. The price is what a bit is worth at the start, 3 loss a
-bit of the pack, since divergence falls with about the cube of its size; it rises where the pack would grow.
+bit of the pack, since divergence falls with about the cube of its size; then it keeps the pack as large as it was.
 """
 
 import json
@@ -46,7 +46,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _LOOKS = 4  # batches that the loss at the start is measured on
 _KEPT = 50  # steps between two savings
 _WEIGHED = 24  # times that a training looks at how many bytes the codes take
-_DEARER = 1.5  # times the price, where they take more than at the start
+_FACTOR = 1.5  # of the price where they take more than at the start, and one part of where they take much less
+_FULL = 0.985  # of the bytes at the start: not much less
+_LAST = 0.7  # of the steps; then the price falls no more
 _TRIES = 3  # each beginning at twice the price, until the pack is not larger
 _COPIES = 6  # of the weights, that training needs memory for
 
@@ -219,8 +221,8 @@ class _Student:
             self._load(codes, optimizer, done)
         with progress("distilling") as show:
             for step in range(done, self.steps):
-                if step % max(1, self.steps // _WEIGHED) == 0 and self.nbytes() > self.room:
-                    price *= _DEARER
+                if step % max(1, self.steps // _WEIGHED) == 0:
+                    price *= self._correction(step)
                 optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / self.steps)) / 2
                 loss = self._loss(step) + price * torch.stack([matrix.bits() for matrix in self.matrices]).sum()
                 optimizer.zero_grad()
@@ -229,6 +231,13 @@ class _Student:
                 show(step + 1, self.steps)
                 if (step + 1) % _KEPT == 0:
                     self._save(codes, optimizer, (attempt, step + 1, price))
+
+    def _correction(self, step: int) -> float:
+        """Return by what the price is to be multiplied, so that the codes fill the room."""
+        share = self.nbytes() / self.room
+        if share > 1:
+            return _FACTOR
+        return 1 / _FACTOR if share < _FULL and step < _LAST * self.steps else 1.0
 
     def _loss(self, number: int) -> Tensor:
         """Return the loss on a batch, by its number, without bits; divergence is in nats a predicted token."""

@@ -34,7 +34,7 @@ from graftllm.compression.sensitivity import answered, fits_in_memory, predictin
 from graftllm.compression.units import Compressed, Job, Unit, found_code, write_code
 from graftllm.errors import CompressionError
 from graftllm.generation import load_model, load_tokenizer, pad, resolve_device
-from graftllm.live import Binding, bindings
+from graftllm.live import Binding, bindings, named_values
 from graftllm.progress import progress
 from graftllm.records import Prompt
 
@@ -46,7 +46,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _LOOKS = 4  # batches that the loss at the start is measured on
 _KEPT = 50  # steps between two savings
 _WEIGHED = 24  # times that a training looks at how many bytes the codes take
-_FACTOR = 1.5  # of the price where they take more than at the start, and one part of where they take much less
+_FACTOR = 1.5  # that raises the price where they take more than at the start, and lowers it where they take much less
 _FULL = 0.985  # of the bytes at the start: not much less
 _LAST = 0.7  # of the steps; then the price falls no more
 _TRIES = 3  # each beginning at twice the price, until the pack is not larger
@@ -179,16 +179,16 @@ class _Student:
 
     def _bind(self, job: Job, binding: Binding, own: Sequence[Compressed]) -> None:
         """Say what stands for a live parameter that the pack does not restore bit for bit."""
-        bases = {part.name: job.delta.pair(part.name)[0] for part in own}
+        bases, live = {part.name: job.delta.pair(part.name)[0] for part in own}, named_values(self.model)
         operator = own[0].facts.operator
         if binding.plain and isinstance(operator, MatrixCode):
             name = binding.live[0]
-            base = bases[own[0].name].to(self.model.get_parameter(name))
+            base = bases[own[0].name].to(live[name])
             self.matrices.append(_Matrix(own[0], operator, name, base))
             return
         values = {part.name: part.encoded.restore(bases[part.name]) for part in own}
         for name, value in binding.to_live(values).items():
-            self.fixed[name] = value.to(self.model.get_parameter(name))
+            self.fixed[name] = value.to(live[name])
 
     @torch.no_grad()
     def loss_at_start(self) -> float:

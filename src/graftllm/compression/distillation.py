@@ -152,7 +152,9 @@ class _Student:
 
     def __init__(self, job: Job, parts: Sequence[Compressed], rows: Sequence[Prompt]) -> None:
         tuned, self.steps = job.delta.tuned, job.options.distill or 0
-        if not rows:
+        self.tokenizer = load_tokenizer(tuned.path)
+        self.rows = [row for row in answered(self.tokenizer, rows) if len(row[0]) > 1]
+        if not self.rows:
             raise CompressionError(
                 "distill: codes are trained on calibration rows, but there are none. Give some (--calibration), best "
                 "all that the model was tuned on."
@@ -164,8 +166,6 @@ class _Student:
             )
         self.model: PreTrainedModel = load_model(tuned.path, device=job.device)
         self.model.requires_grad_(False)
-        self.tokenizer = load_tokenizer(tuned.path)
-        self.rows = [row for row in answered(self.tokenizer, rows) if len(row[0]) > 1]
         self.matrices: list[_Matrix] = []
         self.fixed: dict[str, Tensor] = {}  # live parameters that are neither trained nor the tuned model's own
         by_name = {part.name: part for part in parts}

@@ -39,7 +39,7 @@ class Elementwise(MatrixOperator):
             ValueError: the payload is not an encoding of that shape.
         """
         for start, grid, codes in self._blocks(payload, shape):
-            yield start, grid.levels(codes).values()
+            yield start, grid.values(torch.from_numpy(codes).float())
 
     def levels(self, payload: np.ndarray, shape: tuple[int, int]) -> list[Levels]:
         """Return the codes, block by block.
@@ -103,7 +103,8 @@ class Grid:
 
     def values(self, codes: Tensor) -> Tensor:
         """Return what the codes stand for."""
-        return self.levels(np.empty(0, np.int32)).values(codes)
+        rows = (from_half_octaves(self.row_exponents) * self.step).to(codes)
+        return codes * rows[:, None] * from_half_octaves(self.column_exponents).to(codes)
 
     def payload(self, codes: np.ndarray, slope: int) -> np.ndarray:
         """Return a block of the operator's payload."""

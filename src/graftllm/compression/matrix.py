@@ -1,6 +1,7 @@
 """Parameters as matrices: how a tensor of any shape is cut into rows and columns, and what such operators share."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -35,7 +36,7 @@ class Levels:
         return codes * self.rows.to(codes)[:, None] * self.columns.to(codes)
 
 
-class MatrixOperator(BaseModel):
+class MatrixOperator(BaseModel, ABC):
     """An operator that codes a delta as a matrix, in blocks of rows.
 
     The tensor is cut by `matrix_shape`; `transposed` says that the matrix is the transpose of that.
@@ -48,22 +49,23 @@ class MatrixOperator(BaseModel):
     def _only_what_differs(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {key: value for key, value in write(self).items() if key != "transposed" or value}
 
+    @abstractmethod
     def blocks(self, payload: np.ndarray, shape: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
         """Yield the first row and the entries, float32, of each block of rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def levels(self, payload: np.ndarray, shape: tuple[int, int]) -> list[Levels]:
         """Return all codes of a payload, for `joined` and `recoded`.
 
         Raises:
             ValueError: the payload is not an encoding of that shape.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def joined(self, values: Sequence[Tensor]) -> Tensor:
         """Return the matrix, shape (rows, columns), that the values of all `levels` make; gradients pass."""
-        raise NotImplementedError
 
+    @abstractmethod
     def recoded(
         self, payload: np.ndarray, shape: tuple[int, int], codes: Sequence[np.ndarray]
     ) -> tuple[Self, np.ndarray]:
@@ -72,7 +74,6 @@ class MatrixOperator(BaseModel):
         Raises:
             ValueError: as for `levels`.
         """
-        raise NotImplementedError
 
     def matrix(self, payload: np.ndarray, shape: tuple[int, int]) -> Tensor:
         """Return all entries in float32, shape (rows, columns).

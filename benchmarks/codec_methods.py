@@ -23,7 +23,7 @@ from zstandard import ZstdCompressor
 import graftllm.packer
 from graftllm.checkpoint import raw_bytes
 from graftllm.errors import CompressionError
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
 
 RATES = (0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # bits per parameter that our budgets ask for

@@ -25,7 +25,8 @@ from graftllm.evaluation.scores import evaluate
 from graftllm.fusion.grafting import plug
 from graftllm.generation import generate, load_model, load_tokenizer
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions, SamplingOptions
+from graftllm.packing_options import PackOptions
+from graftllm.recipe import SamplingOptions
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
 from graftllm.training.tuning import Training, train_sft

@@ -22,8 +22,8 @@ from graftllm.fusion.assembly import fuse_packs
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.generation import pad, render
 from graftllm.packer import compress_to
+from graftllm.packing_options import PackOptions
 from graftllm.pipeline.work import GENERAL
-from graftllm.recipe import PackOptions
 from graftllm.records import Prompt, read_prompts, write_rows
 from graftllm.storage import write_text
 

@@ -28,7 +28,7 @@ from graftllm.delta import Delta
 from graftllm.generation import resolve_device
 from graftllm.metering import peak_memory_bytes
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 
 _LAYER = {
     "self_attn.q_proj": (4096, 4096),

@@ -42,7 +42,7 @@ from graftllm.fusion.grafting import decode
 from graftllm.fusion.shelf import Shelf
 from graftllm.generation import resolve_device
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.serving.batch import Batch
 from graftllm.skillpack import SkillPack
 

@@ -38,7 +38,7 @@ from graftllm.delta import Delta
 from graftllm.fusion.merging import apply_packs
 from graftllm.generation import resolve_device
 from graftllm.packer import compress_to
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
 
 VOCABULARIES = {"small": 16032, "large": 128256}

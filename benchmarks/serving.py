@@ -29,7 +29,7 @@ from graftllm.delta import Delta
 from graftllm.fusion.assembly import fuse_packs
 from graftllm.generation import resolve_device
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.records import Message, Prompt, write_rows
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

@@ -26,10 +26,10 @@ from graftllm.fusion.merging import merge
 from graftllm.fusion.methods.table import METHODS
 from graftllm.generation import generate, load_model, load_tokenizer
 from graftllm.packer import compress_to
+from graftllm.packing_options import PackOptions
 from graftllm.pipeline.measuring import answering, measure_source
 from graftllm.pipeline.transfer import tune
 from graftllm.pipeline.work import GENERAL
-from graftllm.recipe import PackOptions
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
 from graftllm.stages import Stamp

@@ -16,7 +16,7 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.records import write_rows
 from graftllm.skillpack import SkillPack
 from tests.architectures import save_base

@@ -13,7 +13,7 @@ from graftllm.fusion.grafting import plug
 from graftllm.fusion.merging import apply_packs
 from graftllm.live import bindings
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
 from tests.architectures import CONFIGS, load, outputs, save_base, save_tuned

@@ -15,7 +15,7 @@ from graftllm.callback import PACK
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import CheckpointError, TrainingError
 from graftllm.generation import load_tokenizer
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
 from tests.models import rows, save_llama
 

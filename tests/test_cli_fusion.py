@@ -8,7 +8,7 @@ from graftllm import cli
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from tests.models import perturb
 
 

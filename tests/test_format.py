@@ -19,7 +19,7 @@ from graftllm.compression.factored import encode_factored, encode_hybrid, weight
 from graftllm.compression.metric import Metric
 from graftllm.delta import Delta
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions, Strategy
+from graftllm.packing_options import PackOptions, Strategy
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
 from tests.reader import Codes, cut, matrix_delta, prediction, tuned_patterns

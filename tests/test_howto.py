@@ -21,7 +21,7 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.fusion.assembly import fuse_packs
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.records import Message, Prompt, write_rows
 from tests.chat_server import chat_server
 from tests.models import perturb, save_llama

@@ -7,7 +7,7 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import PackError
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
 
 

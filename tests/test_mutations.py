@@ -26,7 +26,7 @@ from graftllm.compression.prediction import predicted
 from graftllm.compression.pruning import encode_sparse
 from graftllm.errors import PackError
 from graftllm.header import BaseInfo, Card, Header, TensorEntry, refinement_key
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
 
 KINDS = (

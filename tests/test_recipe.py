@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from graftllm.errors import RecipeError
-from graftllm.recipe import PackOptions, Recipe, budget_bytes, dump_recipe, load_recipe, pack_options
+from graftllm.packing_options import PackOptions, budget_bytes
+from graftllm.recipe import Recipe, dump_recipe, load_recipe, pack_options
 from graftllm.transfer_options import PromptSet
 
 SMALL = """

@@ -11,7 +11,7 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import StorageError
 from graftllm.packer import compress, compress_to
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from tests.models import rows
 
 _BUDGET = "40%"
@@ -21,7 +21,7 @@ from pathlib import Path
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression import crew
 from graftllm.delta import Delta
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.packer import compress_to
 from tests.models import rows
 

@@ -18,7 +18,7 @@ from graftllm.delta import Delta
 from graftllm.errors import PackError, StorageError
 from graftllm.header import Card, Provenance
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
 from tests.models import save_llama

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from graftllm.fusion.grafting import plug
     from graftllm.fusion.merging import apply_packs
     from graftllm.packer import compress
-    from graftllm.recipe import PackOptions, SamplingOptions
+    from graftllm.packing_options import PackOptions
+    from graftllm.recipe import SamplingOptions
     from graftllm.records import Prompt, read_prompts
     from graftllm.skillpack import SkillPack
 
@@ -44,7 +45,7 @@ _ROOMS = {
     "Delta": "delta",
     "GraftError": "errors",
     "GraftedModel": "fusion.grafted",
-    "PackOptions": "recipe",
+    "PackOptions": "packing_options",
     "Prompt": "records",
     "SamplingOptions": "recipe",
     "SkillPack": "skillpack",

@@ -16,7 +16,7 @@ from graftllm.errors import TrainingError
 from graftllm.fusion.merging import apply_packs
 from graftllm.header import Card, Provenance
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
 

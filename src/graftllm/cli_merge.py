@@ -76,7 +76,7 @@ def merge(
     from graftllm.fusion import merging
     from graftllm.fusion.inputs import open_tuned
     from graftllm.fusion.methods import table
-    from graftllm.recipe import PackOptions
+    from graftllm.packing_options import PackOptions
     from graftllm.records import read_prompts
 
     row = table.method(method)

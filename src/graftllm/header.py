@@ -26,7 +26,7 @@ from graftllm.compression.encoded import Operator, Refinement
 from graftllm.compression.roles import Role
 from graftllm.delta import convertible, growable, is_setting
 from graftllm.errors import PackError
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.training_options import DpoOptions, SftOptions
 
 VERSION = 1

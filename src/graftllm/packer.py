@@ -20,7 +20,7 @@ from graftllm.delta import Delta
 from graftllm.errors import CheckpointError, CompressionError, WorkerError
 from graftllm.generation import resolve_device
 from graftllm.header import BaseInfo, Card, Header, TensorEntry, file_bytes, metadata, refinement_key
-from graftllm.recipe import PackOptions, budget_bytes, kl_target
+from graftllm.packing_options import PackOptions, budget_bytes, kl_target
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
 

@@ -15,7 +15,7 @@ from graftllm.compression.crew import default_workers
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError, CompressionError
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt
 from tests.models import perturb
 

@@ -22,7 +22,7 @@ from graftllm.evaluation.fidelity import measure_fidelity
 from graftllm.fusion.grafting import plug
 from graftllm.generation import load_model
 from graftllm.packer import compress, compress_to
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.records import read_prompts
 from graftllm.skillpack import SkillPack
 from tests.architectures import save_base
@@ -138,7 +138,7 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.compression import distillation
 from graftllm.delta import Delta
 from graftllm.packer import compress_to
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from tests.conftest import TinyRun
 from tests.models import rows
 

@@ -11,7 +11,7 @@ from graftllm.costs.estimate import PACKING_S, disk_bytes, estimate, pack_bytes
 from graftllm.costs.hardware import CHIPS, ROWS, Hardware, hardware
 from graftllm.costs.models import Sized
 from graftllm.errors import RecipeError
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.training.memory import Shape, activation_bytes
 from graftllm.training_options import SftOptions
 from tests.costs.test_amounts import _asked

@@ -14,7 +14,7 @@ from graftllm.errors import PackError
 from graftllm.evaluation.anatomy import by_layer, by_role, figures, portion, strengths
 from graftllm.header import BaseInfo, Card, Header, TensorEntry
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
 
 MATRIX = "model.layers.1.mlp.up_proj.weight"

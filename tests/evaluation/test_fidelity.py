@@ -18,7 +18,7 @@ from graftllm.evaluation.fidelity import (
 )
 from graftllm.generation import load_model, load_tokenizer, render_answered
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt, write_rows
 
 

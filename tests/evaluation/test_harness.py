@@ -12,7 +12,8 @@ from graftllm.fusion.directory import write_grafted
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.rules import Rule
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions, SamplingOptions
+from graftllm.packing_options import PackOptions
+from graftllm.recipe import SamplingOptions
 
 WORDS = ["ABCDE", "FGHIJ", "KLMNO", "PQRST"]
 

@@ -15,7 +15,7 @@ from graftllm.evaluation.page import write_page
 from graftllm.fusion.assembly import fuse_packs
 from graftllm.header import Card, Overhead
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 EVIL = '<script>alert(1)</script>&"'

@@ -9,7 +9,7 @@ from graftllm.delta import Delta
 from graftllm.errors import StorageError
 from graftllm.evaluation.portrait import COLORS, draw_portrait
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
 from tests.evaluation.test_anatomy import header_of
 

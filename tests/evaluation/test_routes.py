@@ -12,7 +12,8 @@ from graftllm.fusion.directory import set_rules, write_grafted
 from graftllm.fusion.routing import fit_router, train_router
 from graftllm.fusion.rules import Rule
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions, RouterOptions
+from graftllm.packing_options import PackOptions
+from graftllm.recipe import RouterOptions
 from graftllm.records import Message, Prompt, write_rows
 from tests.models import perturb, rows
 

@@ -1,7 +1,7 @@
 from graftllm.delta import Delta
 from graftllm.evaluation.tables import Grid, layer_grid, pack_lines, printable, role_grid, table
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from tests.evaluation.test_anatomy import header_of
 
 

@@ -17,7 +17,7 @@ from graftllm.fusion.directory import write_grafted
 from graftllm.fusion.grafting import plug
 from graftllm.generation import load_model
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
 from tests.architectures import save_base
 from tests.models import perturb, save_llama

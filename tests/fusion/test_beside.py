@@ -18,7 +18,7 @@ from graftllm.fusion.grafting import plug
 from graftllm.fusion.shelf import Shelf
 from graftllm.generation import load_model
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
 from tests.architectures import load, save_base, save_tuned
 from tests.models import perturb, save_llama

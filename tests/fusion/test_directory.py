@@ -23,7 +23,7 @@ from graftllm.fusion.inventory import take_inventory
 from graftllm.fusion.rules import Rule
 from graftllm.header import Card
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.storage import only_writer
 from tests.models import perturb, save_llama
 

@@ -13,7 +13,8 @@ from graftllm.fusion.directory import add_packs, remove_pack, set_router, write_
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.generation import GREEDY, generate, load_model, load_tokenizer
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions, SamplingOptions
+from graftllm.packing_options import PackOptions
+from graftllm.recipe import SamplingOptions
 from graftllm.records import Message, Prompt, write_rows
 from tests.models import perturb, rows, save_llama
 

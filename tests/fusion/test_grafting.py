@@ -11,7 +11,7 @@ from graftllm.errors import FusionError, PackError
 from graftllm.fusion.grafting import plug
 from graftllm.generation import load_model
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
 from tests.models import perturb, save_llama, with_vocabulary
 

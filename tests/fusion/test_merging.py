@@ -11,7 +11,7 @@ from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError
 from graftllm.fusion.merging import apply_packs
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions, Strategy
+from graftllm.packing_options import PackOptions, Strategy
 from graftllm.skillpack import SkillPack
 from tests.models import perturb, save_llama, with_vocabulary
 

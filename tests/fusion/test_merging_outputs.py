@@ -19,7 +19,7 @@ from graftllm.fusion.methods.table import METHODS
 from graftllm.fusion.search import answer_loss
 from graftllm.generation import load_model, load_tokenizer
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.records import write_rows
 from graftllm.skillpack import SkillPack
 from tests.models import perturb, rows, save_llama, with_vocabulary

@@ -16,7 +16,7 @@ from graftllm.fusion.branches import Branch
 from graftllm.fusion.stacks import Batch, Stacked, multiplied, normed, takes_rows, with_values
 from graftllm.generation import load_model
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
 from tests.models import perturb, save_llama
 

@@ -7,7 +7,8 @@ from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.routing import features_of, fit_router
 from graftllm.generation import load_model, load_tokenizer
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions, RouterOptions, SamplingOptions
+from graftllm.packing_options import PackOptions
+from graftllm.recipe import RouterOptions, SamplingOptions
 from graftllm.records import Message, Prompt
 from tests.models import perturb, rows
 

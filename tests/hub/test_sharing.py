@@ -15,7 +15,7 @@ from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.rules import Rule
 from graftllm.hub.sharing import pull, push
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.skillpack import PACK_FILE, SkillPack
 from tests.hub.standin import READER, Hub
 from tests.models import save_llama

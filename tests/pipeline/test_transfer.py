@@ -14,11 +14,11 @@ from graftllm.compression.lowrank import LowRank
 from graftllm.delta import Delta
 from graftllm.errors import RecipeError, SamplingError
 from graftllm.packer import compress
+from graftllm.packing_options import PackOptions
 from graftllm.pipeline import transfer
 from graftllm.pipeline.measuring import measure_source
 from graftllm.pipeline.preparing import prepare, prompts_of
 from graftllm.pipeline.work import GENERAL, Work, open_work
-from graftllm.recipe import PackOptions
 from graftllm.records import read_pairs, read_prompts, read_responses, write_rows
 from tests.chat_server import ChatServer, chat_server
 from tests.models import rows, save_llama, save_reward_model

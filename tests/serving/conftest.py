@@ -11,7 +11,8 @@ from graftllm.fusion.assembly import fuse_packs
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.generation import generate
 from graftllm.packer import compress
-from graftllm.recipe import PackOptions, SamplingOptions
+from graftllm.packing_options import PackOptions
+from graftllm.recipe import SamplingOptions
 from graftllm.records import Message, Prompt, write_rows
 from graftllm.serving.app import build_app
 from graftllm.serving.server import Limits, Local

@@ -10,11 +10,12 @@ from graftllm.errors import RecipeError, TrainingError
 from graftllm.fusion.merging import apply_packs
 from graftllm.generation import generate, load_model, load_tokenizer
 from graftllm.packer import compress
+from graftllm.packing_options import PackOptions, Strategy
 from graftllm.pipeline.learning import learn
 from graftllm.pipeline.river import run
 from graftllm.pipeline.transfer import tune
 from graftllm.pipeline.work import Work
-from graftllm.recipe import PackOptions, Recipe, Strategy
+from graftllm.recipe import Recipe
 from graftllm.records import Message, PreferencePair, Prompt, write_rows
 from graftllm.skillpack import SkillPack
 from graftllm.stages import Stages

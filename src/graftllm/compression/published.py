@@ -21,7 +21,7 @@ from graftllm.compression.lowrank import (
 )
 from graftllm.compression.pruning import encode_sparse
 from graftllm.compression.roles import Role, is_matrix
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 
 PRUNED: tuple[Role, ...] = ("embedding", "head")
 

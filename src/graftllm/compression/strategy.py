@@ -13,7 +13,7 @@ from graftllm.compression.crew import Crew
 from graftllm.compression.lowrank import rank_for_energy
 from graftllm.compression.units import Compressed, Job, Unit, found_code, found_outlook, found_sizes
 from graftllm.errors import CompressionError
-from graftllm.recipe import DEFAULT_SHARE
+from graftllm.packing_options import DEFAULT_SHARE
 
 _PASSES = 4
 _MANY = 64  # matrices; of more, every eighth corrects the foresight before all are coded

@@ -30,7 +30,7 @@ from graftllm.compression.roles import Role, role_of
 from graftllm.compression.workspace import Workspace
 from graftllm.delta import Delta, difference
 from graftllm.generation import resolve_device
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 
 SERVED: tuple[Role, ...] = ("attention", "mlp", "expert")
 

@@ -19,7 +19,7 @@ from weakref import finalize
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import StorageError
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt
 from graftllm.storage import only_writer, write_text
 

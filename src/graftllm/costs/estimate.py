@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from graftllm.costs.amounts import Amount, Asked
 from graftllm.costs.hardware import USABLE, Hardware
-from graftllm.recipe import DEFAULT_SHARE, PackOptions, budget_bytes, kl_target
+from graftllm.packing_options import DEFAULT_SHARE, PackOptions, budget_bytes, kl_target
 from graftllm.training.memory import activation_bytes, fit_batch, held_bytes
 
 TRAINING_SHARE = 0.4  # of the peak that training reaches, recomputed activations not counted

@@ -14,7 +14,7 @@ from graftllm.evaluation.plots import PLOTS, draw_plots
 from graftllm.evaluation.report import Report
 from graftllm.evaluation.scores import Score
 from graftllm.header import Header, Overhead, TensorEntry
-from graftllm.recipe import PackOptions
+from graftllm.packing_options import PackOptions
 from graftllm.storage import write_text
 
 

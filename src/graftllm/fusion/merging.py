@@ -24,8 +24,8 @@ from graftllm.fusion.search import answer_loss, search_weights
 from graftllm.generation import load_model, load_tokenizer
 from graftllm.header import Card
 from graftllm.packer import compress_to
+from graftllm.packing_options import PackOptions
 from graftllm.progress import progress
-from graftllm.recipe import PackOptions
 from graftllm.records import Prompt
 from graftllm.storage import only_writer
 

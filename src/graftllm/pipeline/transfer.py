@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from graftllm.packing_options import DEFAULT_SHARE, budget_bytes
 from graftllm.pipeline.own import judge_identity, own_pairs
 from graftllm.pipeline.preparing import digest_of, prepare, prompts_of
 from graftllm.pipeline.work import Work, source_identity
-from graftllm.recipe import DEFAULT_SHARE, budget_bytes
 from graftllm.records import read_pairs, read_prompts, read_responses, write_rows
 from graftllm.sampling.card import build_card, write_card
 from graftllm.sampling.pairs import preference_pairs, sft_rows

@@ -1,0 +1,113 @@
+"""What a recipe says of packs: how a delta becomes a file, and how large that may be."""
+
+import math
+import re
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from graftllm.errors import RecipeError
+from graftllm.transfer_options import Section
+
+Strategy = Literal["auto", "paper", "exact"]
+DEFAULT_SHARE = 0.05  # of the tuned checkpoint's bytes, where no budget is given
+
+
+class PackOptions(Section):
+    """How a delta becomes a SkillPack."""
+
+    strategy: Strategy = "auto"
+    budget: str | None = Field(
+        default=None,
+        description="5% of the tuned checkpoint, 400MB, 60KB or bytes; kl=0.01 for a fidelity instead; for exact, "
+        "of a lossy layer under the exact one",
+    )
+    servable: int | None = Field(
+        default=None, ge=1, le=512, description="keep linear layers at this rank or below, as LoRA servers need it"
+    )
+    distill: int | None = Field(
+        default=None,
+        ge=1,
+        description="steps of 32 calibration rows that train the codes to answer as the tuned model does (auto only)",
+    )
+    density: float = Field(default=0.97, gt=0, le=1, description="share kept of embedding and head deltas")
+    energy: float = Field(
+        default=0.95, gt=0, le=1, description="share of squared singular values kept; a budget overrides it"
+    )
+    bit_bands: tuple[tuple[int, float], ...] = Field(
+        default=((8, 0.02), (4, 0.18), (2, 0.80)),
+        description="bits and share of the kept singular vectors, strongest first",
+    )
+    group_size: int = Field(default=128, ge=8, description="values that share one scale")
+
+    @property
+    def layered(self) -> bool:
+        """Whether a lossy layer is asked for, and an exact one on top of it."""
+        return self.strategy == "exact" and self.budget is not None
+
+    @model_validator(mode="after")
+    def _bands_cover_everything(self) -> "PackOptions":
+        if any(not 1 <= bits <= 8 or share <= 0 for bits, share in self.bit_bands):
+            raise ValueError("bit_bands: expected pairs of 1 to 8 bits and a share above 0")
+        if abs(sum(share for _, share in self.bit_bands) - 1) > 1e-6:
+            raise ValueError("bit_bands: expected shares that sum to 1")
+        return self
+
+    @model_validator(mode="after")
+    def _budget_is_an_amount(self) -> "PackOptions":
+        if self.budget is not None:
+            try:
+                if kl_target(self.budget) is None:
+                    budget_bytes(self.budget, 1)
+            except RecipeError as error:
+                raise ValueError(str(error)) from error
+        return self
+
+    @model_validator(mode="after")
+    def _distilled_is_sized(self) -> "PackOptions":
+        if self.distill and self.strategy != "auto":
+            raise ValueError(f"distill: trains codes of the strategy auto, found {self.strategy}; leave it out")
+        if self.distill and self.budget is not None and kl_target(self.budget) is not None:
+            raise ValueError(
+                f"distill: would learn from the rows that a budget of {self.budget} is measured on; "
+                "give a size, such as 5%"
+            )
+        return self
+
+
+def budget_bytes(budget: str, tuned_bytes: int) -> int:
+    """Return a budget such as `5%`, `400MB`, `60KB` or `123456` in bytes; `%` is of `tuned_bytes`.
+
+    >>> budget_bytes("5%", 1000), budget_bytes("60KB", 0), budget_bytes("1.5 MB", 0)
+    (50, 60000, 1500000)
+
+    Raises:
+        RecipeError: the text is no such amount.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMG]?B)?", budget.strip(), flags=re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise RecipeError(f"budget: expected a share or a size above 0, such as 5%, 400MB or 60KB; found {budget!r}.")
+    unit = (match[2] or "B").upper()
+    scale = tuned_bytes / 100 if unit == "%" else {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
+    return int(float(match[1]) * scale)
+
+
+def kl_target(budget: str) -> float | None:
+    """Return the KL divergence, in nats a token, that a budget such as `kl=0.01` asks for; None for a size.
+
+    >>> kl_target("kl=0.01"), kl_target("5%")
+    (0.01, None)
+
+    Raises:
+        RecipeError: the number is none, or not above 0.
+    """
+    match = re.fullmatch(r"kl\s*=\s*(\S+)", budget.strip(), flags=re.IGNORECASE)
+    if match is None:
+        return None
+    try:
+        target = float(match[1])
+    except ValueError:
+        target = 0.0
+    if not 0 < target < math.inf:
+        raise RecipeError(f"budget: expected a divergence above 0, such as kl=0.01; found {budget!r}.")
+    return target

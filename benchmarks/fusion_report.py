@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from graftllm.storage import whole_file
 
 Results = dict[int, dict[str, Measurement]]  # seed -> row -> what was measured
-_OURS = ("packs, by name", "packs, routed")
+_OURS = ("packs, by name", "packs, routed", "packs, distilled, routed")
 _BOUNDS = ("base", "tuned, by name")
 
 

@@ -6,7 +6,8 @@ training or test set. Methods with a model for each task are served by the route
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from graftllm.checkpoint import DTYPES, Checkpoint
 from graftllm.compression.calibration import Calibration, collect_moments
+from graftllm.delta import Delta
 from graftllm.demo import GENERAL as GENERAL_TASKS
 from graftllm.demo import WordTask, word_rows
 from graftllm.evaluation.scores import evaluate
+from graftllm.fusion.directory import write_grafted
 from graftllm.fusion.grafted import AUTO, GraftedModel
 from graftllm.fusion.inputs import Stacks, open_tuned, stacked
 from graftllm.fusion.methods.table import METHODS, Method
@@ -25,12 +28,15 @@ from graftllm.fusion.methods.tasks import Knobs, Tasks
 from graftllm.fusion.search import answer_loss, search_weights
 from graftllm.generation import generate, load_model, load_tokenizer
 from graftllm.live import named_values
+from graftllm.packer import compress_to
+from graftllm.packing_options import PackOptions
 from graftllm.pipeline.baselines import BASELINES
 from graftllm.pipeline.packing import fuse
 from graftllm.pipeline.work import GENERAL
 from graftllm.records import Prompt, read_prompts
 
 SCALES = (0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5)
+DISTILLED = PackOptions(budget="4%", distill=600)
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6)  # of tall-mask, for each task, as published
 _TESTS, _VALIDATIONS = 200, 32  # prompts of each skill; of the general tasks together half as many, and as many
 _VALIDATION_SEED = 1000  # far from the seeds of the rows that models learn from
@@ -96,6 +102,26 @@ class Bench:
         return GraftedModel.load(self.built.work.grafted, device=self.built.work.device)
 
     @cached_property
+    def distilled(self) -> GraftedModel:
+        """The same with packs whose codes are trained, on the SFT rows that calibrate the others."""
+        work, home = self.built.work, self.distilled_home
+
+        def pack(skill: str, out: Path) -> None:
+            delta, rows = Delta(self.base, Checkpoint.open(work.tuned(skill))), work.skill(skill) / "sft.jsonl"
+            compress_to(out, delta, DISTILLED, calibration=read_prompts(rows), device=work.device)
+
+        packs = {skill: home / f"{skill}.safetensors" for skill in self.built.skills}
+        for skill, out in packs.items():
+            work.stages.run(f"distilled.{skill}", [self.built.stamp, DISTILLED], [out], partial(pack, skill, out))
+        write_grafted(home / "grafted", work.recipe.target, packs, self.grafted.router)
+        return GraftedModel.load(home / "grafted", device=work.device)
+
+    @property
+    def distilled_home(self) -> Path:
+        """Where these packs lie, and `grafted` with them."""
+        return self.built.work.directory / "distilled"
+
+    @cached_property
     def tests(self) -> dict[str, list[Prompt]]:
         """Test prompts of each skill, and of the general tasks."""
         home = self.built.work.directory / "zoo" / "prompts"
@@ -153,8 +179,10 @@ def rows(bench: Bench) -> Iterator[tuple[str, Callable[[], Measurement]]]:
             yield method.name, lambda method=method: _routed_merge(bench, method)
         else:
             yield method.name, lambda method=method: _merge(bench, method)
-    yield "packs, by name", lambda: _packs(bench, routed=False)
-    yield "packs, routed", lambda: _packs(bench, routed=True)
+    home, distilled = bench.built.work.grafted, bench.distilled_home / "grafted"
+    yield "packs, by name", lambda: _packs(bench, bench.grafted, home, routed=False)
+    yield "packs, routed", lambda: _packs(bench, bench.grafted, home, routed=True)
+    yield "packs, distilled, routed", lambda: _packs(bench, bench.distilled, distilled, routed=True)
 
 
 def baselines(bench: Bench, names: Sequence[str]) -> Iterator[tuple[str, Callable[[], Measurement]]]:
@@ -269,9 +297,8 @@ def _routed_score(bench: Bench, test: str, deltas: Mapping[str, Callable[[str], 
     return evaluate(lambda _: answers, prompts, "exact").value
 
 
-def _packs(bench: Bench, *, routed: bool) -> Measurement:
-    work, grafted = bench.built.work, bench.grafted
-    scores = {}
+def _packs(bench: Bench, grafted: GraftedModel, directory: Path, *, routed: bool) -> Measurement:
+    work, scores = bench.built.work, {}
     for name, prompts in bench.tests.items():
         pack = AUTO if routed else ("base" if name == GENERAL else name)
 
@@ -279,7 +306,7 @@ def _packs(bench: Bench, *, routed: bool) -> Measurement:
             return grafted.generate([row.question for row in rows], pack, work.greedy)
 
         scores[name] = evaluate(answer, prompts, "exact").value
-    files = [path for path in work.grafted.rglob("*") if path.is_file() and (routed or "router" not in path.name)]
+    files = [path for path in directory.rglob("*") if path.is_file() and (routed or "router" not in path.name)]
     return Measurement(scores, bench.base.nbytes + sum(path.stat().st_size for path in files))
 
 

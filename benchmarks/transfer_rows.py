@@ -35,7 +35,12 @@ from graftllm.skillpack import SkillPack
 from graftllm.stages import Stamp
 from graftllm.training.lora import lora_parameters_per_rank
 
-PACKS = {"paper 14%": ("paper", "14%"), "auto 14%": ("auto", "14%"), "auto 5%": ("auto", "5%")}
+PACKS = {
+    "paper 14%": {"strategy": "paper", "budget": "14%"},
+    "auto 14%": {"strategy": "auto", "budget": "14%"},
+    "auto 5%": {"strategy": "auto", "budget": "5%"},
+    "distilled 4%": {"strategy": "auto", "budget": "4%", "distill": 600},
+}
 LORAS = {"2": None, "near 5%": "5%", "near 14%": "14%"}  # a rank, or that of as many bytes as a pack may have
 JOINT_EPOCHS = 3.0  # over the rows of all skills and of the general tasks
 JOINT_RATES = (2e-3, 4e-3)  # learning rates that validation prompts choose from
@@ -64,8 +69,8 @@ def rows(setting: Setting) -> Iterator[tuple[str, Callable[[], Row]]]:
     yield "SFT", partial(_sft, setting)
     yield "SFT + DPO", partial(_tuned, setting)
     yield "full-size delta", partial(_full_delta, setting)
-    for name, (strategy, budget) in PACKS.items():
-        options = setting.work.recipe.pack.model_copy(update={"strategy": strategy, "budget": budget})
+    for name, wanted in PACKS.items():
+        options = setting.work.recipe.pack.model_copy(update=wanted)
         yield f"SkillPack, {name}", partial(_packed, setting, name, options)
     yield "LoRA near 14%", partial(_lora, setting, "near 14%")
     yield "SFT, not verified", partial(_unverified, setting)

@@ -18,6 +18,7 @@ from graftllm.errors import CheckpointError
 
 MAX_GROWTH = 8  # a vocabulary may become this many times as long; bounds what a pack can allocate
 _BLOCK = 1 << 20  # bytes that are compared at a time
+_PART = 1 << 18  # elements that are subtracted at a time: what they take stays in the cache
 _TOKENIZER = (
     "tokenizer.json",
     "tokenizer.model",
@@ -178,7 +179,10 @@ def difference(base: Tensor, tuned: Tensor, *, where: str) -> Tensor:
     Raises:
         CheckpointError: it holds NaN or infinity; the message begins with `where`.
     """
-    delta = tuned.to(torch.float32, copy=True).sub_(base.float())
+    delta = torch.empty(tuned.shape, dtype=torch.float32, device=tuned.device)
+    parts = (delta.view(-1), tuned.reshape(-1), base.reshape(-1))
+    for part, after, before in zip(*(flat.split(_PART) for flat in parts), strict=True):
+        part.copy_(after).sub_(before.float())
     if delta.numel() and not all(torch.isfinite(end) for end in delta.aminmax()):  # NaN is both ends
         count = int((~torch.isfinite(delta)).sum())
         raise CheckpointError(

@@ -1,10 +1,13 @@
-"""What a recipe says of packs: how a delta becomes a file, and how large that may be."""
+"""What a recipe says of packs: how a delta becomes a file, and how large that may be.
+
+What is switched off is left out when options are written.
+"""
 
 import math
 import re
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from graftllm.errors import RecipeError
 from graftllm.transfer_options import Section
@@ -39,6 +42,10 @@ class PackOptions(Section):
         description="bits and share of the kept singular vectors, strongest first",
     )
     group_size: int = Field(default=128, ge=8, description="values that share one scale")
+
+    @model_serializer(mode="wrap")
+    def _only_what_is_on(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key != "distill" or value is not None}
 
     @property
     def layered(self) -> bool:

@@ -223,7 +223,7 @@ def _publish(job: Job, unit: Unit) -> None:
     rank = None if unit.at is None else int(unit.at)
     encoded = EncodedTensor(*encode_published(base, tuned, change, role, job.options, rank, moments))
     change = change.cpu()
-    error, norm = float((encoded.decode(base) - change).norm()), float(change.norm())
+    error, norm = float(encoded.decode(base).sub_(change).norm()), float(change.norm())
     return write_code(job, unit, encoded.operator, encoded.payload, error / norm if norm else 0.0)
 
 

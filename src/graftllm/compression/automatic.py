@@ -77,18 +77,21 @@ def _changed_share(base: Tensor, tuned: Tensor) -> float:
     return float((base != tuned).float().mean())
 
 
-def next_step(outlooks: Mapping[str, Outlook], coded: Mapping[str, int], room: int, step: float) -> float | None:
-    """Return the step to try after one at which matrices were coded; None when all of them filled the room.
+def next_step(
+    outlooks: Mapping[str, Outlook], coded: Mapping[str, int], room: int, steps: Mapping[str, float]
+) -> float | None:
+    """Return the step to try for the matrices that are not coded yet, or else for all; None when all filled the room.
 
     Args:
         outlooks: of all matrices that changed.
-        coded: bytes that payloads took at `step`, of all matrices or of some.
+        coded: bytes that the payloads took of those that are coded.
         room: bytes that all may take.
-        step: at which they took them.
+        steps: at which they took them.
     """
-    taken = sum(coded.values())
-    if len(coded) == len(outlooks) and _FULL * room <= taken <= room:
+    taken, aim = sum(coded.values()), room * (1 + _FULL) / 2
+    rest = [outlooks[name] for name in outlooks if name not in coded]
+    if not rest and _FULL * room <= taken <= room:
         return None
-    foreseen = sum(choices(outlooks[name], step)[0].bits for name in coded) / 8
-    aim = room * (1 + _FULL) / 2 * foreseen / max(1, taken)
-    return step_for(outlooks.values(), 8 * aim)
+    foreseen = sum(choices(outlooks[name], steps[name])[0].bits for name in coded) / 8
+    left = aim - taken if rest else aim
+    return step_for(rest or outlooks.values(), 8 * left * foreseen / max(1, taken))

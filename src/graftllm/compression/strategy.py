@@ -5,9 +5,11 @@ bit; with a budget it does so in two layers, of which the lower is what `auto` m
 is done to a tensor is a unit of `units`, and a `crew` does them.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
-from graftllm.compression.allocation import step_for
+from graftllm.compression.allocation import Outlook, step_for
 from graftllm.compression.automatic import next_step
 from graftllm.compression.crew import Crew
 from graftllm.compression.lowrank import rank_for_energy
@@ -16,8 +18,8 @@ from graftllm.errors import CompressionError
 from graftllm.packing_options import DEFAULT_SHARE
 
 _PASSES = 4
-_MANY = 64  # matrices; of more, every eighth corrects the foresight before all are coded
-_PART = 8
+_MANY = 64  # matrices; more are coded in parts, each of which corrects the foresight for those after it
+_PARTS = 8
 
 
 def encode_job(
@@ -69,19 +71,19 @@ def _automatic(
         room = payload_budget - fixed
     step: float | None = step_for(outlooks.values(), 8 * max(room, 0)) if outlooks else None
     fullest, least = -1, 0
-    if step is not None and len(outlooks) > _MANY:
-        some = _coded(job, crew, [Unit(name, "code", step) for name in list(outlooks)[::_PART]])
-        step = next_step(outlooks, _sizes(some, entry_bytes), room, step)
-    for _ in range(_PASSES):
+    for number in range(_PASSES):
         if step is None:
             break
-        tried = _coded(job, crew, [Unit(name, "code", step) for name in outlooks])
+        if number == 0 and len(outlooks) > _MANY:
+            tried = _in_parts(job, crew, outlooks, room, step, entry_bytes)
+        else:
+            tried = _coded(job, crew, [Unit(name, "code", step) for name in outlooks])
         sizes = _sizes(tried, entry_bytes)
         total = sum(sizes.values())
         least = min(least or total, total)
         if fullest < total <= room:
             parts, fullest = parts | {part.name: part for part in tried}, total
-        step = next_step(outlooks, sizes, room, step)
+        step = next_step(outlooks, sizes, room, _steps(tried))
     if outlooks and fullest < 0:
         raise CompressionError(
             f"budget: expected at least {fixed + least:,} bytes for this delta, {fixed:,} of them for norms and "
@@ -90,8 +92,38 @@ def _automatic(
     return [parts[name] for name in job.delta]
 
 
-def _coded(job: Job, crew: Crew, units: Sequence[Unit]) -> list[Compressed]:
-    crew(units, "packing")
+def _in_parts(
+    job: Job,
+    crew: Crew,
+    outlooks: Mapping[str, Outlook],
+    room: int,
+    step: float,
+    entry_bytes: Callable[[str, int], int],
+) -> list[Compressed]:
+    """Return all matrices, coded a part at a time: each at the step that is to fill what the others leave of the room.
+
+    The largest come first, and are spread over the parts, so the last part has little left to miss. If it does miss,
+    parts are coded again.
+    """
+    ordered = sorted(outlooks, key=lambda name: -math.prod(outlooks[name].shape))
+    coded: dict[str, Compressed] = {}
+    for number in range(2 * _PARTS):
+        part, found = ordered[number % _PARTS :: _PARTS], list(coded.values())
+        if len(found) == len(ordered) and next_step(outlooks, _sizes(found, entry_bytes), room, _steps(found)) is None:
+            break
+        if others := [one for one in found if one.name not in part]:
+            step = next_step(outlooks, _sizes(others, entry_bytes), room, _steps(others)) or step
+        units = [Unit(name, "code", step) for name in part]
+        coded |= {one.name: one for one in _coded(job, crew, units, f"packing {number % _PARTS + 1}/{_PARTS}")}
+    return list(coded.values())
+
+
+def _steps(coded: Sequence[Compressed]) -> dict[str, float]:
+    return {one.name: cast(float, one.unit.at) for one in coded}
+
+
+def _coded(job: Job, crew: Crew, units: Sequence[Unit], label: str = "packing") -> list[Compressed]:
+    crew(units, label)
     return [found_code(job, unit) for unit in units]
 
 

@@ -14,8 +14,9 @@ bit of the pack, since divergence falls with about the cube of its size; then it
 
 import json
 import math
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -39,15 +40,17 @@ from graftllm.progress import progress
 from graftllm.records import Prompt
 
 _BATCH = 32
-_RATE = 0.01  # codes that Adam moves a step, more or less; more where steps are few
-_WAY = 3.0  # codes that one can move in all
+_WAY = 3.0  # codes that Adam can move one in all steps, more or less
+_APART = 0.45  # codes, either way, that they are moved before
 _BETAS = (0.9, 0.99)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _LOOKS = 4  # batches that the loss at the start is measured on
 _KEPT = 50  # steps between two savings
 _WEIGHED = 24  # times that a training looks at how many bytes the codes take
-_FACTOR = 1.5  # that raises the price where they take more than at the start, and lowers it where they take much less
-_FULL = 0.985  # of the bytes at the start: not much less
+_FULL = 0.9925  # of the bytes at the start: what the price is to bring about
+_GAIN = 8  # power of what the codes will take, as a share of that, by which the price changes
+_AHEAD = 2  # looks: what they will take goes on changing as it did since the last look
+_MOST = 4.0  # by which the price changes at most, either way
 _LAST = 0.7  # of the steps; then the price falls no more
 _TRIES = 3  # each beginning at twice the price, until the pack is not larger
 _COPIES = 6  # of the weights, that training needs memory for
@@ -120,8 +123,17 @@ class _Matrix:
         self.start()
 
     def start(self) -> None:
-        """Put the codes to where rounding left them."""
-        self.codes = [torch.from_numpy(one.codes).float().to(self.base.device).requires_grad_() for one in self.levels]
+        """Put the codes to where rounding left them.
+
+        Within what rounds to the same: of codes that start at the same place many cross a threshold in the same step.
+        """
+        draw = torch.Generator().manual_seed(zlib.crc32(self.live.encode()))
+        self.codes = [
+            (torch.from_numpy(one.codes).float() + _APART * (2 * torch.rand(one.codes.shape, generator=draw) - 1))
+            .to(self.base.device)
+            .requires_grad_()
+            for one in self.levels
+        ]
 
     def bits(self) -> Tensor:
         """Return about how many bits the codes take, up to a constant."""
@@ -145,6 +157,28 @@ class _Matrix:
         """Return operator and payload with the codes as they are now."""
         codes = [codes.detach().round().to(torch.int32).cpu().numpy() for codes in self.codes]
         return self.operator.recoded(self.part.payload, self.shape, codes)
+
+
+@dataclass(frozen=True)
+class _At:
+    """How far a training is: its number, steps, the price, and the share of the room filled at the last look."""
+
+    attempt: int
+    step: int
+    price: float
+    share: float
+
+
+def _correction(share: float, before: float, falls: bool) -> float:
+    """Return by what the price is to be multiplied, so that the codes fill the room.
+
+    Args:
+        share: of the room that they fill.
+        before: what they filled at the look before this one.
+        falls: whether it may fall.
+    """
+    foreseen = max(0.0, share + _AHEAD * (share - before))
+    return min(max((foreseen / _FULL) ** _GAIN, 1 / _MOST if falls else 1.0), _MOST)
 
 
 class _Student:
@@ -202,7 +236,7 @@ class _Student:
     @property
     def attempt(self) -> int:
         """The training that was stopped, or the first one."""
-        return self._stopped()[0]
+        return self._stopped().attempt
 
     def train(self, attempt: int, price: float) -> None:
         """Train the codes from their start, or from where this attempt was stopped.
@@ -214,15 +248,19 @@ class _Student:
         for matrix in self.matrices:
             matrix.start()
         codes = [codes for matrix in self.matrices for codes in matrix.codes]
-        rate, done = max(_RATE, _WAY / self.steps), 0
+        rate = _WAY / self.steps
         optimizer = torch.optim.Adam(codes, lr=rate, betas=_BETAS)
-        if self._stopped()[:2] > (attempt, 0):
-            _, done, price = self._stopped()
-            self._load(codes, optimizer, done)
+        at = self._stopped()
+        if (at.attempt, at.step) > (attempt, 0):
+            self._load(codes, optimizer, at.step)
+        else:
+            at = _At(attempt, 0, price, 1.0)
+        price, share = at.price, at.share
         with progress("distilling") as show:
-            for step in range(done, self.steps):
+            for step in range(at.step, self.steps):
                 if step % max(1, self.steps // _WEIGHED) == 0:
-                    price *= self._correction(step)
+                    before, share = share, self.nbytes() / self.room
+                    price *= _correction(share, before, step < _LAST * self.steps)
                 optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / self.steps)) / 2
                 loss = self._loss(step) + price * torch.stack([matrix.bits() for matrix in self.matrices]).sum()
                 optimizer.zero_grad()
@@ -230,14 +268,7 @@ class _Student:
                 optimizer.step()
                 show(step + 1, self.steps)
                 if (step + 1) % _KEPT == 0:
-                    self._save(codes, optimizer, (attempt, step + 1, price))
-
-    def _correction(self, step: int) -> float:
-        """Return by what the price is to be multiplied, so that the codes fill the room."""
-        share = self.nbytes() / self.room
-        if share > 1:
-            return _FACTOR
-        return 1 / _FACTOR if share < _FULL and step < _LAST * self.steps else 1.0
+                    self._save(codes, optimizer, _At(attempt, step + 1, price, share))
 
     def _loss(self, number: int) -> Tensor:
         """Return the loss on a batch, by its number, without bits; divergence is in nats a predicted token."""
@@ -257,20 +288,21 @@ class _Student:
             loss = loss + (ours[seen].float() - target).square().sum() / target.square().sum()
         return loss
 
-    def _stopped(self) -> tuple[int, int, float]:
-        """Return which attempt was saved last, after how many steps, and the price then."""
+    def _stopped(self) -> _At:
+        """Return where the last attempt was saved."""
         if not self._file.exists():
-            return 0, 0, 0.0
+            return _At(0, 0, 0.0, 1.0)
         with safe_open(self._file, framework="pt") as file:
-            attempt, step, price = json.loads((file.metadata() or {})["at"])
-        return attempt, step, price
+            return _At(*json.loads((file.metadata() or {})["at"]))
 
-    def _save(self, codes: Sequence[Tensor], optimizer: torch.optim.Adam, at: tuple[int, int, float]) -> None:
+    def _save(self, codes: Sequence[Tensor], optimizer: torch.optim.Adam, at: _At) -> None:
         tensors = {f"{i}.codes": one.detach().cpu() for i, one in enumerate(codes)}
         for i, one in enumerate(codes):
             tensors |= {f"{i}.{kind}": optimizer.state[one][kind].cpu() for kind in _MOMENTS}
         layout = {name: TensorSpec(DTYPE_NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
-        write_safetensors(self._file, layout, lambda name: raw_bytes(tensors[name]), metadata={"at": json.dumps(at)})
+        write_safetensors(
+            self._file, layout, lambda name: raw_bytes(tensors[name]), metadata={"at": json.dumps(astuple(at))}
+        )
 
     def _load(self, codes: Sequence[Tensor], optimizer: torch.optim.Adam, step: int) -> None:
         with safe_open(self._file, framework="pt") as file:

@@ -160,3 +160,35 @@ def test_a_directory_that_a_killed_writer_moved_aside_is_put_back(tmp_path: Path
         assert (out / "old").exists()
         raise KeyboardInterrupt
     assert [found.name for found in tmp_path.rglob("*")] == ["out", "old"]
+
+
+def test_a_directory_with_other_files_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    with pytest.raises(StorageError, match=r"mine: expected nothing there, or a directory with config\.json"):
+        with whole_directory(tmp_path / "mine", over=["config.json"]):
+            pass
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
+    with whole_directory(tmp_path / "mine", over=["thesis.txt"]) as partial:
+        (partial / "config.json").touch()
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("place", ["base", "base/..", "base/../base"])
+def test_what_is_read_is_not_replaced(tmp_path: Path, place: str) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").touch()
+    with pytest.raises(StorageError, match=r"base is read from there; choose another one"):
+        with whole_directory(tmp_path / place, over=["config.json"], beside=[tmp_path / "base"]):
+            pass
+    assert (tmp_path / "base" / "config.json").exists()
+
+
+def test_the_current_directory_is_a_place_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kept").touch()
+    with pytest.raises(StorageError, match="other files"), whole_directory(Path(), over=["config.json"]):
+        pass
+    with pytest.raises(StorageError, match="cannot be written"), whole_file(Path()):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]

@@ -252,7 +252,7 @@ def write_checkpoint(
         config: what `config.json` says otherwise, by dotted key.
     """
     specs = like.specs if specs is None else specs
-    with whole_directory(out) as partial:
+    with whole_directory(out, over=["config.json"], beside=[like.path]) as partial:
         copy_companions(like, partial)
         dtypes = [str(_main_dtype(found)).removeprefix("torch.") for found in (like.specs, specs)]
         if config or dtypes[0] != dtypes[1]:

@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +26,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         StorageError: the place cannot be written, has no room, or another process writes it now.
     """
+    path = path.absolute()
     partial = path.with_name(f".{path.name}.partial")
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,14 +46,19 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
+def whole_directory(path: Path, *, over: Sequence[str] = (), beside: Sequence[Path] = ()) -> Iterator[Path]:
     """Yield an empty directory that replaces `path` when the block ends without an exception.
 
+    Args:
+        path: where it goes.
+        over: names of files of which a directory must hold one to be replaced; any is replaced where none is named.
+        beside: directories that are read, and therefore not replaced.
+
     Raises:
-        StorageError: as for `whole_file`; also when `path` is a file.
+        StorageError: as for `whole_file`; also when `path` is a file, or a directory that must stay.
     """
-    if path.exists() and not path.is_dir():
-        raise StorageError(f"{path}: expected a directory or nothing there, found a file; choose another place.")
+    check_replaceable(path, over=over, beside=beside)
+    path = path.absolute()
     partial = path.with_name(f".{path.name}.partial")
     with _writing(path):
         partial.mkdir(parents=True, exist_ok=True)
@@ -74,6 +80,21 @@ def whole_directory(path: Path) -> Iterator[Path]:
                 raise
     finally:
         os.close(descriptor)
+
+
+def check_replaceable(path: Path, *, over: Sequence[str], beside: Sequence[Path] = ()) -> None:
+    """Check that a directory may be written at a place; arguments and errors are those of `whole_directory`."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise StorageError(f"{path}: expected a directory or nothing there, found a file; choose another place.")
+    if read := next((one for one in beside if one.resolve().is_relative_to(path.resolve())), None):
+        raise StorageError(f"{path}: expected a place of its own, but {read} is read from there; choose another one.")
+    if over and any(path.iterdir()) and not any((path / name).exists() for name in over):
+        raise StorageError(
+            f"{path}: expected nothing there, or a directory with {' or '.join(over)}, found other files, which would "
+            "be lost; choose another place."
+        )
 
 
 @contextmanager

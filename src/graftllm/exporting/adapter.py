@@ -143,7 +143,7 @@ def export_adapter(
         kept += float(delta.double().square().sum() - (delta - left.float() @ right.float()).double().square().sum())
     if not factors:
         raise ServingError(f"{pack}: touches no matrix of a linear layer, so there is nothing an adapter could hold.")
-    with whole_directory(out) as partial:
+    with whole_directory(out, over=["adapter_config.json"]) as partial:
         rank = _write(partial, model, factors, checkpoint)
         losses = _losses(model, full, places, dropped, factors, texts, reference)
         adapted = _adapted(model, partial)

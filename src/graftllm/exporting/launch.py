@@ -46,7 +46,7 @@ def export_shelf(
     if not manifest.packs:
         raise ServingError(f"{directory}: there are no packs to export; put some there with `graftllm add`.")
     base = Checkpoint.open(base_location(directory, manifest.base)).path
-    with whole_directory(out) as partial:
+    with whole_directory(out, over=["launch.sh"], beside=[base, directory]) as partial:
         adapters = {
             name: export_adapter(
                 directory / pack.file, base, partial / name,

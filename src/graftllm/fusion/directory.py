@@ -88,7 +88,7 @@ def write_grafted(
         fingerprint="",
         packs={},
     )
-    with whole_directory(out) as partial:
+    with whole_directory(out, over=[MANIFEST], beside=[checkpoint.path]) as partial:
         manifest = _with_packs(partial, manifest, packs, checkpoint)
         manifest = _with_rules(out, _with_router(partial, manifest, router), rules)
         write_text(partial / MANIFEST, manifest.model_dump_json(indent=1))

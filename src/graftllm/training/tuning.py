@@ -32,7 +32,7 @@ from graftllm.generation import load_tokenizer, render, resolve_device
 from graftllm.launched import leads, processes, sharded, wait_until
 from graftllm.progress import progress
 from graftllm.records import Message, PreferencePair, Prompt
-from graftllm.storage import whole_directory
+from graftllm.storage import check_replaceable, whole_directory
 from graftllm.training.curves import curves_beside, draw_curves
 from graftllm.training.defaults import batching_for, dpo_for, sft_for
 from graftllm.training.lora import lora_settings, without_foreign_warnings
@@ -40,6 +40,7 @@ from graftllm.training.watching import FiniteDpo, FiniteSft, KeepCurves, ShowSte
 from graftllm.training_options import DpoOptions, Reporter, SftOptions, TrainingOptions
 
 Row = dict[str, Any]
+_OVER = ("config.json", "adapter_config.json")  # of which a directory that a training wrote holds one
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ def _work_directory(run: Training, data: list[Row], options: TrainingOptions) ->
     """Return where this training's trainer checkpoints lie; those of another training are deleted."""
     if not data:
         raise TrainingError(f"{run.label}: expected rows to train on, found none.")
+    check_replaceable(run.out, over=_OVER, beside=[run.model])
     about = [str(run.model), str(run.adapter), run.lora_rank, run.seed, options.model_dump(), data, *run.added_tokens]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
     work = run.out.with_name(f".{run.out.name}.training")
@@ -294,7 +296,7 @@ def _fit(trainer: FiniteSft | FiniteDpo, run: Training, work: Path) -> None:
 def _save(model: Any, run: Training, gathered: dict[str, Tensor] | None) -> None:
     """Write a trained model, or the weights that were gathered from its shards, in the dtype of the base."""
     base = Checkpoint.open(run.model)
-    with whole_directory(run.out) as partial:
+    with whole_directory(run.out, over=_OVER, beside=[run.model]) as partial:
         if gathered is None:
             model.to(base.dtype).save_pretrained(partial)
         else:

@@ -221,3 +221,31 @@ def test_the_inventory_tells_what_each_pack_can_do(grafted: Path) -> None:
     assert figures["rules"] == [{"pack": "one", "tag": "TAG"}]
     assert [row[3:5] for row in found.rows()] == [("merged", "yes"), ("merged, beside", "no")]
     assert "router  older than two" in found.sentences()
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "message"),
+    [
+        ("evil", "/abs/victim", r"manifest.json: packs.evil.file: String should match pattern '\^packs/.*'. Run `graf"),
+        ("evil", "packs/../../victim.safetensors", r"packs.evil.file: String should match pattern"),
+        ("../../up", "packs/up.safetensors", r"packs.*up.*: expected a plain name other than base and auto \(letters"),
+        ("base", "packs/b.safetensors", r"packs.base.*: expected a plain name other than base and auto"),
+        ("auto", "packs/a.safetensors", r"packs.auto.*: expected a plain name other than base and auto"),
+    ],
+)
+def test_a_manifest_names_no_files_of_others(grafted: Path, name: str, file: str, message: str) -> None:
+    text = json.loads((grafted / "manifest.json").read_text())
+    text["packs"][name] = {"file": file, "sha256": "0"}
+    (grafted / "manifest.json").write_text(json.dumps(text))
+    before = _contents(grafted)
+    with pytest.raises(FusionError, match=message):
+        remove_pack(grafted, name)
+    assert _contents(grafted) == before
+
+
+@pytest.mark.parametrize("file", ["/abs/victim", "../victim", "packs/one.safetensors", "manifest.json"])
+def test_a_manifest_names_no_router_of_others(grafted: Path, file: str) -> None:
+    text = json.loads((grafted / "manifest.json").read_text()) | {"router": {"file": file, "packs": {}}}
+    (grafted / "manifest.json").write_text(json.dumps(text))
+    with pytest.raises(FusionError, match=r"manifest.json: router.file: String should match pattern '\^router-"):
+        read_manifest(grafted)

@@ -17,9 +17,9 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError
@@ -30,13 +30,25 @@ from graftllm.storage import only_writer, whole_directory, whole_file, write_tex
 
 AUTO = "auto"
 MANIFEST = "manifest.json"
+_NAME = r"[\w-][\w.-]*"
+
+
+def _plain_name(name: str) -> str:
+    if name in (BASE, AUTO) or not re.fullmatch(_NAME, name):
+        raise ValueError(
+            "expected a plain name other than base and auto (letters, digits, '.', '-' and '_'); choose another"
+        )
+    return name
+
+
+PackName = Annotated[str, AfterValidator(_plain_name)]
 
 
 class ShelvedPack(BaseModel):
     """One pack of a grafted model: its file, relative to the directory, and the file's SHA-256."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    file: str
+    file: Annotated[str, StringConstraints(pattern=rf"^packs/{_NAME}\.safetensors$")]
     sha256: str
 
 
@@ -44,8 +56,8 @@ class ShelvedRouter(BaseModel):
     """The router's file, relative to the directory, and the SHA-256 of each pack that it was trained on, by name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    file: str
-    packs: dict[str, str]
+    file: Annotated[str, StringConstraints(pattern=r"^router-[0-9a-f]{1,64}\.safetensors$")]
+    packs: dict[PackName, str]
 
 
 class Manifest(BaseModel):
@@ -56,7 +68,7 @@ class Manifest(BaseModel):
     version: Literal[1] = 1
     base: str
     fingerprint: str
-    packs: dict[str, ShelvedPack]
+    packs: dict[PackName, ShelvedPack]
     router: ShelvedRouter | None = None
     rules: tuple[Rule, ...] = ()
 
@@ -186,7 +198,7 @@ def read_manifest(directory: Path) -> Manifest:
         FusionError: there is no such directory, or its manifest is not one.
     """
     try:
-        return Manifest.model_validate_json((directory / MANIFEST).read_text(encoding="utf-8"))
+        return Manifest.model_validate_json((directory / MANIFEST).read_bytes())
     except OSError as error:
         raise FusionError(
             f"{directory}: expected a grafted model, found no {MANIFEST} in it; make one with `graftllm fuse`."
@@ -194,7 +206,8 @@ def read_manifest(directory: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         raise FusionError(
-            f"{directory / MANIFEST}: {'.'.join(map(str, first['loc']))}: {first['msg']}. Run `graftllm fuse` again."
+            f"{directory / MANIFEST}: {'.'.join(map(str, first['loc']))}: "
+            f"{first['msg'].removeprefix('Value error, ')}. Run `graftllm fuse` again."
         ) from error
 
 
@@ -244,11 +257,10 @@ def _with_packs(directory: Path, manifest: Manifest, packs: Mapping[str, Path], 
     (directory / "packs").mkdir(exist_ok=True)
     shelved, fingerprint = dict(manifest.packs), manifest.fingerprint
     for name, path in packs.items():
-        if name in (BASE, AUTO) or not re.fullmatch(r"[\w-][\w.-]*", name):
-            raise FusionError(
-                f"pack {name!r}: expected a plain name other than base and auto "
-                "(letters, digits, '.', '-' and '_'); choose another."
-            )
+        try:
+            _plain_name(name)
+        except ValueError as error:
+            raise FusionError(f"pack {name!r}: {error}.") from error
         if name in manifest.packs:
             raise FusionError(
                 f"pack {name!r}: this grafted model has one of that name; choose another name, or remove the old one "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from graftllm.checkpoint import DTYPE_NAMES, Checkpoint, TensorSpec, digest, write_safetensors
@@ -70,8 +70,14 @@ class SkillPack:
         header = header.lossy_layer() if layer == "lossy" else header
 
         def payload(name: str) -> np.ndarray:
-            with safe_open(path, framework="np") as file:
-                return file.get_tensor(name)
+            try:
+                with safe_open(path, framework="np") as file:
+                    return file.get_tensor(name)
+            except (OSError, SafetensorError) as error:
+                raise PackError(
+                    f"{path}: {name!r} cannot be read any more ({str(error).splitlines()[0]}). "
+                    "The file was removed or changed after it was opened; put it back and open it again."
+                ) from error
 
         return cls(header, str(path), payload)
 

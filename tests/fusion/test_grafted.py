@@ -1,3 +1,4 @@
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -150,6 +151,40 @@ def test_inside_using_the_model_has_the_pack_and_afterwards_what_it_had(served: 
             assert model.generate(["hi"], "base", SHORT) == GraftedModel.load(served).generate(["hi"], None, SHORT)
         assert state() == one != base
     assert state() == base
+
+
+def test_a_block_inside_that_fails_gives_the_outer_one_its_pack_back(served: Path, tmp_path: Path) -> None:
+    shutil.copytree(served, tmp_path / "g")
+    manifest = json.loads((tmp_path / "g" / "manifest.json").read_text())
+    base = str((served / manifest["base"]).resolve())
+    (tmp_path / "g" / "manifest.json").write_text(json.dumps(manifest | {"base": base}))
+    model = GraftedModel.load(tmp_path / "g")
+    expected = model.generate(["hi"], "one", SHORT)
+    with model.using("one"):
+        before = {name: digest(value) for name, value in model.model.state_dict().items()}
+        remove_pack(tmp_path / "g", "two")
+        with pytest.raises(
+            PackError, match=r"two.safetensors: '.*' cannot be read any more \(No such file.*put it back"
+        ):
+            model.generate(["hi"], "two", SHORT)
+        assert {name: digest(value) for name, value in model.model.state_dict().items()} == before
+    assert model.generate(["hi"], "one", SHORT) == expected
+
+
+def test_a_pack_is_asked_whether_it_runs_beside_only_between_answers(served: Path) -> None:
+    model = GraftedModel.load(served)
+    with ThreadPoolExecutor(1) as threads:
+        with model.using("three"):
+            asked = threads.submit(model.merged_only, "one")
+            with pytest.raises(TimeoutError):
+                asked.result(timeout=0.05)
+        assert asked.result() is None
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_is_refused(served: Path, weight: float) -> None:
+    with pytest.raises(FusionError, match=f"pack: expected a finite weight for 'one', found {weight}."):
+        GraftedModel.load(served).generate(["hi"], {"one": weight}, SHORT)
 
 
 def test_a_shelf_of_one_pack_decodes_again_what_it_let_go(served: Path) -> None:

@@ -1,5 +1,6 @@
 """GraftedModel: a live base, its packs and its router; each conversation is answered with the pack it asks for."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -114,8 +115,8 @@ class GraftedModel:
             if self._streaming:
                 raise FusionError("a stream of this model is still open; read it to its end, or close it, first.")
             before = self._mix
-            self._switch(mix)
             try:
+                self._switch(mix)
                 yield self.model
             finally:
                 self._switch(before)
@@ -215,7 +216,8 @@ class GraftedModel:
 
     def merged_only(self, name: str) -> str | None:
         """Return in one line why a pack can only be merged, and what to do; None if it can run beside the weights."""
-        return why_merged_only(self.model, self.packs[name])
+        with self._turn.taken():  # while another thread answers, modules may hold other parameters than the base's
+            return why_merged_only(self.model, self.packs[name])
 
     def _refuse_merged_only(self, names: Sequence[str]) -> None:
         reasons = {name: reason for name in names if (reason := self.merged_only(name))}
@@ -245,9 +247,11 @@ class GraftedModel:
 
     def _mixed(self, pack: Wanted) -> Mix:
         mix = mixed(pack)
-        for name, _ in mix:
+        for name, weight in mix:
             if name not in self.packs:
                 raise unknown_pack(name, self.packs)
+            if not math.isfinite(weight):
+                raise FusionError(f"pack: expected a finite weight for {name!r}, found {weight}.")
         return mix
 
     def _switch(self, mix: Mix) -> None:

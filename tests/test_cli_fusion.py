@@ -1,5 +1,6 @@
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,10 @@ import pytest
 from graftllm import cli
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
+from graftllm.header import Card
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
+from graftllm.skillpack import SkillPack
 from tests.models import perturb
 
 
@@ -50,6 +53,17 @@ def test_packs_come_to_a_shelf_are_listed_and_go(graftllm, base_dir: Path, packs
         assert words in shown
     code, out, _ = graftllm("remove", shelf, "three")
     assert (code, out) == (0, f"{shelf}: three removed; left: one, two\n")
+
+
+def test_a_description_with_brackets_is_shown_as_it_is(graftllm, base_dir: Path, packs: Path, tmp_path: Path) -> None:
+    pack = SkillPack.load(packs / "one.safetensors")
+    header = pack.header.model_copy(update={"card": Card(description="x [/b] [red]y")})
+    replace(pack, header=header).save(tmp_path / "odd.safetensors")
+    shelf = tmp_path / "g"
+    assert graftllm("fuse", "--base", base_dir, "--pack", f"odd={tmp_path}/odd.safetensors", "--out", shelf)[0] == 0
+    code, out, error = graftllm("list", shelf)
+    assert (code, error) == (0, "")
+    assert "x [/b] [red]y" in out
 
 
 def test_rules_are_read_and_shown_and_hold_their_pack(graftllm, base_dir: Path, packs: Path, tmp_path: Path) -> None:

@@ -94,11 +94,12 @@ def list_shelf(dir: GraftedDirectory, json: AsJson = False) -> None:
     if json:
         print_json(inventory.figures())
         return
+    from rich.markup import escape
     from rich.table import Table
 
     drawn = Table(*inventory.columns)
     for row in inventory.rows():
-        drawn.add_row(*row)
+        drawn.add_row(*map(escape, row))
     print_table(drawn)
     print_lines(*inventory.sentences())
 

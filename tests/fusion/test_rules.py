@@ -53,6 +53,16 @@ def test_rules_are_read_from_yaml(tmp_path: Path) -> None:
         ("- {pack: math, regex: x}", "rule 1: unknown key 'regex'; expected pack, pattern and tag"),
         ("- {pack: a, tag: b}\n- {pack: math}", "rule 2: expected a pattern, a tag or both, found neither"),
         ("- {pack: math, pattern: '('}", r"rule 1: pattern '\(' is no regular expression \("),
+        (
+            "- {pack: a, pattern: 'a{99999999999999999999}'}",
+            "rule 1: pattern 'a{9+}' is no regular expression \\(the rep",
+        ),
+        (
+            f"- {{pack: a, pattern: '{'(' * 3000}{')' * 3000}'}}",
+            r"rule 1: pattern '\(+' is no regular expression \(max",
+        ),
+        ("[" * 3000, "not readable as YAML \\(maximum recursion depth"),
+        ("- {pack: a, tag: 2020-99-99}", "not readable as YAML \\(month must be"),
         ("- {pattern: x}", "rule 1: pack: Field required"),
         ("- {pack: 3, pattern: x}", "rule 1: pack: Input should be a valid string"),
         ("- math", "rule 1: Input should be a valid dictionary"),

@@ -32,8 +32,8 @@ class Rule(BaseModel):
             raise ValueError("expected a pattern, a tag or both, found neither")
         try:
             re.compile(self.pattern or "")
-        except re.error as error:
-            raise ValueError(f"pattern {self.pattern!r} is no regular expression ({error})") from error
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"pattern {(self.pattern or '')[:80]!r} is no regular expression ({error})") from error
         return self
 
     def fits(self, messages: Sequence[Message]) -> bool:
@@ -59,7 +59,7 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
         raise FusionError(f"{path}: no such file; {expected} there.")
     try:
         rows = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise FusionError(f"{path}: {expected}; not readable as YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(rows, list):
         raise FusionError(f"{path}: {expected}; found {type(rows).__name__}.")

@@ -186,6 +186,12 @@ def test_a_model_that_is_too_large_is_told(tiny: Delta, monkeypatch: pytest.Monk
         compress(tiny, _DISTILLED, calibration=rows(8), device="cpu")
 
 
+def test_steps_that_are_too_few_are_told(tiny: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distillation._Student, "nbytes", lambda student: student.room + 1)
+    with pytest.raises(CompressionError, match="after 3 trainings of 2 steps the codes still take more bytes"):
+        compress(tiny, PackOptions(budget="20%", distill=2), calibration=rows(8), device="cpu")
+
+
 def test_what_does_not_go_together_is_told() -> None:
     with pytest.raises(ValidationError, match="distill: trains codes of the strategy auto, found paper; leave it out"):
         PackOptions(strategy="paper", distill=5)

@@ -53,7 +53,7 @@ _AHEAD = 2  # looks: what they will take goes on changing as it did since the la
 _MOST = 4.0  # by which the price changes at most, either way
 _LAST = 0.7  # of the steps; then the price falls no more
 _TRIES = 3  # each beginning at twice the price, until the pack is not larger
-_COPIES = 6  # of the weights, that training needs memory for
+_COPIES = 16  # of the weights, that training needs memory for: codes and what Adam keeps of them are float32
 
 
 def distill_job(job: Job, parts: Sequence[Compressed], rows: Sequence[Prompt]) -> list[Compressed]:
@@ -67,7 +67,7 @@ def distill_job(job: Job, parts: Sequence[Compressed], rows: Sequence[Prompt]) -
         rows: conversations to train on; what models say is compared at the tokens of answers, where there are any.
 
     Raises:
-        CompressionError: there are no rows, or the model is too large to be trained.
+        CompressionError: there are no rows, the model is too large to be trained, or the steps are too few.
         CheckpointError: transformers cannot load the model or its tokenizer.
     """
     units = {part.name: Unit(part.name, "distill", part.unit.at) for part in parts if _is_coded(part)}
@@ -89,14 +89,19 @@ def _is_coded(part: Compressed) -> bool:
 def _trained(
     job: Job, parts: Sequence[Compressed], rows: Sequence[Prompt]
 ) -> Mapping[str, tuple[MatrixCode, np.ndarray]]:
-    """Return operators and payloads by parameter; nothing where there is nothing to gain, or it takes more bytes."""
+    """Return operators and payloads by parameter; nothing where there is nothing to gain."""
     student = _Student(job, parts, rows)
     start = student.loss_at_start() if student.matrices else 0.0
-    for attempt in range(student.attempt, _TRIES if start > 0 else 0):
+    if start <= 0:
+        return {}
+    for attempt in range(student.attempt, _TRIES):
         student.train(attempt, 2**attempt * 3 * start / (8 * student.room))
         if student.nbytes() <= student.room:
             return {matrix.part.name: matrix.recoded() for matrix in student.matrices}
-    return {}
+    raise CompressionError(
+        f"distill: after {_TRIES} trainings of {job.options.distill} steps the codes still take more bytes than "
+        "rounding left them. Take more steps, or leave it out."
+    )
 
 
 @dataclass

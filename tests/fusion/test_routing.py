@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -242,10 +243,42 @@ def test_a_router_whose_parts_do_not_fit_is_refused(router: Router, tmp_path: Pa
             Router.load(tmp_path / "x")
 
     refused(state | {"codes.math": state["codes.math"][:5].clone()}, about, "the examples of 'math' have shapes")
-    refused(state | {"found.math": state["found.math"] + 9}, about, "the examples of 'math' have shapes")
+    refused(state | {"found.math": state["found.math"] + 9}, about, "the examples of 'math' go to classes that are not")
+    refused(state | {"found.math": state["found.math"] - 9}, about, "the examples of 'math' go to classes that are not")
+    refused(state | {"codes.math": state["codes.math"].float()}, about, "the examples of 'math' are .torch.float32, t")
     refused({name: value for name, value in state.items() if name != "scales.code"}, about, "not a router")
     refused(state, json.dumps(json.loads(about) | {"format": "graftllm/router 1"}), "found graftllm/router 1")
     refused(state, json.dumps(json.loads(about) | {"classes": ["base", "math"]}), "not a router of this version")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ([], "x: not a router of this version .expected the format graftllm/router 2, found list.. Train it again"),
+        ({"classes": ["math", "base", "code"]}, "expected base and then different packs as classes, found .'math', 'b"),
+        ({"classes": ["base", "math", "math"]}, "expected base and then different packs as classes, found .'base', 'm"),
+        ({"classes": 3}, "x: not a router of this version .'int' object is not iterable"),
+        ({"calibration": {"limits": []}}, "expected a calibration of finite numbers, with 3 limits; found"),
+        ({"calibration": {"temperature": "x"}}, "x: not a router of this version .could not convert string to float"),
+        ({"calibration": {"temperature": 0}}, "expected a calibration of finite numbers"),
+        ({"calibration": {"threshold": None}}, "x: not a router of this version .float.* argument must be"),
+        ({"calibration": {"threshold": float("nan")}}, "expected a calibration of finite numbers"),
+        ({"seed": float("inf")}, "x: not a router of this version .cannot convert float infinity to integer"),
+        ({"calibration": []}, "x: not a router of this version"),
+    ],
+)
+def test_a_router_that_tells_nonsense_of_itself_is_refused(
+    router: Router, tmp_path: Path, change: dict[str, Any] | list[Any], text: str
+) -> None:
+    router.save(tmp_path / "whole")
+    with safe_open(tmp_path / "whole", framework="pt") as file:
+        about, state = json.loads(file.metadata()["router"]), {name: file.get_tensor(name) for name in file.keys()}
+    told = about | change if isinstance(change, dict) else change
+    if isinstance(change, dict) and isinstance(change.get("calibration"), dict):
+        told["calibration"] = about["calibration"] | change["calibration"]
+    save_file(state, tmp_path / "x", metadata={"router": json.dumps(told)})
+    with pytest.raises(FusionError, match=text):
+        Router.load(tmp_path / "x")
 
 
 def test_prompts_of_one_kind_only_are_refused(base: Checkpoint, prompts: list[Prompt]) -> None:

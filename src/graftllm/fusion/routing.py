@@ -10,6 +10,7 @@ go without their prompts, and one that went leaves the router that was there bef
 """
 
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -177,10 +178,19 @@ class Router:
                 about = json.loads((file.metadata() or {}).get("router", "{}"))
                 state = {name: file.get_tensor(name) for name in file.keys()}
             return _restored(about, state)
-        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, IndexError, TypeError) as error:
+        except (
+            SafetensorError,
+            OSError,
+            ValueError,
+            KeyError,
+            RuntimeError,
+            IndexError,
+            TypeError,
+            OverflowError,
+        ) as error:
+            reason = " ".join(str(error).split())
             raise FusionError(
-                f"{path}: not a router of this version ({str(error).splitlines()[0]}). Train it again with "
-                "`graftllm fuse`."
+                f"{path}: not a router of this version ({reason}). Train it again with `graftllm fuse`."
             ) from error
 
     def _route(self, row: list[float], choice: int, strange: bool) -> Route:
@@ -268,12 +278,14 @@ def _trained(examples: Mapping[str, Examples], options: RouterOptions, seed: int
     return Router(options, seed, examples, network, calibration, held_out)
 
 
-def _restored(about: Mapping[str, Any], state: Mapping[str, Tensor]) -> Router:
-    """Return the router of a file's metadata and tensors; what does not fit together raises ValueError or KeyError."""
-    if about.get("format") != _FORMAT:
-        raise ValueError(f"expected the format {_FORMAT}, found {about.get('format')}")
+def _restored(about: object, state: Mapping[str, Tensor]) -> Router:
+    """Return the router of a file's metadata and tensors; what does not fit raises ValueError, KeyError, TypeError."""
+    if not isinstance(about, dict) or about.get("format") != _FORMAT:
+        found = about.get("format") if isinstance(about, dict) else type(about).__name__
+        raise ValueError(f"expected the format {_FORMAT}, found {found}")
     classes, width = list(about["classes"]), state["network.0.weight"].shape[1]
-    _check_classes(classes)
+    if classes[:1] != [BASE] or len(classes) < 2 or len(set(classes)) < len(classes):
+        raise ValueError(f"expected base and then different packs as classes, found {classes}")
     network = new_network(width, len(classes), seed=0)
     network.load_state_dict({name: state[f"network.{name}"].float() for name in network.state_dict()})
     examples = {name: Examples(state[f"codes.{name}"], state[f"scales.{name}"]) for name in classes}
@@ -281,11 +293,25 @@ def _restored(about: Mapping[str, Any], state: Mapping[str, Tensor]) -> Router:
     for name, kept in examples.items():
         rows = len(kept.codes)
         shapes = [tuple(part.shape) for part in (kept.codes, kept.scales, held_out[name])]
-        if shapes != [(rows, width), (rows, 1), (rows,)] or not 0 < rows or int(held_out[name].max()) >= len(classes):
+        if shapes != [(rows, width), (rows, 1), (rows,)] or not rows:
             raise ValueError(f"the examples of {name!r} have shapes {shapes}")
-    calibration = Calibration(**{**about["calibration"], "limits": tuple(map(float, about["calibration"]["limits"]))})
+        dtypes = [part.dtype for part in (kept.codes, kept.scales, held_out[name])]
+        if dtypes != [torch.int8, torch.float32, torch.int16] or not kept.scales.isfinite().all():
+            raise ValueError(f"the examples of {name!r} are {dtypes}, or not finite")
+        if not set(held_out[name].tolist()) <= set(range(len(classes))):
+            raise ValueError(f"the examples of {name!r} go to classes that are not there")
+    calibration = _calibration(about["calibration"], len(classes))
     options = RouterOptions.model_validate(about["options"])
     return Router(options, int(about["seed"]), examples, network.requires_grad_(False).eval(), calibration, held_out)
+
+
+def _calibration(told: Mapping[str, Any], classes: int) -> Calibration:
+    """Return the calibration of a file's metadata, if it is one for so many classes."""
+    limits = tuple(map(float, told["limits"]))
+    rest = {name: float(told[name]) for name in ("temperature", "threshold", "false_accept")}
+    if len(limits) != classes or not all(map(math.isfinite, (*limits, *rest.values()))) or rest["temperature"] <= 0:
+        raise ValueError(f"expected a calibration of finite numbers, with {classes} limits; found {dict(told)}")
+    return Calibration(limits=limits, **rest)
 
 
 def _check_classes(found: Collection[str]) -> None:

@@ -3,7 +3,7 @@
     python benchmarks/codec_models.py [--dir runs/codec] [--reuse runs/demo] [--size small|large] [--seeds 0 1 2]
 
 `demo` is the demo's zoo whole: for each seed a target and three sources from scratch, and three
-skills moved by sampling, SFT and DPO. `wide` is a Llama of 11.6 M parameters with an untied head
+skills moved by sampling, SFT and DPO. `wide` is a Llama of 11.7 M parameters with an untied head
 that knows the general tasks, fine-tuned on one skill from the verified rows of the demo of the same
 seed. Its base is trained once, so its three seeds are three fine-tunes of one base. `large` is the target
 of 219 M parameters of `fusion_models.py`, fine-tuned on three skills from rows that are right; one of these fine-tunes

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from graftllm.fusion.merging import apply_packs
     from graftllm.packer import compress
     from graftllm.packing_options import PackOptions
-    from graftllm.recipe import SamplingOptions
     from graftllm.records import Prompt, read_prompts
     from graftllm.skillpack import SkillPack
+    from graftllm.transfer_options import SamplingOptions
 
 __version__ = "0.1.0"
 
@@ -47,7 +47,7 @@ _ROOMS = {
     "GraftedModel": "fusion.grafted",
     "PackOptions": "packing_options",
     "Prompt": "records",
-    "SamplingOptions": "recipe",
+    "SamplingOptions": "transfer_options",
     "SkillPack": "skillpack",
     "SkillPackCallback": "callback",
     "apply_packs": "fusion.merging",

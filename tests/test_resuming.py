@@ -9,7 +9,7 @@ import pytest
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
-from graftllm.errors import StorageError
+from graftllm.errors import GraftError, StorageError
 from graftllm.packer import compress, compress_to
 from graftllm.packing_options import PackOptions
 from tests.models import rows
@@ -86,7 +86,7 @@ def test_a_killed_packing_goes_on_and_gives_the_same_bytes(
     if calibrated:
         monkeypatch.setattr("graftllm.packer.collect_moments", pytest.fail)
     last: dict[str, tuple[int, bytes]] = {}
-    monkeypatch.setattr("graftllm.packer.shutil.rmtree", lambda *_, **__: last.update(_results(out)))
+    monkeypatch.setattr("graftllm.compression.workspace.shutil.rmtree", lambda *_, **__: last.update(_results(out)))
     compress_to(out, delta, options, calibration=calibration, device="cpu")
     assert kept.items() <= last.items()
     monkeypatch.undo()
@@ -136,3 +136,14 @@ def test_a_directory_of_something_else_is_left_alone(delta: Delta, tmp_path: Pat
     with pytest.raises(StorageError, match="expected nothing or an unfinished packing there, found thesis.tex"):
         compress(delta, PackOptions(), spool=tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "ten years"
+
+
+def test_a_call_that_cannot_start_keeps_what_an_earlier_one_finished(
+    delta: Delta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / ".pack.safetensors.packing" / "finished"
+    kept.parent.mkdir()
+    kept.touch()
+    with pytest.raises(GraftError, match="cuda:7"):
+        compress_to(tmp_path / "pack.safetensors", delta, device="cuda:7")
+    assert kept.exists()

@@ -46,7 +46,7 @@ class CompressionError(GraftError):
 
 
 class WorkerError(CompressionError):
-    """A process that compresses died; what is finished is kept."""
+    """A process that compresses died or cannot be started; what is finished is kept."""
 
 
 class FusionError(GraftError):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -64,19 +63,12 @@ def compress(
         CheckpointError: the delta holds NaN or infinity.
         StorageError: the spool is in use, or holds something else.
     """
-    device = str(resolve_device(device))
-    rows = calibration if options.distill else calibration[:SEQUENCES]
-    calibration = rows if options.strategy != "exact" or options.layered else ()
+    device, rows = str(resolve_device(device)), _read(calibration, options)
     with ExitStack() as stack:
         workspace = Workspace.temporary()
         if spool is not None:
-            key = packing_key(delta, options, calibration, device)
-            workspace = stack.enter_context(open_workspace(spool, key))
-        job = Job(delta, options, device, workspace)
-        if calibration and not job.measures_file.exists():
-            save_measures(_measured(job, calibration[:SEQUENCES]), job.measures_file)
-        crew = stack.enter_context(open_crew(job, workers or default_workers(delta, device), engine))
-        return _within_budget(job, crew, card, measure, calibration)
+            workspace = stack.enter_context(open_workspace(spool, packing_key(delta, options, rows, device)))
+        return _compressed(Job(delta, options, device, workspace), rows, card, measure, workers, engine)
 
 
 def compress_to(
@@ -97,26 +89,37 @@ def compress_to(
     on with it, and gives the same bytes. Arguments and errors are those of `compress`; where the delta or the options
     are at fault, nothing is kept.
     """
-    spool = out.with_name(f".{out.name}.packing")
-    try:
-        made = compress(
-            delta,
-            options,
-            calibration=calibration,
-            card=card,
-            measure=measure,
-            device=device,
-            spool=spool,
-            workers=workers,
-            engine=engine,
-        )
-    except (CheckpointError, CompressionError) as error:
-        if not isinstance(error, WorkerError):
-            shutil.rmtree(spool, ignore_errors=True)
-        raise
-    made.save(out)
-    shutil.rmtree(spool, ignore_errors=True)
+    out, device, rows = out.absolute(), str(resolve_device(device)), _read(calibration, options)
+    with open_workspace(out.with_name(f".{out.name}.packing"), packing_key(delta, options, rows, device)) as workspace:
+        try:
+            made = _compressed(Job(delta, options, device, workspace), rows, card, measure, workers, engine)
+        except (CheckpointError, CompressionError) as error:
+            if not isinstance(error, WorkerError):
+                workspace.remove()
+            raise
+        made.save(out)
+        workspace.remove()
     return SkillPack.load(out)
+
+
+def _read(calibration: Sequence[Prompt], options: PackOptions) -> Sequence[Prompt]:
+    """Return the rows that are read with these options."""
+    rows = calibration if options.distill else calibration[:SEQUENCES]
+    return rows if options.strategy != "exact" or options.layered else ()
+
+
+def _compressed(
+    job: Job,
+    rows: Sequence[Prompt],
+    card: Card,
+    measure: Callable[[SkillPack], float] | None,
+    workers: int | None,
+    engine: Engine,
+) -> SkillPack:
+    if rows and not job.measures_file.exists():
+        save_measures(_measured(job, rows[:SEQUENCES]), job.measures_file)
+    with open_crew(job, workers or default_workers(job.delta, job.device), engine) as crew:
+        return _within_budget(job, crew, card, measure, rows)
 
 
 def _measured(job: Job, calibration: Sequence[Prompt]) -> Measures:

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graftllm.checkpoint import Checkpoint
+from graftllm.compression import strategy
 from graftllm.compression.calibration import collect_moments
 from graftllm.compression.crew import open_crew
 from graftllm.compression.measures import Measures, save_measures
@@ -159,3 +160,14 @@ def test_an_unknown_device_is_named(delta: Delta) -> None:
         CheckpointError, match="device: expected auto, cpu or a device that PyTorch sees here, found 'gpu'"
     ):
         compress(delta, PackOptions(), device="gpu")
+
+
+def test_where_nothing_fits_the_default_share_the_smallest_is_kept(
+    delta: Delta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = iter([1e-3, 1e-5, None])
+    monkeypatch.setattr(strategy, "step_for", lambda outlooks, bits: 1e-5)
+    monkeypatch.setattr(strategy, "next_step", lambda *_: next(steps))
+    parts = _encoded(delta, PackOptions())
+    assert {part.unit.at for part in parts.values() if part.unit.kind == "code"} == {1e-3}
+    assert _bytes(parts) > 0.05 * delta.tuned.nbytes

@@ -15,7 +15,7 @@ import torch
 
 from graftllm.compression.units import Job, Unit, carry_out
 from graftllm.delta import Delta
-from graftllm.errors import CompressionError, WorkerError
+from graftllm.errors import WorkerError
 from graftllm.generation import resolve_device
 from graftllm.progress import progress
 
@@ -130,7 +130,7 @@ def _ray(job: Job, workers: int) -> Iterator[Crew]:
     try:
         ray: Any = importlib.import_module("ray")
     except ImportError as error:
-        raise CompressionError("engine: ray is not installed; pip install 'graftllm[ray]', or use local.") from error
+        raise WorkerError("engine: ray is not installed; pip install 'graftllm[ray]', or use local.") from error
     started = not ray.is_initialized()
     if started:
         ray.init(**({} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers, "include_dashboard": False}))

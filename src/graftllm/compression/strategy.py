@@ -70,7 +70,7 @@ def _automatic(
     else:
         room = payload_budget - fixed
     step: float | None = step_for(outlooks.values(), 8 * max(room, 0)) if outlooks else None
-    fullest, least = -1, 0
+    fullest, least, smallest = -1, 0, None
     for number in range(_PASSES):
         if step is None:
             break
@@ -80,15 +80,18 @@ def _automatic(
             tried = _coded(job, crew, [Unit(name, "code", step) for name in outlooks])
         sizes = _sizes(tried, entry_bytes)
         total = sum(sizes.values())
-        least = min(least or total, total)
+        if smallest is None or total < least:
+            smallest, least = tried, total
         if fullest < total <= room:
             parts, fullest = parts | {part.name: part for part in tried}, total
         step = next_step(outlooks, sizes, room, _steps(tried))
     if outlooks and fullest < 0:
-        raise CompressionError(
-            f"budget: expected at least {fixed + least:,} bytes for this delta, {fixed:,} of them for norms and "
-            f"biases, which are kept exactly; found {payload_budget:,}. Raise the budget."
-        )
+        if payload_budget is not None:
+            raise CompressionError(
+                f"budget: expected at least {fixed + least:,} bytes for this delta, {fixed:,} of them for norms and "
+                f"biases, which are kept exactly; found {payload_budget:,}. Raise the budget."
+            )
+        parts |= {part.name: part for part in smallest or ()}  # a few small matrices can hardly take so little
     return [parts[name] for name in job.delta]
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from graftllm import metering
 from graftllm.errors import StorageError
-from graftllm.metering import Spent, metered
+from graftllm.metering import Spent, metered, peak_memory_bytes
 
 _SECONDS = st.integers(0, 10**6).map(lambda cents: cents / 100)
 _BYTES = st.integers(0, 10**12)
@@ -57,6 +57,13 @@ def test_the_peak_is_that_of_the_block_not_of_the_process() -> None:
     del held
     with metered(lambda spent: None) as after:
         assert after().peak_memory_bytes < large - size // 2
+
+
+def test_the_peak_is_not_that_of_the_process_that_started_this_one() -> None:
+    held = np.ones(300_000_000, np.uint8)
+    tell = "from graftllm.metering import peak_memory_bytes\nprint(peak_memory_bytes())"
+    told = subprocess.run([sys.executable, "-c", tell], check=True, capture_output=True)
+    assert 10**6 < int(told.stdout) < held.nbytes < peak_memory_bytes()
 
 
 def test_a_launch_counts_the_processors_of_all_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ A watching thread tells every few seconds what was spent so far, so that a proce
 leaves its share behind. This room knows neither what the work is nor where that is written.
 """
 
+import re
 import resource
 import sys
 import threading
@@ -20,6 +21,7 @@ from graftllm.launched import processes
 _LOOK_S = 0.1  # between looks at memory
 _TELL_S = 5.0  # between two tellings of what was spent
 _STATM = Path("/proc/self/statm")
+_STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,9 @@ def metered(tell: Callable[[Spent], None]) -> Iterator[Callable[[], Spent]]:
 
 def peak_memory_bytes() -> int:
     """Return the most memory that this process has had resident."""
+    status = _STATUS.read_text() if _STATUS.exists() else ""
+    if found := re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE):
+        return int(found[1]) * 1024  # what getrusage says begins with the peak of the process that started this one
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 

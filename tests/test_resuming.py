@@ -1,5 +1,7 @@
 """Packing that is killed, for real, and started again."""
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from graftllm.checkpoint import Checkpoint
+from graftllm.compression.workspace import packing_key
 from graftllm.delta import Delta
 from graftllm.errors import GraftError, StorageError
 from graftllm.packer import compress, compress_to
@@ -86,7 +89,7 @@ def test_a_killed_packing_goes_on_and_gives_the_same_bytes(
     if calibrated:
         monkeypatch.setattr("graftllm.packer.collect_moments", pytest.fail)
     last: dict[str, tuple[int, bytes]] = {}
-    monkeypatch.setattr("graftllm.compression.workspace.shutil.rmtree", lambda *_, **__: last.update(_results(out)))
+    monkeypatch.setattr("graftllm.compression.workspace._empty", lambda _: last.update(_results(out)))
     compress_to(out, delta, options, calibration=calibration, device="cpu")
     assert kept.items() <= last.items()
     monkeypatch.undo()
@@ -136,6 +139,40 @@ def test_a_directory_of_something_else_is_left_alone(delta: Delta, tmp_path: Pat
     with pytest.raises(StorageError, match="expected nothing or an unfinished packing there, found thesis.tex"):
         compress(delta, PackOptions(), spool=tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "ten years"
+
+
+@pytest.mark.parametrize("deleted", [0, 3])
+def test_work_that_was_being_cleared_when_a_kill_came_is_cleared_by_the_next(
+    delta: Delta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deleted: int
+) -> None:
+    options, left = PackOptions(strategy="exact"), [None] * deleted
+
+    def unlinked(self: Path, **_: bool) -> None:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        os.unlink(self)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "unlink", unlinked)
+        compress_to(tmp_path / "pack.safetensors", delta, options, device="cpu")
+    assert len(_results(tmp_path / "pack.safetensors")) == len(delta) - deleted
+    compress_to(tmp_path / "pack.safetensors", Delta(delta.base, delta.base), options, device="cpu")
+    assert not (tmp_path / ".pack.safetensors.packing").exists()
+
+
+def test_a_kill_before_the_first_work_does_not_block_the_place(delta: Delta, tmp_path: Path) -> None:
+    (tmp_path / ".packing.key.partial").write_text("half a k")
+    assert list(compress(delta, PackOptions(strategy="exact"), spool=tmp_path)) == list(delta)
+
+
+def test_work_of_another_tokenizer_is_not_taken(delta: Delta, tmp_path: Path) -> None:
+    tuned = shutil.copytree(delta.tuned.path, tmp_path / "tuned")
+    keys = []
+    for template in ("{{ messages }}", "{{ messages[0] }}"):
+        (tuned / "chat_template.jinja").write_text(template)
+        keys.append(packing_key(Delta(delta.base, Checkpoint.open(tuned)), PackOptions(), (), "cpu"))
+    assert keys[0] != keys[1]
 
 
 def test_a_call_that_cannot_start_keeps_what_an_earlier_one_finished(

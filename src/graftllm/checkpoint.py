@@ -150,6 +150,15 @@ class Checkpoint:
         return [self.path / file for file in sorted({*self.shards.values(), "config.json"})]
 
     @property
+    def companions(self) -> list[Path]:
+        """The files beside the weights: config, generation config, tokenizer and chat template."""
+        return [
+            file
+            for file in sorted(self.path.iterdir())
+            if file.is_file() and file.suffix in _COMPANIONS and not file.name.endswith(".index.json")
+        ]
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype that most of the floating-point numbers have."""
         return _main_dtype(self.specs)
@@ -195,7 +204,7 @@ def row_blocks(shape: tuple[int, ...]) -> list[tuple[int, int]]:
 
 def natural_order(name: str) -> list[tuple[int, str]]:
     """Return a sort key that puts `layers.2` before `layers.10`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def write_safetensors(
@@ -284,10 +293,9 @@ def _changed_config(
 
 
 def copy_companions(checkpoint: Checkpoint, out: Path) -> None:
-    """Copy what stands beside the weights: config, generation config, tokenizer and chat template."""
-    for file in sorted(checkpoint.path.iterdir()):
-        if file.is_file() and file.suffix in _COMPANIONS and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, out / file.name)
+    """Copy what stands beside the weights."""
+    for file in checkpoint.companions:
+        shutil.copyfile(file, out / file.name)
 
 
 def _main_dtype(specs: Mapping[str, TensorSpec]) -> torch.dtype:

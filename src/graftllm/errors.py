@@ -45,6 +45,10 @@ class CompressionError(GraftError):
     """A delta cannot be compressed as asked."""
 
 
+class BudgetError(CompressionError):
+    """A delta does not fit into so few bytes."""
+
+
 class WorkerError(CompressionError):
     """A process that compresses died or cannot be started; what is finished is kept."""
 

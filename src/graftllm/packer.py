@@ -16,7 +16,7 @@ from graftllm.compression.strategy import encode_job, refine_job
 from graftllm.compression.units import Compressed, Job
 from graftllm.compression.workspace import Workspace, open_workspace, packing_key
 from graftllm.delta import Delta
-from graftllm.errors import CheckpointError, CompressionError, WorkerError
+from graftllm.errors import BudgetError, CheckpointError, CompressionError, WorkerError
 from graftllm.generation import resolve_device
 from graftllm.header import BaseInfo, Card, Header, TensorEntry, file_bytes, metadata, refinement_key
 from graftllm.packing_options import PackOptions, budget_bytes, kl_target
@@ -161,17 +161,22 @@ def _smallest_within(
     best: int | None = None
     size, below, above = tuned_bytes // 20, 0.0, math.inf  # sizes known to be too small, and large enough
     for _ in range(_TRIES):
-        found = measure(build(size))
+        try:
+            found = measure(build(size))
+        except BudgetError:
+            found = math.inf
         if found <= target:
             best, above = size, float(size)
             if found >= _CLOSE * target:
                 break
         else:
             below = float(size)
-        guess = size * (max(found, 1e-9) / target) ** (1 / 3)  # divergence falls with about the cube of the size
-        if math.isfinite(above) and below:
-            guess = min(max(guess, below * (above / below) ** 0.1), below * (above / below) ** 0.9)
-        size = min(int(guess * (1.01 if found > target else 1)), tuned_bytes)
+        guess = size * min(max(found, 1e-9) / target, 64) ** (1 / 3)  # divergence falls with about the cube of the size
+        if math.isfinite(above) and below and (math.isinf(found) or not below < guess < above):
+            guess = math.sqrt(below * above)
+        size = max(int(below) + 1, min(int(guess * (1.01 if found > target else 1)), tuned_bytes))
+        if size >= above:
+            break
     if best is None:
         raise CompressionError(
             f"budget: expected a KL divergence of at most {target:g}, but a pack of {int(below):,} bytes is not "
@@ -244,9 +249,7 @@ def _build(
             break
         short = size - beside - sum(one.nbytes + entry_bytes(name, one.nbytes) for name, one in entries.items())
         if short <= 0:
-            raise CompressionError(
-                f"budget: expected at least {size:,} bytes for this delta, found {budget:,}. Raise it."
-            )
+            raise BudgetError(f"budget: expected at least {size:,} bytes for this delta, found {budget:,}. Raise it.")
         beside += short  # the estimate was that much too low
     if refined:
         parts = {part.name: part for part in refine_job(job, crew, list(parts.values()))}

@@ -27,7 +27,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         StorageError: the place cannot be written, has no room, or another process writes it now.
     """
     path = path.absolute()
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(partial, "a+b")
@@ -45,6 +45,11 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             raise
 
 
+def partial_of(path: Path) -> Path:
+    """Return where what is to appear at a path is written."""
+    return path.with_name(f".{path.name}.partial")
+
+
 @contextmanager
 def whole_directory(path: Path, *, over: Sequence[str] = (), beside: Sequence[Path] = ()) -> Iterator[Path]:
     """Yield an empty directory that replaces `path` when the block ends without an exception.
@@ -59,7 +64,7 @@ def whole_directory(path: Path, *, over: Sequence[str] = (), beside: Sequence[Pa
     """
     check_replaceable(path, over=over, beside=beside)
     path = path.absolute()
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     with _writing(path):
         partial.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(partial, os.O_RDONLY)

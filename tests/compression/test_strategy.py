@@ -3,8 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from graftllm import packer
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression import strategy
 from graftllm.compression.calibration import collect_moments
@@ -15,7 +18,7 @@ from graftllm.compression.strategy import Compressed, encode_job
 from graftllm.compression.units import Job
 from graftllm.compression.workspace import Workspace
 from graftllm.delta import Delta
-from graftllm.errors import CheckpointError, CompressionError
+from graftllm.errors import BudgetError, CheckpointError
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt
@@ -138,9 +141,9 @@ def test_calibration_lowers_the_error_of_outputs(delta: Delta, prompts: list[Pro
 def test_measures_lower_the_foreseen_divergence_at_the_same_size(delta: Delta, prompts: list[Prompt]) -> None:
     measures = Measures(collect_moments(delta.tuned.path, prompts), measure_sensitivity(delta.tuned.path, prompts))
     found = []
-    for given in (None, measures):
+    for one in (None, measures):
         total = 0.0
-        for name, part in _encoded(delta, PackOptions(), measures=given, payload_budget=9_000).items():
+        for name, part in _encoded(delta, PackOptions(), measures=one, payload_budget=9_000).items():
             if part.role in ("attention", "mlp", "embedding"):
                 error = part.encoded.decode(delta.base.tensor(name)) - delta[name]
                 total += measures.metric(name, tuple(error.shape)).cost(error.double())
@@ -149,10 +152,30 @@ def test_measures_lower_the_foreseen_divergence_at_the_same_size(delta: Delta, p
 
 
 def test_a_budget_that_cannot_be_met_says_what_can(delta: Delta) -> None:
-    with pytest.raises(
-        CompressionError, match=r"expected at least [\d,]+ bytes of payload for this delta, found 100 left"
-    ):
+    with pytest.raises(BudgetError, match=r"expected at least [\d,]+ bytes of payload for this delta, found 100 left"):
         _encoded(delta, PackOptions(strategy="paper"), payload_budget=100)
+
+
+@settings(max_examples=30)
+@given(floor=st.integers(1, 2000), ideal=st.floats(1, 50_000))
+@example(floor=1, ideal=1.5)
+def test_a_target_divergence_is_met_by_nearly_the_smallest_pack_that_can_be(floor: int, ideal: float) -> None:
+    """Divergence falls with the cube of the size; below `floor` nothing fits."""
+
+    def build(size: int) -> int:
+        if size < floor:
+            raise BudgetError("budget: too small")
+        return size
+
+    found = packer._smallest_within(0.01, lambda size: 0.01 * (ideal / size) ** 3, build, 100_000)  # type: ignore
+    assert max(floor, ideal) <= found <= max(1.5 * floor, 1.1 * ideal) + 1
+
+
+def test_where_every_pack_is_faithful_enough_the_smallest_is_taken(delta: Delta, tmp_path: Path) -> None:
+    easy = tmp_path / "easy.safetensors"
+    compress(delta, PackOptions(budget="kl=1000"), measure=lambda pack: 1e-3).save(easy)
+    with pytest.raises(BudgetError, match="expected at least"):
+        compress(delta, PackOptions(budget=str(easy.stat().st_size // 2)))
 
 
 def test_an_unknown_device_is_named(delta: Delta) -> None:

@@ -294,6 +294,16 @@ def test_a_changed_pack_is_refused(shelf: Path, tmp_path: Path) -> None:
         GraftedModel.load(tmp_path / "home" / "grafted")
 
 
+def test_a_changed_router_is_refused(shelf: Path, tmp_path: Path) -> None:
+    shutil.copytree(shelf.parent, tmp_path / "home")
+    grafted = tmp_path / "home" / "grafted"
+    (router,) = grafted.glob("router-*")
+    data = router.read_bytes()
+    router.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(FusionError, match=r"router-\w{12}.safetensors: expected what its name says, found \w{12}: it"):
+        GraftedModel.load(grafted)
+
+
 def test_packs_of_another_base_are_refused_and_nothing_is_written(shelf: Path, tmp_path: Path) -> None:
     other = save_llama(tmp_path / "other", intermediate_size=32)
     with pytest.raises(PackError, match="but the base model has"):

@@ -14,7 +14,7 @@ from graftllm.compression.automatic import next_step
 from graftllm.compression.crew import Crew
 from graftllm.compression.lowrank import rank_for_energy
 from graftllm.compression.units import Compressed, Job, Unit, found_code, found_outlook, found_sizes
-from graftllm.errors import CompressionError
+from graftllm.errors import BudgetError
 from graftllm.packing_options import DEFAULT_SHARE
 
 _PASSES = 4
@@ -34,7 +34,7 @@ def encode_job(
         entry_bytes: how many bytes the latter is, by a parameter's name and its payload's bytes.
 
     Raises:
-        CompressionError: the budget cannot be met.
+        BudgetError: it cannot be met.
         CheckpointError: the delta holds NaN or infinity.
     """
     if job.options.strategy == "auto" or job.options.layered:
@@ -87,7 +87,7 @@ def _automatic(
         step = next_step(outlooks, sizes, room, _steps(tried))
     if outlooks and fullest < 0:
         if payload_budget is not None:
-            raise CompressionError(
+            raise BudgetError(
                 f"budget: expected at least {fixed + least:,} bytes for this delta, {fixed:,} of them for norms and "
                 f"biases, which are kept exactly; found {payload_budget:,}. Raise the budget."
             )
@@ -149,7 +149,7 @@ def _ranks_for_budget(job: Job, crew: Crew, budget: int) -> dict[str, int]:
 
     low, high = 1e-6, 1.0
     if total(low) > budget:
-        raise CompressionError(
+        raise BudgetError(
             f"budget: expected at least {total(low):,} bytes of payload for this delta, found {max(budget, 0):,} "
             f"left of the budget after the header. Raise the budget or lower the density (now {options.density})."
         )

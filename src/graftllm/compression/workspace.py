@@ -21,7 +21,7 @@ from graftllm.delta import Delta
 from graftllm.errors import StorageError
 from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt
-from graftllm.storage import only_writer, write_text
+from graftllm.storage import only_writer, partial_of, write_text
 
 _KEY = "packing.key"
 
@@ -42,6 +42,7 @@ class Workspace:
 
     def remove(self) -> None:
         """Delete the directory: what was packed is saved."""
+        _empty(self.directory)
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -53,18 +54,24 @@ def open_workspace(directory: Path, key: str) -> Iterator[Workspace]:
         StorageError: another process packs there now, or the directory holds something else.
     """
     with only_writer(directory):
-        marker, found = directory / _KEY, list(directory.iterdir())
-        if found and not marker.exists():
+        marker = directory / _KEY
+        strange = [path.name for path in directory.iterdir() if path.name != partial_of(marker).name]
+        if strange and not marker.exists():
             raise StorageError(
-                f"{directory}: expected nothing or an unfinished packing there, found {found[0].name}. "
+                f"{directory}: expected nothing or an unfinished packing there, found {strange[0]}. "
                 "Choose another place."
             )
         if not marker.exists() or marker.read_text(encoding="utf-8") != key:
-            for path in found:
-                if path != marker:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            _empty(directory)
             write_text(marker, key)
         yield Workspace(directory)
+
+
+def _empty(directory: Path) -> None:
+    """Delete all but the marker, which goes last: what a kill leaves is known as a packing's."""
+    for path in directory.iterdir():
+        if path.name != _KEY:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def packing_key(delta: Delta, options: PackOptions, calibration: Sequence[Prompt], device: str) -> str:
@@ -80,8 +87,9 @@ def packing_key(delta: Delta, options: PackOptions, calibration: Sequence[Prompt
 
 
 def _identity(checkpoint: Checkpoint) -> list[object]:
-    """Return what a change of the weights would change."""
-    return [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files]
+    """Return what a change of the weights or the tokenizer would change."""
+    files = sorted({*checkpoint.files, *checkpoint.companions})
+    return [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 @cache

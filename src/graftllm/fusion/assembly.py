@@ -5,8 +5,8 @@ from pathlib import Path
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError
-from graftllm.fusion.directory import Manifest, add_packs, base_location, read_manifest, write_grafted
-from graftllm.fusion.routing import BASE, Router, features_of, fit_router
+from graftllm.fusion.directory import Manifest, add_packs, base_location, open_router, read_manifest, write_grafted
+from graftllm.fusion.routing import BASE, features_of, fit_router
 from graftllm.fusion.rules import Rule
 from graftllm.generation import load_model, load_tokenizer
 from graftllm.records import Prompt, read_prompts
@@ -64,12 +64,13 @@ def join_packs(
     router = None
     if router_data is not None:
         manifest = read_manifest(directory)
-        if manifest.router is None:
+        router = open_router(directory, manifest)
+        if router is None:
             raise FusionError(
                 f"{directory}: has no router that could learn of a pack; write it anew with "
                 "`graftllm fuse --router-data`, or add packs without --router-data."
             )
-        router, prompts = Router.load(directory / manifest.router.file), _prompts(router_data, packs)
+        prompts = _prompts(router_data, packs)
         base = Checkpoint.open(base_location(directory, manifest.base)).path
         model, tokenizer = load_model(base, device=device), load_tokenizer(base)
         for name in packs:

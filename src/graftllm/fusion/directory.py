@@ -30,6 +30,7 @@ from graftllm.storage import only_writer, whole_directory, whole_file, write_tex
 
 AUTO = "auto"
 MANIFEST = "manifest.json"
+_HASH = 12  # hexadecimal digits of the SHA-256 of a router's file that are in its name
 _NAME = r"[\w-][\w.-]*"
 
 
@@ -56,7 +57,7 @@ class ShelvedRouter(BaseModel):
     """The router's file, relative to the directory, and the SHA-256 of each pack that it was trained on, by name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    file: Annotated[str, StringConstraints(pattern=r"^router-[0-9a-f]{1,64}\.safetensors$")]
+    file: Annotated[str, StringConstraints(pattern=rf"^router-[0-9a-f]{{{_HASH}}}\.safetensors$")]
     packs: dict[PackName, str]
 
 
@@ -152,8 +153,8 @@ def remove_pack(directory: Path, name: str) -> Manifest:
                 f"take the rule out first (`graftllm rules {directory} FILE`)."
             )
         changed = manifest.model_copy(update={"packs": {key: p for key, p in manifest.packs.items() if key != name}})
-        if manifest.router is not None and name in manifest.router.packs:
-            router = Router.load(directory / manifest.router.file)
+        known = {} if manifest.router is None else manifest.router.packs
+        if name in known and (router := open_router(directory, manifest)) is not None:
             changed = _with_router(directory, changed, router.without(name) if len(router.packs) > 1 else None)
         _commit(directory, changed, manifest)
     return changed
@@ -219,6 +220,22 @@ def open_packs(directory: Path, manifest: Manifest) -> dict[str, SkillPack]:
         PackError: a pack is damaged.
     """
     return {name: _open_pack(directory, shelved) for name, shelved in manifest.packs.items()}
+
+
+def open_router(directory: Path, manifest: Manifest) -> Router | None:
+    """Open the router of a grafted directory, if it has one.
+
+    Raises:
+        FusionError: the file is missing, damaged or was changed.
+    """
+    if manifest.router is None:
+        return None
+    path = directory / manifest.router.file
+    if path.exists() and path.stem.removeprefix("router-") != (found := _sha256(path)[:_HASH]):
+        raise FusionError(
+            f"{path}: expected what its name says, found {found}: it was changed. Run `graftllm fuse` again."
+        )
+    return Router.load(path)
 
 
 def base_location(directory: Path, base: str) -> str | Path:
@@ -289,7 +306,7 @@ def _with_router(directory: Path, manifest: Manifest, router: Router | None) -> 
         raise FusionError(f"router: knows the pack {missing[0]!r}, which is not there; expected {_list(manifest)}.")
     passing = directory / ".router.safetensors"
     router.save(passing)
-    file = f"router-{_sha256(passing)[:12]}.safetensors"
+    file = f"router-{_sha256(passing)[:_HASH]}.safetensors"
     os.replace(passing, directory / file)
     packs = {name: manifest.packs[name].sha256 for name in known}
     return manifest.model_copy(update={"router": ShelvedRouter(file=file, packs=packs)})

@@ -13,7 +13,7 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError
 from graftllm.fusion.beside import Beside, Mix, mixed
 from graftllm.fusion.branches import why_merged_only
-from graftllm.fusion.directory import AUTO, base_location, open_packs, read_manifest, unknown_pack
+from graftllm.fusion.directory import AUTO, base_location, open_packs, open_router, read_manifest, unknown_pack
 from graftllm.fusion.grafting import Graft, decode
 from graftllm.fusion.routing import BASE, Route, Router, prompt_features, ruled
 from graftllm.fusion.rules import Rule, first_fitting
@@ -96,7 +96,7 @@ class GraftedModel:
             load_model(base.path, device=device) if model is None else model,
             load_tokenizer(base.path),
             packs,
-            router=Router.load(directory / manifest.router.file) if manifest.router else None,
+            router=open_router(directory, manifest),
             rules=manifest.rules,
             unrouted=manifest.unrouted() if manifest.router else (),
             shelf=None if memory_bytes is None else Shelf(memory_bytes),

@@ -18,8 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from graftllm.checkpoint import Checkpoint
 from graftllm.downloads import Repository, download, hub_errors, repository
 from graftllm.errors import HubError, PackError
-from graftllm.fusion.directory import MANIFEST, Manifest, open_packs, read_manifest
-from graftllm.fusion.routing import Router
+from graftllm.fusion.directory import MANIFEST, Manifest, open_packs, open_router, read_manifest
 from graftllm.hub.modelcard import MARK, grafted_card, pack_card
 from graftllm.progress import track
 from graftllm.skillpack import PACK_FILE, SkillPack
@@ -197,8 +196,7 @@ def _pull_directory(pinned: Repository, first: Path, out: Path, base: Path | Non
                     f"{manifest.fingerprint[:12]}. It was not made by `graftllm push`."
                 )
             _check_pack(pack, checkpoint)
-        if manifest.router is not None:
-            Router.load(partial / manifest.router.file)
+        open_router(partial, manifest)
         write_text(partial / MANIFEST, manifest.model_dump_json(indent=1))
     return manifest
 

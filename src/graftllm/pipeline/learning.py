@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from graftllm.errors import FusionError, RecipeError
 from graftllm.evaluation.scores import Answer, Score
 from graftllm.evaluation.tables import Grid
-from graftllm.fusion.directory import AUTO, Manifest, add_packs, open_packs, read_manifest, unknown_pack
+from graftllm.fusion.directory import AUTO, Manifest, add_packs, open_packs, open_router, read_manifest, unknown_pack
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.merging import apply_packs
 from graftllm.fusion.routing import BASE, Router, features_of, fit_router
@@ -197,7 +197,7 @@ def _router(into: Path, manifest: Manifest) -> Router | None:
             f"{into}: expected a router that knows every pack, and none knows {', '.join(manifest.unrouted())}; "
             "fuse it with --router-data first."
         )
-    return None if manifest.router is None else Router.load(into / manifest.router.file)
+    return open_router(into, manifest)
 
 
 def _routed(work: Work, into: Path) -> Answer:

@@ -97,7 +97,8 @@ def merge(
         print_json({"outputs": outputs, "weights": dict(made.weights), "stored_bytes": made.stored_bytes})
         return
     for path in made.outputs.values():
-        print(f"{path}: {base} with {', '.join(made.weights)} by {method}")
+        size = f" ({path.stat().st_size:,} bytes)" if path.is_file() else ""
+        print(f"{path}{size}: {base} with {', '.join(made.weights)} by {method}")
     print(f"What {method} keeps takes {made.stored_bytes:,} bytes, the base included where it is needed.")
 
 

@@ -38,7 +38,7 @@ class RouterOptions(Section):
 
     layer: int = Field(default=1, ge=1, description="after how many layers of the base its hidden states are read")
     threshold: float = Field(
-        default=0.5, ge=0, lt=1, description="below this probability of the best pack, the base answers"
+        default=0.5, ge=0, lt=1, description="below this probability of all packs together, the base answers"
     )
     false_accept: float = Field(
         default=0.01, gt=0, lt=1, description="share of general prompts that may go to a pack; raises the threshold"

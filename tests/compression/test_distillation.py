@@ -175,6 +175,14 @@ def test_a_killed_training_goes_on_and_gives_the_same_bytes(
     assert out.read_bytes() == undisturbed.read_bytes()
 
 
+def test_distilled_bytes_do_not_depend_on_the_number_of_workers(
+    tiny: Delta, distilled: SkillPack, tmp_path: Path
+) -> None:
+    distilled.save(tmp_path / "one.safetensors")
+    compress(tiny, _DISTILLED, calibration=rows(200), device="cpu", workers=2).save(tmp_path / "two.safetensors")
+    assert (tmp_path / "two.safetensors").read_bytes() == (tmp_path / "one.safetensors").read_bytes()
+
+
 def test_without_rows_there_is_nothing_to_learn_from(tiny: Delta) -> None:
     with pytest.raises(CompressionError, match=r"distill: .* there are none. Give some \(--calibration\)"):
         compress(tiny, _DISTILLED, device="cpu")

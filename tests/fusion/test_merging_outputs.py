@@ -202,7 +202,10 @@ def test_the_command_merges_and_lists(base_dir: Path, tuned_dirs: dict[str, Path
     assert found["weights"] == {"code": 1.0, "prose": 0.5}
     write_rows(tmp_path / "rows.jsonl", [*rows(4, task="code"), *rows(4, task="prose")])
     run(*common, *models, "--method", "regmean", "--rows", tmp_path / "rows.jsonl")
-    run("--base", base_dir, "--out", tmp_path / "a.safetensors", *models, "--method", "linear", "--budget", "40%")
+    said = run(
+        "--base", base_dir, "--out", tmp_path / "a.safetensors", *models, "--method", "linear", "--budget", "40%"
+    )
+    assert f"a.safetensors ({(tmp_path / 'a.safetensors').stat().st_size:,} bytes): {base_dir} with" in said
     run("--base", base_dir, "--out", tmp_path / "b", "--pack", f"{tmp_path / 'a.safetensors'}:2", "--method", "linear")
 
 

@@ -103,7 +103,7 @@ def test_prompts_of_a_kind_never_seen_go_to_the_base(router: Router) -> None:
 
 def test_unsure_prompts_go_to_the_base(router: Router) -> None:
     features = _clusters(seed=1)
-    between = (features["math"] + features["code"]) / 2
+    between = (features["math"] + features["base"]) / 2
     certain = replace(router, calibration=replace(router.calibration, threshold=0.999999, limits=(1e9,) * 3))
     assert all(route.name == "base" for route in certain.route(between))
     assert "unsure" in {route.reason for route in certain.route(between)}
@@ -125,10 +125,20 @@ def test_rare_classes_are_learnt_beside_frequent_ones() -> None:
     assert sum(route.probabilities["code"] > 0.5 for route in router.route(_clusters(seed=1)["code"])) > 90
 
 
+def test_packs_that_nobody_can_tell_apart_answer_all_the_same() -> None:
+    copies = {f"math-{i}": _clusters(60, seed=10 + i)["math"] for i in range(6)}
+    router = train_router({name: _clusters(100)[name] for name in ("base", "code")} | copies, QUICK, seed=0)
+    test = _clusters(seed=1)
+    routes = router.route(test["math"])
+    assert sum(route.name in copies for route in routes) > 95
+    assert max(route.probabilities[route.name] for route in routes) < 0.9  # no copy is sure to be the one
+    assert sum(route.name == "base" for route in router.route(test["base"])) >= 98
+
+
 def test_soft_routes_share_an_answer_by_probability() -> None:
     features = _clusters(100)
     features["code"] = features["math"] + 0.1  # nobody can tell these two apart
-    options = RouterOptions(steps=60, soft=2, threshold=0.3)
+    options = RouterOptions(steps=60, soft=2)
     router = train_router(features, options, seed=0)
     shared = [route.weights for route in router.route(_clusters(seed=1)["math"]) if len(route.weights) == 2]
     assert len(shared) > 10
@@ -254,7 +264,7 @@ def test_a_router_whose_parts_do_not_fit_is_refused(router: Router, tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ([], "x: not a router of this version .expected the format graftllm/router 2, found list.. Train it again"),
+        ([], "x: not a router of this version .expected the format graftllm/router 3, found list.. Train it again"),
         ({"classes": ["math", "base", "code"]}, "expected base and then different packs as classes, found .'math', 'b"),
         ({"classes": ["base", "math", "math"]}, "expected base and then different packs as classes, found .'base', 'm"),
         ({"classes": 3}, "x: not a router of this version .'int' object is not iterable"),

@@ -19,7 +19,7 @@ BY_TASK = "by-task"
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Scores of task files, and how many prompts each pack (or `base`) answered."""
+    """Scores of task files, and how many prompts each pack (or `base`) of a grafted model answered."""
 
     evaluation: Evaluation
     routes: Mapping[str, int]
@@ -43,13 +43,12 @@ class TaskResult:
         """Return the scores and routes, a line each."""
         lines = {"all": self.evaluation.overall, **self.evaluation.by_task}
         width = max(map(len, lines))
-        return [
-            *(
-                f"{task:<{width}}  {score.value:.3f} ± {score.stderr:.3f}  (n = {score.n})"
-                for task, score in lines.items()
-            ),
-            "answered by " + ", ".join(f"{name} {count}" for name, count in self.routes.items()),
+        told = [
+            f"{task:<{width}}  {score.value:.3f} ± {score.stderr:.3f}  (n = {score.n})" for task, score in lines.items()
         ]
+        if self.routes:
+            told.append("answered by " + ", ".join(f"{name} {count}" for name, count in self.routes.items()))
+        return told
 
 
 def evaluate_tasks(
@@ -81,7 +80,7 @@ def evaluate_tasks(
         def plain(rows: Sequence[Prompt]) -> list[str]:
             return [texts[0] for texts in generate(model, tokenizer, [row.question for row in rows], options)]
 
-        return TaskResult(evaluate(plain, prompts, judge), {BASE: len(prompts)})
+        return TaskResult(evaluate(plain, prompts, judge), {})
     grafted = GraftedModel.load(directory, device=device)
     wanted: Sequence[Wanted] = [pack] * len(prompts)
     names = [pack] * len(prompts)

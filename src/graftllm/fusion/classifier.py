@@ -53,12 +53,12 @@ class Classifier:
 
     @torch.inference_mode()
     def read_likeliest(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `read` does, with strangeness in the most probable class alone, and 0 in the others."""
+        """Return what `read` does, with strangeness in the most probable pack alone, and 0 in the other classes."""
         logits = self._logits(features)
         white, inner = features @ self.whitening, self._hidden(features)
         strangeness = torch.zeros_like(logits)
-        likeliest = logits.argmax(dim=1)
-        for i in set(likeliest.tolist()) - {0}:  # the base may answer anything
+        likeliest = _likeliest(logits)
+        for i in set(likeliest.tolist()):
             rows = likeliest == i
             strangeness[rows, i] = self._strangeness(white[rows], inner[rows], i)
         return logits, strangeness
@@ -81,7 +81,7 @@ class Calibration:
 
     Attributes:
         temperature: logits are divided by it, so that probabilities match frequencies.
-        threshold: when the best pack is not more probable than this, the base answers.
+        threshold: when it is not more probable than this that any pack is asked for, the base answers.
         limits: by class, how strange a prompt of it may be; else the base answers.
         false_accept: share of held-out general prompts that a pack answers.
     """
@@ -98,23 +98,27 @@ class Verdict:
 
     Attributes:
         probabilities: shape (prompts, classes).
+        packed: of any pack, whichever it is, shape (prompts,).
         chosen: number of the class that answers, 0 for the base, shape (prompts,).
-        strange: whether the prompt is unlike all of the class that it was taken for, shape (prompts,).
+        strange: whether the prompt is unlike all of the pack that it was taken for, shape (prompts,).
     """
 
     probabilities: Tensor
+    packed: Tensor
     chosen: Tensor
     strange: Tensor
 
 
 def judge(logits: Tensor, strangeness: Tensor, calibration: Calibration) -> Verdict:
-    """Decide about prompts by logits and strangeness, each of shape (prompts, classes)."""
+    """Decide about prompts by logits and strangeness, each of shape (prompts, classes).
+
+    First whether any pack is asked for, then which: packs that nobody can tell apart share their probability.
+    """
     probabilities = torch.softmax(logits / calibration.temperature, dim=1)
-    taken = logits.argmax(dim=1)
-    best = probabilities.gather(1, taken[:, None])[:, 0]
-    limits = torch.tensor(calibration.limits)
-    strange = (taken > 0) & (strangeness.gather(1, taken[:, None])[:, 0] > limits[taken])
-    return Verdict(probabilities, torch.where((best > calibration.threshold) & ~strange, taken, 0), strange)
+    packed, taken = 1 - probabilities[:, 0], _likeliest(logits)
+    wanted, limits = packed > calibration.threshold, torch.tensor(calibration.limits)
+    strange = wanted & (strangeness.gather(1, taken[:, None])[:, 0] > limits[taken])
+    return Verdict(probabilities, packed, torch.where(wanted & ~strange, taken, 0), strange)
 
 
 def train_classifier(
@@ -137,7 +141,7 @@ def train_classifier(
     limits = tuple(_MARGIN * float(rows.max()) for rows in own)
     loose = Calibration(_temperature(logits, labels), 0.0, limits, 0.0)
     verdict = judge(logits[labels == 0], strangeness[labels == 0], loose)
-    asked = torch.where(verdict.chosen > 0, verdict.probabilities.amax(dim=1), 0.0)  # of general prompts
+    asked = torch.where(verdict.chosen > 0, verdict.packed, 0.0)  # of general prompts
     threshold = max(options.threshold, _exceeded_by(asked, options.false_accept))
     calibration = Calibration(loose.temperature, threshold, limits, float((asked > threshold).float().mean()))
     held_out = judge(logits, strangeness, calibration).chosen.to(torch.int16)
@@ -195,6 +199,11 @@ def _unseen(classes: Sequence[Tensor], steps: int, seed: int) -> tuple[Tensor, T
         mine = torch.cat([rows[held == fold] for rows, held in zip(classes, folds, strict=True)])
         logits[every == fold], strangeness[every == fold] = classifier_of(_fit(rest, steps, seed), rest).read(mine)
     return logits, strangeness
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """Return the number of the most probable pack, shape (prompts,), by logits of shape (prompts, classes)."""
+    return logits[:, 1:].argmax(dim=1) + 1
 
 
 def _exceeded_by(values: Tensor, rate: float) -> float:

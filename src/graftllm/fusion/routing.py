@@ -1,9 +1,9 @@
 """The router: a prompt -> the pack that should answer it, or `base`.
 
 A small feed-forward classifier on the base model's own hidden states of the prompt: Linear, GELU,
-Linear, softmax, with the classes `base` and one for each pack. The base answers when no pack is
-probable enough, and when a prompt is unlike those of the pack
-that it was taken for.
+Linear, softmax, with the classes `base` and one for each pack. The base answers when it is not
+probable enough that any pack is asked for, and when a prompt is unlike those of the pack that it
+was taken for. Else the most probable pack does, also where others are nearly as probable.
 
 A router keeps examples of each class and is nothing but a function of them, so that packs come and
 go without their prompts, and one that went leaves the router that was there before it came.
@@ -32,7 +32,7 @@ from graftllm.recipe import RouterOptions
 from graftllm.records import Prompt
 
 BASE = "base"
-_FORMAT = "graftllm/router 2"
+_FORMAT = "graftllm/router 3"
 _FEWEST = 8  # prompts of a class, so that each of four folds has two
 _GRAIN = 10  # soft weights are tenths, so that few mixtures have to be decoded
 
@@ -46,8 +46,8 @@ class Route:
     Attributes:
         name: a pack's name or `base`.
         probabilities: of each class, as the classifier sees it.
-        reason: `router` decided; `base` because no pack was probable enough (`unsure`), or because the prompt is
-            unlike the pack's own (`unknown`); or a user's `rule`.
+        reason: `router` decided; `base` although a pack was more probable, because that was not enough (`unsure`), or
+            because the prompt is unlike the pack's own (`unknown`); or a user's `rule`.
         weights: packs that answer together; none for the base.
     """
 

@@ -40,7 +40,7 @@ from graftllm.progress import progress
 from graftllm.records import Prompt
 
 _BATCH = 32
-_WAY = 3.0  # codes that Adam can move one in all steps, more or less
+_WAY = 6.0  # codes that Adam can move one in all steps, more or less
 _APART = 0.45  # codes, either way, that they are moved before
 _BETAS = (0.9, 0.99)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -50,8 +50,8 @@ _WEIGHED = 24  # times that a training looks at how many bytes the codes take
 _FULL = 0.9925  # of the bytes at the start: what the price is to bring about
 _GAIN = 8  # power of what the codes will take, as a share of that, by which the price changes
 _AHEAD = 2  # looks: what they will take goes on changing as it did since the last look
-_MOST = 4.0  # by which the price changes at most, either way
-_LAST = 0.7  # of the steps; then the price falls no more
+_MOST = 2.0  # by which the price changes at most, either way
+_LAST = 0.85  # of the steps; then the price falls no more
 _TRIES = 3  # each beginning at twice the price, until the pack is not larger
 _COPIES = 16  # of the weights, that training needs memory for: codes and what Adam keeps of them are float32
 

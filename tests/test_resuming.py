@@ -161,6 +161,23 @@ def test_work_that_was_being_cleared_when_a_kill_came_is_cleared_by_the_next(
     assert not (tmp_path / ".pack.safetensors.packing").exists()
 
 
+def test_a_place_that_cannot_be_cleared_up_loses_no_pack(
+    delta: Delta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(directory: Path) -> None:
+        if (directory / "packing.key").exists():
+            raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("graftllm.compression.workspace._empty", fail)
+    out, options = tmp_path / "pack.safetensors", PackOptions(budget=_BUDGET)
+    assert set(compress_to(out, delta, options, device="cpu")) == set(delta)
+    place = tmp_path / ".pack.safetensors.packing"
+    place.mkdir()
+    (place / "packing.key").write_text("another packing")
+    with pytest.raises(StorageError, match=r"packing: cannot be cleared up \(Permission denied\). Delete it"):
+        compress_to(out, delta, options, device="cpu")
+
+
 def test_a_kill_before_the_first_work_does_not_block_the_place(delta: Delta, tmp_path: Path) -> None:
     (tmp_path / ".packing.key.partial").write_text("half a k")
     assert list(compress(delta, PackOptions(strategy="exact"), spool=tmp_path)) == list(delta)

@@ -159,24 +159,29 @@ def _smallest_within(
 ) -> int:
     """Return the least budget found whose pack's KL divergence is within a target: log-log interpolation over sizes."""
     best: int | None = None
+    refused: BudgetError | None = None  # at the size tried last
     size, below, above = tuned_bytes // 20, 0.0, math.inf  # sizes known to be too small, and large enough
     for _ in range(_TRIES):
         try:
-            found = measure(build(size))
-        except BudgetError:
-            found = math.inf
+            found, refused = measure(build(size)), None
+        except BudgetError as error:
+            found, refused = math.inf, error
         if found <= target:
             best, above = size, float(size)
             if found >= _CLOSE * target:
                 break
         else:
-            below = float(size)
+            found, below = math.inf if math.isnan(found) else found, float(size)
+        if below >= tuned_bytes:
+            break
         guess = size * min(max(found, 1e-9) / target, 64) ** (1 / 3)  # divergence falls with about the cube of the size
         if math.isfinite(above) and below and (math.isinf(found) or not below < guess < above):
             guess = math.sqrt(below * above)
         size = max(int(below) + 1, min(int(guess * (1.01 if found > target else 1)), tuned_bytes))
         if size >= above:
             break
+    if best is None and refused is not None:
+        raise refused
     if best is None:
         raise CompressionError(
             f"budget: expected a KL divergence of at most {target:g}, but a pack of {int(below):,} bytes is not "

@@ -175,6 +175,15 @@ def test_a_killed_training_goes_on_and_gives_the_same_bytes(
     assert out.read_bytes() == undisturbed.read_bytes()
 
 
+def test_the_price_of_a_bit_follows_what_codes_will_take() -> None:
+    correction, full = distillation._correction, distillation._FULL
+    assert correction(full, full, falls=True) == pytest.approx(1)
+    assert correction(1.1, 1.0, falls=True) == 2  # foreseen: 1.3 of the room
+    assert correction(0.8, 0.8, falls=True) == 0.5
+    assert correction(0.8, 0.8, falls=False) == 1
+    assert 0.5 < correction(0.97, 0.97, falls=True) < 1 < correction(1.0, 1.0, falls=True) < 2
+
+
 def test_distilled_bytes_do_not_depend_on_the_number_of_workers(
     tiny: Delta, distilled: SkillPack, tmp_path: Path
 ) -> None:

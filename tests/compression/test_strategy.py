@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from graftllm.compression.strategy import Compressed, encode_job
 from graftllm.compression.units import Job
 from graftllm.compression.workspace import Workspace
 from graftllm.delta import Delta
-from graftllm.errors import BudgetError, CheckpointError
+from graftllm.errors import BudgetError, CheckpointError, CompressionError
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt
@@ -169,6 +170,28 @@ def test_a_target_divergence_is_met_by_nearly_the_smallest_pack_that_can_be(floo
 
     found = packer._smallest_within(0.01, lambda size: 0.01 * (ideal / size) ** 3, build, 100_000)  # type: ignore
     assert max(floor, ideal) <= found <= max(1.5 * floor, 1.1 * ideal) + 1
+
+
+def test_a_target_divergence_that_no_pack_meets_is_refused_by_the_largest() -> None:
+    tried: list[int] = []
+
+    def build(size: int) -> int:
+        tried.append(size)
+        return size
+
+    with pytest.raises(CompressionError, match="at most 0.01, but a pack of 100,000 bytes is not that faithful"):
+        packer._smallest_within(0.01, lambda size: 1.0, build, 100_000)  # type: ignore
+    assert tried.count(100_000) == 1
+    with pytest.raises(CompressionError, match="is not that faithful"):
+        packer._smallest_within(0.01, lambda size: math.nan, build, 100_000)  # type: ignore
+
+
+def test_where_nothing_fits_at_all_the_least_size_is_told() -> None:
+    def build(size: int) -> int:
+        raise BudgetError("budget: expected at least 9 bytes")
+
+    with pytest.raises(BudgetError, match="expected at least 9 bytes"):
+        packer._smallest_within(0.01, lambda size: 0.0, build, 100_000)  # type: ignore
 
 
 def test_where_every_pack_is_faithful_enough_the_smallest_is_taken(delta: Delta, tmp_path: Path) -> None:

@@ -302,6 +302,10 @@ def test_a_changed_router_is_refused(shelf: Path, tmp_path: Path) -> None:
     router.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(FusionError, match=r"router-\w{12}.safetensors: expected what its name says, found \w{12}: it"):
         GraftedModel.load(grafted)
+    router.unlink()
+    router.mkdir()
+    with pytest.raises(FusionError, match=r"router-\w{12}.safetensors: not a router of this version"):
+        GraftedModel.load(grafted)
 
 
 def test_packs_of_another_base_are_refused_and_nothing_is_written(shelf: Path, tmp_path: Path) -> None:

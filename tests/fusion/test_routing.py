@@ -133,6 +133,15 @@ def test_packs_that_nobody_can_tell_apart_answer_all_the_same() -> None:
     assert sum(route.name in copies for route in routes) > 95
     assert max(route.probabilities[route.name] for route in routes) < 0.9  # no copy is sure to be the one
     assert sum(route.name == "base" for route in router.route(test["base"])) >= 98
+    for soft in (2, 3, 6, 7):
+        for route in replace(router, options=QUICK.model_copy(update={"soft": soft})).route(test["math"]):
+            assert sum(route.weights.values()) == pytest.approx(float(route.name != "base"))
+            assert route.name == "base" or route.name in route.weights
+    wary = replace(router, calibration=replace(router.calibration, threshold=0.9999, limits=(1e9,) * 8))
+    reasons = {
+        route.reason for route in wary.route((test["math"] + test["base"]) / 2) if route.probabilities["base"] < 0.5
+    }
+    assert reasons == {"unsure"}
 
 
 def test_soft_routes_share_an_answer_by_probability() -> None:

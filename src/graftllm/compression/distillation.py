@@ -40,7 +40,7 @@ from graftllm.progress import progress
 from graftllm.records import Prompt
 
 _BATCH = 32
-_WAY = 6.0  # codes that Adam can move one in all steps, more or less
+_WAY = 6.0  # codes that Adam could move one in all steps, if its rate did not fall: about twice what it can
 _APART = 0.45  # codes, either way, that they are moved before
 _BETAS = (0.9, 0.99)
 _MOMENTS = ("exp_avg", "exp_avg_sq")

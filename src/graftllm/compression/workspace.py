@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
@@ -41,8 +41,9 @@ class Workspace:
         return made
 
     def remove(self) -> None:
-        """Delete the directory: what was packed is saved."""
-        _empty(self.directory)
+        """Delete the directory as far as that can be done: what was packed is saved."""
+        with suppress(OSError):
+            _empty(self.directory)
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -51,7 +52,7 @@ def open_workspace(directory: Path, key: str) -> Iterator[Workspace]:
     """Hold a directory for a packing; what another one left there is deleted.
 
     Raises:
-        StorageError: another process packs there now, or the directory holds something else.
+        StorageError: another process packs there now, or the directory holds something else or cannot be cleared up.
     """
     with only_writer(directory):
         marker = directory / _KEY
@@ -62,7 +63,10 @@ def open_workspace(directory: Path, key: str) -> Iterator[Workspace]:
                 "Choose another place."
             )
         if not marker.exists() or marker.read_text(encoding="utf-8") != key:
-            _empty(directory)
+            try:
+                _empty(directory)
+            except OSError as error:
+                raise StorageError(f"{directory}: cannot be cleared up ({error.strerror}). Delete it.") from error
             write_text(marker, key)
         yield Workspace(directory)
 
@@ -71,7 +75,7 @@ def _empty(directory: Path) -> None:
     """Delete all but the marker, which goes last: what a kill leaves is known as a packing's."""
     for path in directory.iterdir():
         if path.name != _KEY:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def packing_key(delta: Delta, options: PackOptions, calibration: Sequence[Prompt], device: str) -> str:

@@ -57,7 +57,9 @@ class HarnessResult:
             for task, metrics in self.scores.items()
             for metric, (value, error) in metrics.items()
         ]
-        return [*lines, "requests answered by " + ", ".join(f"{name} {count}" for name, count in self.routes.items())]
+        if self.routes:
+            lines.append("requests answered by " + ", ".join(f"{name} {count}" for name, count in self.routes.items()))
+        return lines
 
 
 def evaluate_harness(
@@ -126,7 +128,8 @@ class _Answering:
             mixes, names = [dict(route.weights) for route in routes], [route.name for route in routes]
         elif self.grafted is not None and self.pack != BASE:
             mixes, names = [{self.pack: 1.0}] * len(conversations), [self.pack] * len(conversations)
-        self.routes.update(names)
+        if self.grafted is not None:
+            self.routes.update(names)
         answers: list[Any] = [None] * len(conversations)
         for mix in [dict(one) for one in dict.fromkeys(tuple(sorted(mix.items())) for mix in mixes)]:
             mine = [i for i, one in enumerate(mixes) if one == mix]

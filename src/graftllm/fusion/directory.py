@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -153,8 +153,8 @@ def remove_pack(directory: Path, name: str) -> Manifest:
                 f"take the rule out first (`graftllm rules {directory} FILE`)."
             )
         changed = manifest.model_copy(update={"packs": {key: p for key, p in manifest.packs.items() if key != name}})
-        known = {} if manifest.router is None else manifest.router.packs
-        if name in known and (router := open_router(directory, manifest)) is not None:
+        if manifest.router is not None and name in manifest.router.packs:
+            router = _open_router(directory / manifest.router.file)
             changed = _with_router(directory, changed, router.without(name) if len(router.packs) > 1 else None)
         _commit(directory, changed, manifest)
     return changed
@@ -228,13 +228,15 @@ def open_router(directory: Path, manifest: Manifest) -> Router | None:
     Raises:
         FusionError: the file is missing, damaged or was changed.
     """
-    if manifest.router is None:
-        return None
-    path = directory / manifest.router.file
-    if path.exists() and path.stem.removeprefix("router-") != (found := _sha256(path)[:_HASH]):
-        raise FusionError(
-            f"{path}: expected what its name says, found {found}: it was changed. Run `graftllm fuse` again."
-        )
+    return None if manifest.router is None else _open_router(directory / manifest.router.file)
+
+
+def _open_router(path: Path) -> Router:
+    with suppress(OSError):  # which the router tells
+        if path.stem.removeprefix("router-") != (found := _sha256(path)[:_HASH]):
+            raise FusionError(
+                f"{path}: expected what its name says, found {found}: it was changed. Run `graftllm fuse` again."
+            )
     return Router.load(path)
 
 

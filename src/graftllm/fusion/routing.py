@@ -46,8 +46,8 @@ class Route:
     Attributes:
         name: a pack's name or `base`.
         probabilities: of each class, as the classifier sees it.
-        reason: `router` decided; `base` although a pack was more probable, because that was not enough (`unsure`), or
-            because the prompt is unlike the pack's own (`unknown`); or a user's `rule`.
+        reason: `router` decided; `base` although packs together were more probable, because that was not enough
+            (`unsure`), or because the prompt is unlike the pack's own (`unknown`); or a user's `rule`.
         weights: packs that answer together; none for the base.
     """
 
@@ -197,12 +197,23 @@ class Router:
         name = self.classes[choice]
         probabilities = dict(zip(self.classes, row, strict=True))
         if name == BASE:
-            unsure = max(row) > row[0]
+            unsure = row[0] < 0.5
             return Route(BASE, probabilities, "unknown" if strange else "unsure" if unsure else "router", {})
-        best = sorted(self.packs, key=lambda pack: -probabilities[pack])[: self.options.soft]
-        total = sum(probabilities[pack] for pack in best)
-        tenths = {pack: round(_GRAIN * probabilities[pack] / total) / _GRAIN for pack in best}
-        return Route(name, probabilities, "router", {pack: weight for pack, weight in tenths.items() if weight})
+        best = sorted(self.packs, key=lambda pack: (pack != name, -probabilities[pack]))[: self.options.soft]
+        return Route(name, probabilities, "router", _tenths({pack: probabilities[pack] for pack in best}))
+
+
+def _tenths(shares: Mapping[str, float]) -> dict[str, float]:
+    """Return shares in tenths that sum to 1, by largest remainders; without those that get none.
+
+    >>> _tenths({"a": 0.5, "b": 0.3, "c": 0.3, "d": 0.01})
+    {'a': 0.5, 'b': 0.3, 'c': 0.2}
+    """
+    exact = {name: _GRAIN * share / sum(shares.values()) for name, share in shares.items()}
+    whole = {name: int(share) for name, share in exact.items()}
+    for name in sorted(exact, key=lambda name: whole[name] - exact[name])[: _GRAIN - sum(whole.values())]:
+        whole[name] += 1
+    return {name: count / _GRAIN for name, count in whole.items() if count}
 
 
 def ruled(name: str) -> Route:

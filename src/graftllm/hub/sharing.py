@@ -25,7 +25,7 @@ from graftllm.skillpack import PACK_FILE, SkillPack
 from graftllm.storage import whole_directory, whole_file, write_text
 
 _CARD = "README.md"
-_OURS = re.compile(r"packs/\w[\w.-]*\.safetensors|router-[0-9a-f]{1,64}\.safetensors")
+_OURS = re.compile(r"packs/\w[\w.-]*\.safetensors|router-[0-9a-f]{12}\.safetensors")
 _MAX_MANIFEST = 16 << 20
 
 

@@ -67,7 +67,10 @@ def test_the_page_is_enough_to_read_every_matrix(shape: tuple[int, ...], step: f
         operator, payload = encode(matrix, step, metric, weighted_svd(matrix, metric, min(sides)))
     found = matrix_delta(json.loads(operator.model_dump_json()), payload.tobytes(), rows, columns).reshape(shape)
     expected = operator.delta(payload, torch.zeros(shape)).numpy()
-    assert np.array_equal(found, expected) or (kind != "elementwise" and np.allclose(found, expected, rtol=1e-5))
+    if kind == "elementwise":
+        assert np.array_equal(found, expected)
+    else:  # products of float32, whose last bits depend on the processor
+        assert np.allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
 def test_the_page_is_enough_to_read_blocks_and_transposes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from graftllm.compression.codes import code_bits
 from graftllm.compression.elementwise import encode_elementwise, grid_for
 from graftllm.compression.factored import MatrixCode, encode_factored, encode_hybrid, weighted_svd
-from graftllm.compression.matrix import Source
+from graftllm.compression.matrix import BLOCK, Source
 from graftllm.compression.metric import Metric
 
 Kind = Literal["zero", "elementwise", "factored", "hybrid"]
@@ -179,17 +179,25 @@ def encode_cheapest(source: Source, metric: Metric, known: Outlook, step: float)
         encoded = _encode(source, metric, known, choice, step)
         if encoded is None:
             continue
-        operator, payload = encoded
-        cost = missed = norm = 0.0
-        for start, part in operator.blocks(payload, known.shape):
-            rows = source.read(start, start + len(part))
-            off = part.to(rows) - rows
-            cost += metric.of_rows(torch.arange(start, start + len(part))).cost(off)
-            missed, norm = missed + float(off.square().sum()), norm + float(rows.square().sum())
-        price = cost + BITS_WORTH * step**2 * 8 * len(payload)
+        coded = _measured(source, metric, *encoded)
+        price = coded.cost + BITS_WORTH * step**2 * 8 * len(coded.payload)
         if price < best_price:
-            best, best_price = Coded(operator, payload, cost, math.sqrt(missed / norm)), price
+            best, best_price = coded, price
     return best
+
+
+def _measured(source: Source, metric: Metric, operator: MatrixCode, payload: np.ndarray) -> Coded:
+    """Measure what an encoding loses, some rows at a time."""
+    cost = missed = norm = 0.0
+    height = max(1, BLOCK // source.shape[1])
+    for first, block in operator.blocks(payload, source.shape):
+        for start, part in enumerate(block.split(height)):
+            at = first + start * height
+            rows = source.read(at, at + len(part))
+            off = part.to(rows) - rows
+            cost += metric.of_rows(torch.arange(at, at + len(part))).cost(off)
+            missed, norm = missed + float(off.square().sum()), norm + float(rows.square().sum())
+    return Coded(operator, payload, cost, math.sqrt(missed / norm))
 
 
 def step_for(outlooks: Iterable[Outlook], bits: float) -> float:

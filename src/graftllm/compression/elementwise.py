@@ -104,7 +104,7 @@ class Grid:
     def values(self, codes: Tensor) -> Tensor:
         """Return what the codes stand for."""
         rows = (from_half_octaves(self.row_exponents) * self.step).to(codes)
-        return codes * rows[:, None] * from_half_octaves(self.column_exponents).to(codes)
+        return (codes * rows[:, None]).mul_(from_half_octaves(self.column_exponents).to(codes))
 
     def payload(self, codes: np.ndarray, slope: int) -> np.ndarray:
         """Return a block of the operator's payload."""

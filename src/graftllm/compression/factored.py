@@ -127,7 +127,7 @@ class Hybrid(MatrixOperator):
         """
         strong = self.strong.matrix(payload[: self.split], shape)
         for start, rest in self.rest.blocks(payload[self.split :], shape):
-            yield start, strong[start : start + len(rest)] + rest
+            yield start, rest.add_(strong[start : start + len(rest)])
 
     def levels(self, payload: np.ndarray, shape: tuple[int, int]) -> list[Levels]:
         """Return the codes of the factored part, two, and those of the rest.
@@ -201,8 +201,8 @@ def encode_hybrid(
     if strong is None:
         return None
     shape = (delta.shape[0], delta.shape[1])
-    explained = strong[0].matrix(strong[1], shape).to(delta)
-    left_over = delta - explained
+    left_over = strong[0].matrix(strong[1], shape).to(delta)
+    torch.sub(delta, left_over, out=left_over)
     rest, payload = encode_elementwise(lambda start, stop: left_over[start:stop], shape, step, metric)
     return Hybrid(strong=strong[0], rest=rest, split=len(strong[1])), np.concatenate([strong[1], payload])
 

@@ -110,7 +110,7 @@ class MatrixOperator(BaseModel, ABC):
         flat = values.view(shape)
         for start, part in self.blocks(payload, shape):
             rows = flat[start : start + len(part)]
-            rows.copy_(rows.float() + part)
+            rows.copy_(part.add_(rows.float()))
         return values
 
 

@@ -207,7 +207,7 @@ def _tenths(shares: Mapping[str, float]) -> dict[str, float]:
     """Return shares in tenths that sum to 1, by largest remainders; without those that get none.
 
     >>> _tenths({"a": 0.5, "b": 0.3, "c": 0.3, "d": 0.01})
-    {'a': 0.5, 'b': 0.3, 'c': 0.2}
+    {'a': 0.4, 'b': 0.3, 'c': 0.3}
     """
     exact = {name: _GRAIN * share / sum(shares.values()) for name, share in shares.items()}
     whole = {name: int(share) for name, share in exact.items()}

@@ -195,8 +195,8 @@ def draw(by_layer: Mapping[str, Sequence[float]], scaling: Sequence[Mapping[str,
         left.plot(range(1, len(values) + 1), [100 * value for value in values], marker="o", label=name)
     layers = max(map(len, by_layer.values()))
     every = range(1, layers + 1, max(1, layers // 4))
-    left.set(xlabel=f"states after this layer of {layers}", ylabel="64 packs: right, %", xticks=every)
-    left.legend(frameon=False, fontsize=8)
+    left.set(xlabel=f"states after this layer of {layers}", ylabel="64 packs: right, %", xticks=every, ylim=(0, 104))
+    left.legend(frameon=False, fontsize=8, loc="lower left")
     counts = [row["packs"] for row in scaling]
     for key, label in (("accuracy", "router"), ("nearest mean", "nearest class mean")):
         errors = [100 * row.get(f"{key} ±", 0) for row in scaling]

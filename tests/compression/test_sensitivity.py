@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from graftllm.checkpoint import Checkpoint
@@ -73,6 +74,24 @@ def test_costs_foresee_the_divergence_that_noise_in_any_matrix_causes(model: Mod
     assert max(measured.values()) > 30 * min(measured.values())  # there is something to tell apart
     places = torch.tensor([[order.index(name) for name in foreseen] for order in orders]).double()
     assert float(torch.corrcoef(places)[0, 1]) > 0.85
+
+
+def test_answers_that_a_model_is_sure_of_have_a_price(tmp_path: Path) -> None:
+    path, prompts = tmp_path / "model", rows(40)
+    save_llama(path, dtype=torch.float32, tie_word_embeddings=False)
+    weights = load_file(path / "model.safetensors")
+    weights["lm_head.weight"] *= 60
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    logits = _predictions(Model(path, load_model(path).float().eval(), prompts, Measures()))
+    assert logits.exp().amax(-1).median() > 0.999
+
+    def price(temperature: float) -> float:  # of what the head gives: the variance of the answer that is drawn
+        chances = (logits / temperature).softmax(-1)
+        return float(0.5 * (chances * (1 - chances)).sum(-1).mean())
+
+    assert price(2) > 2 * price(1)
+    found = float(measure_sensitivity(path, prompts).outputs["lm_head.weight"].sum())
+    assert found == pytest.approx(price(2), rel=0.2)
 
 
 def test_costs_grow_with_the_square_of_the_error(model: Model) -> None:

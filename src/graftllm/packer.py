@@ -7,11 +7,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from graftllm.checkpoint import fingerprint
-from graftllm.compression.calibration import SEQUENCES, Calibration, collect_moments
+from graftllm.compression.calibration import Calibration, collect_moments
 from graftllm.compression.crew import Crew, Engine, default_workers, open_crew
 from graftllm.compression.distillation import distill_job
 from graftllm.compression.measures import Measures, save_measures
-from graftllm.compression.sensitivity import fits_in_memory, measure_sensitivity
+from graftllm.compression.sensitivity import SEQUENCES, fits_in_memory, measure_sensitivity
 from graftllm.compression.strategy import encode_job, refine_job
 from graftllm.compression.units import Compressed, Job
 from graftllm.compression.workspace import Workspace, open_workspace, packing_key
@@ -48,7 +48,7 @@ def compress(
         delta: tuned - base.
         options: the strategy and its knobs; a budget counts the bytes of the whole file, without the exact layer.
         calibration: rows that the tuned model reads, so that rounding errors fall where they matter least;
-            the skill's own SFT rows are best. The first 128 are read, and where codes are distilled, all. Without
+            the skill's own SFT rows are best. The first 512 are read, and where codes are distilled, all. Without
             them, and where nothing is lossy, there is no calibration.
         card: name, description, provenance and scores for the header.
         measure: gives the KL divergence of a pack; for a budget such as `kl=0.01`.
@@ -124,10 +124,12 @@ def _compressed(
 
 def _measured(job: Job, calibration: Sequence[Prompt]) -> Measures:
     """Run the tuned model over calibration rows."""
-    tuned, sensitivity = job.delta.tuned, None
-    moments = collect_moments(tuned.path, calibration, device=job.device, spool=job.workspace.directory)
+    tuned, sensitivity, weights = job.delta.tuned, None, None
     if job.options.strategy != "paper" and fits_in_memory(tuned, resolve_device(job.device)):
-        sensitivity = measure_sensitivity(tuned.path, calibration, device=job.device)
+        sensitivity, weights = measure_sensitivity(tuned.path, calibration, device=job.device)
+    moments = collect_moments(
+        tuned.path, calibration, weights=weights, device=job.device, spool=job.workspace.directory
+    )
     return Measures(moments, sensitivity)
 
 

@@ -11,12 +11,13 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.compression import sensitivity
 from graftllm.compression.calibration import collect_moments
 from graftllm.compression.measures import Measures
-from graftllm.compression.sensitivity import Sensitivity, measure_sensitivity
+from graftllm.compression.sensitivity import Sensitivity, answered, measure_sensitivity, to_calibrate
 from graftllm.generation import load_model, load_tokenizer, render_answered
 from graftllm.records import Message, Prompt
 from tests.architectures import save_base
 from tests.models import rows, save_llama
 
+_INPUTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")  # the first that gets each
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -34,12 +35,17 @@ class Model:
         return ((name, value) for name, value in self.live.named_parameters() if value.ndim == 2)
 
 
+def _measured(path: Path, prompts: list[Prompt]) -> Measures:
+    found, weights = measure_sensitivity(path, prompts)
+    return Measures(collect_moments(path, prompts, weights=weights), found)
+
+
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     path = tmp_path_factory.mktemp("sensitivity") / "model"
     save_llama(path, dtype=torch.float32, tie_word_embeddings=request.param)
     prompts = rows(40)
-    measures = Measures(collect_moments(path, prompts), measure_sensitivity(path, prompts))
+    measures = _measured(path, prompts)
     return Model(path, load_model(path).float().eval(), prompts, measures)
 
 
@@ -90,7 +96,7 @@ def test_answers_that_a_model_is_sure_of_have_a_price(tmp_path: Path) -> None:
         return float(0.5 * (chances * (1 - chances)).sum(-1).mean())
 
     assert price(2) > 2 * price(1)
-    found = float(measure_sensitivity(path, prompts).outputs["lm_head.weight"].sum())
+    found = float(measure_sensitivity(path, prompts)[0].outputs["lm_head.weight"].sum())
     assert found == pytest.approx(price(2), rel=0.2)
 
 
@@ -139,15 +145,68 @@ def test_padding_does_not_count(model: Model, monkeypatch: pytest.MonkeyPatch) -
         return chances.argmax(-1, keepdim=True)  # draws would depend on the batches
 
     monkeypatch.setattr(torch, "multinomial", likeliest)
-    together = measure_sensitivity(model.path, _of_many_lengths())
+    together, weights = measure_sensitivity(model.path, _of_many_lengths())
     monkeypatch.setattr(sensitivity, "_BATCH", 1)
-    alone = measure_sensitivity(model.path, _of_many_lengths())
+    alone, same = measure_sensitivity(model.path, _of_many_lengths())
     for field in ("outputs", "reads", "read_outputs"):
         first, second = getattr(together, field), getattr(alone, field)
         assert first.keys() == second.keys()
         for name, value in first.items():
             assert torch.allclose(value, second[name], rtol=1e-3, atol=1e-5 * float(value.max())), (field, name)
     assert together.reads[EMBEDDING][0] == 0  # the padding token's
+    assert weights.keys() == same.keys()
+    for name, of_rows in weights.items():
+        for first, second in zip(of_rows, same[name], strict=True):
+            assert torch.allclose(first, second, rtol=1e-2, atol=1e-4), name
+
+
+def test_tokens_count_as_much_as_the_gradients_of_the_layers_that_share_an_input(model: Model) -> None:
+    prompts = _of_many_lengths()
+    _, weights = measure_sensitivity(model.path, prompts)
+    layers = [f"model.layers.{i}.{name}.weight" for i in (0, 1) for name in _INPUTS]
+    assert weights.keys() == {*layers, EMBEDDING if model.live.config.tie_word_embeddings else "lm_head.weight"}
+    words = load_tokenizer(model.path)
+    lengths = [len(render_answered(words, row)[0]) for row in prompts]
+    for name, of_rows in weights.items():
+        assert [len(row) for row in of_rows] == lengths
+        every = torch.cat(list(of_rows))
+        assert every.min() >= 0
+        assert float(every.mean()) == pytest.approx(1)
+        assert all(row[-1] == 0 for row in of_rows), name  # no token is predicted after the last
+    head = weights[next(name for name in weights if name not in layers)]
+    first = render_answered(words, prompts[0])[1]
+    assert prompts[0].messages[-1]["role"] == "assistant"
+    assert not head[0][: first - 1].any()  # the question is not predicted
+    assert head[0][first - 1 : -1].all()
+
+
+def test_moments_count_each_token_by_its_weight(model: Model) -> None:
+    prompts = _of_many_lengths()
+    _, weights = measure_sensitivity(model.path, prompts)
+    words, layer = load_tokenizer(model.path), "model.layers.1.mlp.down_proj"
+    seen: list[Tensor] = []
+    hook = model.live.get_submodule(layer).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
+    with torch.inference_mode():
+        for row in prompts:
+            model.live(input_ids=torch.tensor([render_answered(words, row)[0]]))
+    hook.remove()
+    x, w = torch.cat(seen), torch.cat(list(weights[f"{layer}.weight"]))
+    found = collect_moments(model.path, prompts, weights=weights).moments[f"{layer}.weight"]
+    expected = (x * w[:, None]).T @ x / len(x)
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
+    assert not torch.allclose(collect_moments(model.path, prompts).moments[f"{layer}.weight"], expected, rtol=0.05)
+
+
+def test_calibration_reads_few_rows_and_few_tokens(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    words, prompts = load_tokenizer(model.path), rows(40)
+    monkeypatch.setattr(sensitivity, "SEQUENCES", 30)
+    few = to_calibrate(words, prompts)
+    assert few == answered(words, prompts[:30])
+    lengths = [len(ids) for ids, _ in few]
+    monkeypatch.setattr(sensitivity, "_TOKENS", sum(lengths[:7]))
+    assert to_calibrate(words, prompts) == few[:7]
+    monkeypatch.setattr(sensitivity, "_TOKENS", 1)
+    assert to_calibrate(words, prompts) == few[:1]
 
 
 def test_reads_are_half_a_token_of_each_row_of_the_vocabulary(model: Model) -> None:
@@ -155,12 +214,12 @@ def test_reads_are_half_a_token_of_each_row_of_the_vocabulary(model: Model) -> N
     rendered = [render_answered(words, row) for row in prompts]
     predicted = sum(len(ids) - (first if first < len(ids) else 1) for ids, first in rendered)
     counts = torch.bincount(torch.tensor([i for ids, _ in rendered for i in ids]), minlength=len(words)).float()
-    found = measure_sensitivity(model.path, prompts).reads[EMBEDDING]
+    found = measure_sensitivity(model.path, prompts)[0].reads[EMBEDDING]
     assert torch.allclose(found, 0.5 * counts / predicted)
 
 
 def test_the_same_rows_give_the_same_sensitivity(model: Model) -> None:
-    first, second = (measure_sensitivity(model.path, model.prompts[:9]) for _ in range(2))
+    first, second = (measure_sensitivity(model.path, model.prompts[:9])[0] for _ in range(2))
     for name, value in first.outputs.items():
         assert torch.equal(value, second.outputs[name])
 
@@ -178,7 +237,7 @@ def test_where_nothing_was_measured_an_error_costs_the_average() -> None:
 
 def test_experts_in_a_stack_cost_the_average(tmp_path: Path) -> None:
     path = save_base("qwen3_moe", tmp_path / "model")
-    found = measure_sensitivity(path, _of_many_lengths())
+    found, _ = measure_sensitivity(path, _of_many_lengths())
     name = "model.layers.1.mlp.experts.0.down_proj.weight"
     assert found.metric(name, None).scale == pytest.approx(
         sum(float(part.mean()) for part in found.outputs.values()) / len(found.outputs)
@@ -188,7 +247,7 @@ def test_experts_in_a_stack_cost_the_average(tmp_path: Path) -> None:
 def test_weights_that_lie_on_their_side_are_measured_as_well(tmp_path: Path) -> None:
     path = save_base("gpt2", tmp_path / "model")
     prompts = _of_many_lengths()
-    measures = Measures(collect_moments(path, prompts), measure_sensitivity(path, prompts))
+    measures = _measured(path, prompts)
     name = next(name for name in measures.calibration.transposed if "c_fc" in name)
     d_in, d_out = Checkpoint.open(path).specs[name].shape
     metric = measures.metric(name, (d_in, d_out))

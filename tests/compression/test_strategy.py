@@ -140,7 +140,8 @@ def test_calibration_lowers_the_error_of_outputs(delta: Delta, prompts: list[Pro
 
 
 def test_measures_lower_the_foreseen_divergence_at_the_same_size(delta: Delta, prompts: list[Prompt]) -> None:
-    measures = Measures(collect_moments(delta.tuned.path, prompts), measure_sensitivity(delta.tuned.path, prompts))
+    sensitivity, weights = measure_sensitivity(delta.tuned.path, prompts)
+    measures = Measures(collect_moments(delta.tuned.path, prompts, weights=weights), sensitivity)
     found = []
     for one in (None, measures):
         total = 0.0

@@ -1,6 +1,7 @@
 """Calibration rows -> the second moments of every linear layer's input.
 
-H = sum of x x^T over the tokens of the rows, as the tuned model sees them, over their number.
+H = sum of w x x^T over the tokens of the rows, as the tuned model sees them, over their number; w tells how much a
+token counts, and is 1 on average.
 Layers are found by what they are (nn.Linear, Conv1D, products with a slice of stacked experts), not by
 architecture. Neither the model nor its moments have to fit in memory.
 """
@@ -18,14 +19,14 @@ from transformers.pytorch_utils import Conv1D
 
 from graftllm.checkpoint import Checkpoint, TensorSpec
 from graftllm.compression.moments import Moments, Sums
+from graftllm.compression.sensitivity import Weights, check_reads_text, to_calibrate
 from graftllm.errors import CompressionError
-from graftllm.generation import load_tokenizer, render_answered, resolve_device
+from graftllm.generation import load_tokenizer, resolve_device
 from graftllm.live import Binding
 from graftllm.progress import progress
 from graftllm.records import Message, Prompt, read_prompts
 from graftllm.streaming import StreamedModel, stream_model
 
-SEQUENCES = 128  # as published; more changes little
 MEMORY_BYTES = 1 << 30  # of moments; further ones are summed in files
 _BATCH_TOKENS = 4096  # padding included; the weights are read once a batch
 
@@ -70,19 +71,19 @@ def collect_moments(
     tuned: Path,
     rows: Sequence[Prompt],
     *,
+    weights: Weights | None = None,
     device: str = "auto",
-    max_length: int = 2048,
     spool: Path | None = None,
 ) -> Calibration:
-    """Run the tuned model over the first 128 rows and return what its linear layers saw.
+    """Run the tuned model over the first 512 rows, at most 262,144 tokens, and return what its linear layers saw.
 
     The weights stream from disk, layer by layer, in float32.
 
     Args:
         tuned: checkpoint directory of the tuned model.
         rows: conversations; an answer, where there is one, is part of the text.
+        weights: how much each token of these rows counts; equally where nothing is said.
         device: `auto` takes a GPU when there is one.
-        max_length: longer rows are cut to this many tokens.
         spool: directory for moments beyond 1 GB, until the calibration is let go; the system's temporary one
             by default.
 
@@ -93,14 +94,15 @@ def collect_moments(
     """
     checkpoint = Checkpoint.open(tuned)
     streamed = stream_model(checkpoint, device=resolve_device(device))
-    _check_reads_text(streamed.model, checkpoint)
+    check_reads_text(streamed.model, checkpoint)
     tokenizer = load_tokenizer(checkpoint.path)
-    sequences = [found for row in rows[:SEQUENCES] if (found := render_answered(tokenizer, row)[0][:max_length])]
-    watcher = _Watcher(streamed, checkpoint, Sums(spool, MEMORY_BYTES))
+    sequences = [ids for ids, _ in to_calibrate(tokenizer, rows)]
+    watcher = _Watcher(streamed, checkpoint, Sums(spool, MEMORY_BYTES), weights or {})
     tokens = 0
     with progress("calibrating") as show, watcher:
         for batch in _batches(sequences):
-            ids, watcher.mask = _pad_right(batch, streamed.device)
+            ids, watcher.mask = _pad_right([sequences[i] for i in batch], streamed.device)
+            watcher.batch = batch
             try:
                 streamed.model(input_ids=ids, attention_mask=watcher.mask.long())
             except _HeadReached:
@@ -117,23 +119,14 @@ def collect_moments(
     return watcher.calibration(tokens)
 
 
-def _check_reads_text(model: Any, checkpoint: Checkpoint) -> None:
-    reads = "one text and writes another" if model.config.is_encoder_decoder else model.main_input_name
-    if reads != "input_ids":
-        raise CompressionError(
-            f"{checkpoint.path}: calibration text needs a model that reads input_ids alone, but "
-            f"{type(model).__name__} reads {reads}. Pack it without calibration."
-        )
-
-
-def _batches(sequences: Sequence[list[int]]) -> Iterator[list[list[int]]]:
-    """Yield rows of like lengths together, so that there is little padding."""
-    batch: list[list[int]] = []
-    for sequence in sorted(sequences, key=len):
-        if batch and (len(batch) + 1) * len(sequence) > _BATCH_TOKENS:
+def _batches(sequences: Sequence[list[int]]) -> Iterator[list[int]]:
+    """Yield the numbers of rows of like lengths together, so that there is little padding."""
+    batch: list[int] = []
+    for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
+        if batch and (len(batch) + 1) * len(sequences[i]) > _BATCH_TOKENS:
             yield batch
             batch = []
-        batch.append(sequence)
+        batch.append(i)
     if batch:
         yield batch
 
@@ -163,10 +156,11 @@ class _Watcher(TorchFunctionMode):
     watcher is entered it looks for their addresses in every `linear`.
     """
 
-    def __init__(self, streamed: StreamedModel, checkpoint: Checkpoint, sums: Sums) -> None:
+    def __init__(self, streamed: StreamedModel, checkpoint: Checkpoint, sums: Sums, weights: Weights) -> None:
         super().__init__()
         self.mask = torch.empty(0)  # (rows, length) of the running forward pass
-        self.sums = sums
+        self.batch: Sequence[int] = ()  # the numbers of its rows
+        self.sums, self.weights = sums, weights
         self.shared: dict[str, str] = {}  # stored name -> the key that its H is summed under
         self.transposed: set[str] = set()
         self.experts: dict[str, list[tuple[str, ...]]] = {}  # live name -> the stored names of each slice
@@ -244,9 +238,15 @@ class _Watcher(TorchFunctionMode):
 
     def _add(self, stored: tuple[str, ...], x: Tensor) -> None:
         if stored and len(x) and bool(x.any()):
-            self.sums.add(stored[0], x.float())
+            self.sums.add(stored[0], self._weighted(stored[0], x.float()))
             for name in stored:
                 self.shared.setdefault(name, stored[0])
+
+    def _weighted(self, name: str, x: Tensor) -> Tensor:
+        """Return x sqrt(w): its second moments count each token as much as it matters."""
+        if name not in self.weights:
+            return x
+        return x * torch.cat([self.weights[name][i] for i in self.batch]).to(x).sqrt()[:, None]
 
 
 def _stop(module: nn.Module, inputs: Any) -> None:

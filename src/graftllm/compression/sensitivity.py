@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,16 @@ from transformers.pytorch_utils import Conv1D
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression.metric import Metric
+from graftllm.errors import CompressionError
 from graftllm.generation import load_model, load_tokenizer, pad, render_answered
 from graftllm.live import bindings
 from graftllm.progress import track
 from graftllm.records import Prompt
 
 _BATCH = 4
+SEQUENCES = 512  # rows; with 128, packs of the demo's fine-tunes have up to twice the divergence
 MAX_LENGTH = 2048  # tokens; longer rows are cut
+_TOKENS = 1 << 18  # of all rows together, as many as GPTQ reads
 _TEMPERATURE = 2.0  # 1.5 to 4 are about as good; at 1, packs of sure models had up to a hundred times the divergence
 _DAMPING = 0.05  # share of the mean that is added to row weights: what calibration never saw may matter too
 
@@ -88,25 +92,34 @@ def fits_in_memory(checkpoint: Checkpoint, device: torch.device, copies: int = 2
     return copies * 4 * checkpoint.parameters <= physical  # float32
 
 
-def measure_sensitivity(tuned: Path, rows: Sequence[Prompt], *, device: str = "auto") -> Sensitivity:
-    """Run the tuned model forward and backward over rows.
+Weights = Mapping[str, Sequence[Tensor]]  # by parameter name, of each sequence: (tokens,), with mean 1 over all
+
+
+def measure_sensitivity(tuned: Path, rows: Sequence[Prompt], *, device: str = "auto") -> tuple[Sensitivity, Weights]:
+    """Run the tuned model forward and backward over the first 512 rows, at most 262,144 tokens.
 
     Args:
         tuned: checkpoint directory.
         rows: conversations; where there is an answer only its tokens count as predicted.
         device: `auto` takes a GPU when there is one.
 
+    Returns:
+        What was found, and how much each token counts in the second moments of the inputs of linear layers: the norm
+        of the gradient at the output. Layers that get the same input share the sum of theirs, under the first's name.
+
     Raises:
         CheckpointError: transformers cannot load the model or its tokenizer.
+        CompressionError: the model does not read text, or reads it on one side and writes on another.
     """
     checkpoint = Checkpoint.open(tuned)
     model, tokenizer = load_model(tuned, device=device), load_tokenizer(tuned)
+    check_reads_text(model, checkpoint)
     model.requires_grad_(False)
     stored = {
         live: found.stored[0] for found in bindings(model, checkpoint.specs) if found.plain for live in found.live
     }
     watcher = _Watcher(model, stored)
-    sequences = answered(tokenizer, rows)
+    sequences = to_calibrate(tokenizer, rows)
     draw = torch.Generator(device=model.device).manual_seed(0)
     predicted = 0
     for start in track(range(0, len(sequences), _BATCH), label="sensitivity"):
@@ -119,7 +132,8 @@ def measure_sensitivity(tuned: Path, rows: Sequence[Prompt], *, device: str = "a
         drawn = torch.multinomial(chances.detach().exp(), 1, generator=draw)
         (_TEMPERATURE * chances.gather(1, drawn)).sum().backward()
         predicted += len(drawn)
-    return watcher.sensitivity(predicted)
+    lengths = [len(row) for row, _ in sequences]
+    return watcher.sensitivity(predicted), watcher.weights(lengths)
 
 
 Answered = tuple[list[int], int]  # token ids, and the position where the answer begins
@@ -129,6 +143,16 @@ def answered(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> list
     """Return the tokens of rows that have any, at most `MAX_LENGTH` of each."""
     rendered = [render_answered(tokenizer, row) for row in rows]
     return [(ids[:MAX_LENGTH], min(first, MAX_LENGTH)) for ids, first in rendered if ids]
+
+
+def to_calibrate(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> list[Answered]:
+    """Return the tokens of the rows that calibration reads: the first 512, while they have at most 262,144 in all."""
+    found, tokens = answered(tokenizer, rows[:SEQUENCES]), 0
+    for count, (ids, _) in enumerate(found):
+        tokens += len(ids)
+        if tokens > _TOKENS:
+            return found[: max(1, count)]
+    return found
 
 
 def predicting(batch: Sequence[Answered], mask: Tensor) -> Tensor:
@@ -142,6 +166,16 @@ def predicting(batch: Sequence[Answered], mask: Tensor) -> Tensor:
     return places
 
 
+def check_reads_text(model: Any, checkpoint: Checkpoint) -> None:
+    """Refuse a model that calibration text cannot run through."""
+    reads = "one text and writes another" if model.config.is_encoder_decoder else model.main_input_name
+    if reads != "input_ids":
+        raise CompressionError(
+            f"{checkpoint.path}: calibration text needs a model that reads input_ids alone, but "
+            f"{type(model).__name__} reads {reads}. Pack it without calibration."
+        )
+
+
 class _Watcher:
     """Sums the squared gradients at the outputs of linear layers and embeddings, padding left out."""
 
@@ -150,7 +184,9 @@ class _Watcher:
         self.outputs: dict[str, Tensor] = {}
         self.reads: dict[str, Tensor] = {}
         self.read_outputs: dict[str, Tensor] = {}
-        self.tokens = 0
+        self._norms: dict[str, list[Tensor]] = {}  # of gradients, by matrix, in the order of the tokens
+        self._sharing: dict[str, str] = {}  # matrix -> the first that got the same input
+        self._last: tuple[Tensor | None, str] = (None, "")
         tied = {id(value): stored[name] for name, value in model.named_parameters() if name in stored}
         for module in model.modules():
             weight = getattr(module, "weight", None)
@@ -170,10 +206,23 @@ class _Watcher:
             {name: (total / self.reads[name].sum()).cpu() for name, total in self.read_outputs.items()},
         )
 
+    def weights(self, lengths: Sequence[int]) -> Weights:
+        """Return how much each token counts, sequence by sequence, for layers that every token reached once."""
+        shared: dict[str, Tensor] = {}
+        for name, norms in self._norms.items():
+            of_tokens, first = torch.cat(norms), self._sharing[name]
+            if len(of_tokens) == sum(lengths) and float(of_tokens.sum()) > 0:
+                shared[first] = shared.get(first, 0) + of_tokens / of_tokens.mean()
+        return {first: (found / found.mean()).split(list(lengths)) for first, found in shared.items()}
+
     def _linear(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._last = inputs[0], self._last[1] if inputs[0] is self._last[0] else name
+        self._sharing.setdefault(name, self._last[1])
+
         def add(gradient: Tensor) -> None:
-            squares = self._seen(gradient).square().sum(0)
-            self.outputs[name] = self.outputs.get(name, 0) + squares
+            squares = self._seen(gradient).square()
+            self.outputs[name] = self.outputs.get(name, 0) + squares.sum(0)
+            self._norms.setdefault(name, []).append(squares.sum(1).sqrt().cpu())
 
         if output.requires_grad:
             output.register_hook(add)

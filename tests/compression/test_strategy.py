@@ -1,4 +1,5 @@
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,6 +157,18 @@ def test_measures_lower_the_foreseen_divergence_at_the_same_size(delta: Delta, p
 def test_a_budget_that_cannot_be_met_says_what_can(delta: Delta) -> None:
     with pytest.raises(BudgetError, match=r"expected at least [\d,]+ bytes of payload for this delta, found 100 left"):
         _encoded(delta, PackOptions(strategy="paper"), payload_budget=100)
+
+
+def test_what_a_refused_budget_is_told_to_be_at_least_is_enough(delta: Delta) -> None:
+    with pytest.raises(BudgetError) as refused:
+        _encoded(delta, PackOptions(), payload_budget=1)
+    found = re.search(r"at least ([\d,]+) bytes beside the header", str(refused.value))
+    assert found is not None
+    least = int(found[1].replace(",", ""))
+    assert least < 0.02 * delta.tuned.nbytes
+    for budget in (least, round(1.2 * least), round(1.5 * least), 2 * least):
+        parts = _encoded(delta, PackOptions(), payload_budget=budget)
+        assert sum(part.encoded.nbytes for part in parts.values()) <= budget
 
 
 @settings(max_examples=30)

@@ -17,7 +17,9 @@ from graftllm.compression.units import Compressed, Job, Unit, found_code, found_
 from graftllm.errors import BudgetError
 from graftllm.packing_options import DEFAULT_SHARE
 
-_PASSES = 4
+_PASSES = 4  # codings of everything, to fill a budget
+_MOST = 12  # codings, where none of the first fits
+_COARSER = 2 ** (1 / 64)
 _MANY = 64  # matrices; more are coded in parts, each of which corrects the foresight for those after it
 _PARTS = 8
 
@@ -71,9 +73,11 @@ def _automatic(
         room = payload_budget - fixed
     step: float | None = step_for(outlooks.values(), 8 * max(room, 0)) if outlooks else None
     fullest, least, smallest = -1, 0, None
-    for number in range(_PASSES):
-        if step is None:
+    for number in range(_MOST):
+        if step is None or (number >= _PASSES and fullest >= 0):
             break
+        if number >= _PASSES:
+            step *= _COARSER**2 ** (number - _PASSES)  # what is foreseen corrects too little here
         if number == 0 and len(outlooks) > _MANY:
             tried = _in_parts(job, crew, outlooks, room, step, entry_bytes)
         else:
@@ -88,8 +92,8 @@ def _automatic(
     if outlooks and fullest < 0:
         if payload_budget is not None:
             raise BudgetError(
-                f"budget: expected at least {fixed + least:,} bytes for this delta, {fixed:,} of them for norms and "
-                f"biases, which are kept exactly; found {payload_budget:,}. Raise the budget."
+                f"budget: expected at least {fixed + least:,} bytes beside the header for this delta, {fixed:,} of "
+                f"them for norms and biases, which are kept exactly; found {payload_budget:,}. Raise the budget."
             )
         parts |= {part.name: part for part in smallest or ()}  # a few small matrices can hardly take so little
     return [parts[name] for name in job.delta]

@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression.calibration import collect_moments
 from graftllm.compression.exact import encode_exact
+from graftllm.compression.measures import Measures
 from graftllm.compression.roles import is_matrix
+from graftllm.compression.sensitivity import measure_sensitivity
 from graftllm.delta import Delta
 from graftllm.evaluation.scores import evaluate
 from graftllm.generation import generate, load_model, load_tokenizer, pad, render_answered
@@ -96,6 +98,12 @@ class Yardstick:
         if "lm_head.weight" in found and "lm_head.weight" not in self.delta:
             found["model.embed_tokens.weight"] = found["lm_head.weight"]
         return {name: found[name] for name in found if name in self.matrices}
+
+    @cached_property
+    def measures(self) -> Measures:
+        """What the library measures of the tuned model before it packs."""
+        sensitivity, weights = measure_sensitivity(self.subject.tuned, self.rows, device="cpu")
+        return Measures(collect_moments(self.subject.tuned, self.rows, weights=weights), sensitivity)
 
     def distilled(self, decoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return decoded deltas of matrices with one trained gain each, as BitDelta does."""

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 from codec_bound import bound_nbytes
-from codec_measures import Yardstick, squared_norm
+from codec_measures import Yardstick
 from rivals import RIVALS, Rival, Setting, compress, distinct
 from zstandard import ZstdCompressor
 
 import graftllm.packer
 from graftllm.checkpoint import raw_bytes
+from graftllm.compression.metric import Metric
 from graftllm.errors import CompressionError
 from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
@@ -133,19 +134,22 @@ def _exact(yardstick: Yardstick, setting: str) -> dict[str, Any]:
 def _bound(
     yardstick: Yardstick, decoded: Mapping[str, Any], sizes: Mapping[str, int], calibrated: bool
 ) -> dict[str, float]:
-    """Return what the matrices took and the least that they could have, at the distortion that each has.
+    """Return what the matrices took and the least that they could have, each at the distortion that it has.
 
-    Matrices without a metric of their own and lossless ones are left out. A codec that weighs rows, too,
-    spends its bytes elsewhere than this metric would have them.
+    Distortion is what our codec minimises: errors weighed by the input's moments, and by row. Lossless matrices, and
+    with calibration those that nothing was measured of, are left out.
     """
-    moments = yardstick.moments if calibrated else dict.fromkeys(yardstick.matrices)
     taken = directions = least = 0.0
-    for name, metric in moments.items():
-        change = yardstick.matrices[name]
-        distortion = squared_norm(decoded[name] - change, metric)
-        if 0 < distortion < squared_norm(change, metric):
+    for name, change in yardstick.matrices.items():
+        metric = yardstick.measures.metric(name, tuple(change.shape)) if calibrated else Metric()
+        if calibrated and metric.rows is None:
+            continue
+        distortion = metric.cost(decoded[name] - change) / metric.scale
+        if 0 < distortion < metric.cost(change) / metric.scale:
+            weighed = change if metric.rows is None else change * metric.rows.sqrt()[:, None]
+            moments = None if metric.lower is None else metric.lower @ metric.lower.T
+            bounds = bound_nbytes(weighed if moments is None else weighed.to(moments), moments, distortion)
             taken += sizes[name]
-            bounds = bound_nbytes(change, metric, distortion)
             directions, least = directions + bounds[0], least + min(bounds)
     return {"lossy_nbytes": taken, "directions_nbytes": directions, "bound_nbytes": least}
 

@@ -86,6 +86,8 @@ def _automatic(
         total = sum(sizes.values())
         if smallest is None or total < least:
             smallest, least = tried, total
+        elif number > _PASSES:
+            break  # there is nothing left to take away
         if fullest < total <= room:
             parts, fullest = parts | {part.name: part for part in tried}, total
         step = next_step(outlooks, sizes, room, _steps(tried))

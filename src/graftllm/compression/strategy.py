@@ -19,7 +19,7 @@ from graftllm.packing_options import DEFAULT_SHARE
 
 _PASSES = 4  # codings of everything, to fill a budget
 _MOST = 12  # codings, where none of the first fits
-_COARSER = 2 ** (1 / 64)
+_COARSER = 1 / 64  # octaves, by which the step of the next coding grows; twice as many each time
 _MANY = 64  # matrices; more are coded in parts, each of which corrects the foresight for those after it
 _PARTS = 8
 
@@ -77,7 +77,7 @@ def _automatic(
         if step is None or (number >= _PASSES and fullest >= 0):
             break
         if number >= _PASSES:
-            step *= _COARSER**2 ** (number - _PASSES)  # what is foreseen corrects too little here
+            step *= 2 ** (_COARSER * 2.0 ** (number - _PASSES))  # what is foreseen corrects too little here
         if number == 0 and len(outlooks) > _MANY:
             tried = _in_parts(job, crew, outlooks, room, step, entry_bytes)
         else:

@@ -125,9 +125,10 @@ def test_other_architectures_learn_too(architecture: str, tmp_path: Path) -> Non
     plain, pack = (
         compress(delta, PackOptions(distill=steps), calibration=rows(40), device="cpu") for steps in (None, 60)
     )
-    learnt = {name for name in pack if pack.header.tensors[name] != plain.header.tensors[name]}
+    learnt = {name for name in pack if not np.array_equal(pack.encoded(name).payload, plain.encoded(name).payload)}
     assert learnt
-    assert not {name for name in learnt if "experts" in name}  # transformers stacks them
+    for name in (name for name in pack if "experts" in name):  # transformers stacks them when it loads
+        assert pack.header.tensors[name] == plain.header.tensors[name]
     assert pack.payload_bytes <= plain.payload_bytes
 
 

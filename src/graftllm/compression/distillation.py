@@ -75,9 +75,11 @@ def distill_job(job: Job, parts: Sequence[Compressed], rows: Sequence[Prompt]) -
         codes = _trained(job, parts, rows)
         for part in parts:
             if part.name in units:
-                operator, payload = codes.get(part.name, (part.facts.operator, part.payload))
-                base, change = job.delta.pair(part.name)[0], job.delta[part.name]
-                error = float((operator.delta(payload, base) - change).norm() / change.norm())
+                operator, payload, error = part.facts.operator, part.payload, part.facts.error
+                if part.name in codes:
+                    operator, payload = codes[part.name]
+                    base, change = job.delta.pair(part.name)[0], job.delta[part.name]
+                    error = float((operator.delta(payload, base) - change).norm() / change.norm())
                 write_code(job, units[part.name], operator, payload, error)
     return [found_code(job, units[part.name]) if part.name in units else part for part in parts]
 

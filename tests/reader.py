@@ -232,15 +232,15 @@ def _places(how: dict, data: bytes, base: np.ndarray, shape: list[int]) -> np.nd
     octaves = np.where(values == 0, -10000, np.frexp(values)[1])
     groups = np.clip(2 * octaves - levels, 4 + levels % 2, 80)
     sorted_values = _bfloat16(_patterns(BFLOAT16).tobytes()).astype(np.float64)
-    widths, largest = 2.0 ** (levels // 2 + 3 - 8), sorted_values[-2]
+    widths = 2.0 ** ((groups + levels) // 2 + 1 - 8)
 
     def first(cells: np.ndarray, width: np.ndarray) -> np.ndarray:
-        return BFLOAT16[np.searchsorted(sorted_values, np.clip((cells - 0.5) * width, -largest, largest))]
+        return BFLOAT16[np.searchsorted(sorted_values, np.maximum((cells - 0.5) * width, sorted_values[1]))]
 
     for group in np.unique(groups):
         here = np.flatnonzero(groups == group)
         found, width = codes.vector(len(here)), widths[here]
-        if group > 5:
+        if group > 10:
             places[here] += found
             continue
         cells = found + np.rint(values[here] / width).astype(np.int64)

@@ -1,9 +1,12 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from graftllm.compression import exact
 from graftllm.compression.exact import Exact, encode_exact
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -24,6 +27,20 @@ def test_any_bit_pattern_comes_back(seed: int, count: int, dtype: torch.dtype) -
     operator, payload = encode_exact(base, tuned)
     assert _same_bits(operator.restore(payload, base), tuned)
     assert payload.nbytes <= tuned.nbytes
+
+
+@given(st.integers(0, 1000), st.integers(-20, 20), st.integers(-6, 16), st.sampled_from(FLOATS[:3]))
+def test_values_of_any_size_come_back_from_their_cells(seed: int, octave: int, above: int, dtype: torch.dtype) -> None:
+    """Also the largest and the smallest, and those that cross exponents."""
+    draw, limits = torch.Generator().manual_seed(seed), torch.finfo(dtype)
+    middle = 0 if dtype == torch.float16 else 5 * octave
+    base, step = (torch.randn(40, 5, generator=draw).double() * 2.0**middle * 2.0**more for more in (above, 0))
+    base = base.clamp(limits.min, limits.max).to(dtype)
+    tuned = (base.double() + step).clamp(limits.min, limits.max).to(dtype)
+    tuned[0, :4] = torch.tensor([limits.max, limits.min, limits.smallest_normal / 2, -0.0]).to(dtype)
+    coded = exact._predict(base, tuned)
+    if coded is not None:  # codes of a step across all exponents may be too large
+        assert _same_bits(coded[0].restore(coded[1], base), tuned)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -47,6 +64,18 @@ def test_small_steps_take_few_bits() -> None:
     operator, payload = encode_exact(base, tuned)
     assert operator.coding == "predicted"
     assert payload.nbytes * 8 / base.numel() < 0.8  # the entropy of one in ten is 0.47 bits, and the step's own
+
+
+@pytest.mark.parametrize("above", [1.0, 3.0, 10.0, 40.0])
+def test_gaussian_steps_take_their_entropy(above: float) -> None:
+    """Whether base values are near zero, measured by the step's spread, or far from it."""
+    draw = torch.Generator().manual_seed(0)
+    base = (above * torch.randn(200, 500, generator=draw)).bfloat16()
+    tuned = (base.double() + torch.randn(200, 500, generator=draw).double()).bfloat16()
+    _, payload = encode_exact(base, tuned)
+    octaves = torch.frexp(tuned.double())[1] - 8  # by which the values around are apart
+    entropy = 0.5 * math.log2(2 * math.pi * math.e) - float(octaves.double().mean())
+    assert payload.nbytes * 8 / base.numel() < entropy + 0.05
 
 
 def test_delta_is_the_difference() -> None:

@@ -2,10 +2,10 @@
 
 Each value moved by about the spread of its row and column. Where a base value is large against it, the
 tuned value's place among all values of the dtype, in numeric order, is a few places from the base's;
-how many depends on the exponent, so each distance of base value and spread has its own table. Where
-a base value is within a few spreads of zero the tuned value is coded on a grid of fixed width, then
-among the values in its cell. A product of factors may be added to the base first: the nearer the
-tuned values are, the fewer bytes (see `layered`).
+how many depends on the exponent, so each distance of base value and spread has its own table. Values nearer
+to zero may move to other exponents, where places are nearer to each other or farther apart: they are coded on a grid
+of fixed width, then among the values in their cell. A product of factors may be added to the base first: the nearer
+the tuned values are, the fewer bytes (see `layered`).
 """
 
 import math
@@ -27,7 +27,8 @@ from graftllm.compression.prediction import predicted
 
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PRECISION = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 16}  # bits of a cell's place, at most
-_NEAR = 4  # half octaves above its spread up to which a base value is near zero, or one more
+_NEAR = 4  # half octaves, or one more: base values that are less above their spread share a table
+_CELLS = 10  # half octaves above their spread up to which base values are coded in cells
 _FAR = 80  # base values so many half octaves above their spread and more share a table
 _FAINTEST = 40  # half octaves below the tensor's that a spread is told
 _LEVELS = 400  # half octaves, either way, that are told apart
@@ -194,17 +195,17 @@ def _parts(payload: np.ndarray) -> Iterator[np.ndarray]:
 
 def _coded_block(base: Tensor, tuned: Tensor, levels: np.ndarray) -> np.ndarray | None:
     places, wanted, writer = _ordered(base).astype(np.int64), _ordered(tuned).astype(np.int64), CodeWriter()
-    cells, tuned_cells = _cells(base, levels), _cells(tuned, levels)
-    for near, here in _groups(base, levels):
-        if not near:
+    for group, here in _groups(base, levels):
+        if group > _CELLS:
             vectors = [wanted[here] - places[here]]
             inside = None
         else:
-            cell, grid = tuned_cells[here], _Grid(levels[here], base.dtype)
+            grid = _Grid(group, levels[here], base.dtype)
+            cell, start = grid.cells(tuned[here]), grid.cells(base[here])
             first, count = grid.extent(cell)
             cell = cell - (wanted[here] < first) + (wanted[here] >= first + count)  # edges are in the cell above
             middle = cell == 0
-            vectors = [cell - cells[here], _from_edges(wanted[here][middle], grid.edge[middle])]
+            vectors = [cell - start, _from_edges(wanted[here][middle], grid.edge[middle])]
             first, count = grid.extent(cell)
             inside = (wanted[here] - first)[~middle], count[~middle]
         for codes in vectors:
@@ -217,14 +218,15 @@ def _coded_block(base: Tensor, tuned: Tensor, levels: np.ndarray) -> np.ndarray 
 
 
 def _read_block(payload: np.ndarray, base: Tensor, levels: np.ndarray) -> np.ndarray:
-    places, cells = _ordered(base), _cells(base, levels)
+    places = _ordered(base)
     tuned, reader = np.empty(len(places), np.int64), CodeReader(payload)
-    for near, here in _groups(base, levels):
+    for group, here in _groups(base, levels):
         codes = reader.vector(len(here)).astype(np.int64)
-        if not near:
+        if group > _CELLS:
             tuned[here] = places[here].astype(np.int64) + codes
             continue
-        cell, grid = codes + cells[here], _Grid(levels[here], base.dtype)
+        grid = _Grid(group, levels[here], base.dtype)
+        cell = codes + grid.cells(base[here])
         middle = cell == 0
         tuned[here[middle]] = _from_edges(reader.vector(int(middle.sum())).astype(np.int64), grid.edge[middle])
         first, count = grid.extent(cell)
@@ -235,10 +237,10 @@ def _read_block(payload: np.ndarray, base: Tensor, levels: np.ndarray) -> np.nda
     return tuned.astype(places.dtype)
 
 
-def _groups(base: Tensor, levels: np.ndarray) -> Iterator[tuple[bool, np.ndarray]]:
-    """Yield whether base values are near zero, and which elements share a table.
+def _groups(base: Tensor, levels: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield groups, ascending, and which elements are in them: those that share a table.
 
-    These are elements whose base values are the same number of half octaves above their spread.
+    A group is by how many half octaves base values are above their spread.
 
     Raises:
         ValueError: a base value is not finite.
@@ -250,34 +252,30 @@ def _groups(base: Tensor, levels: np.ndarray) -> Iterator[tuple[bool, np.ndarray
     above = np.clip(2 * octaves - levels, _NEAR + (levels & 1), _FAR).astype(np.int8)
     order = np.argsort(above, kind="stable")
     for here in np.split(order, np.flatnonzero(np.diff(above[order])) + 1):
-        yield bool(above[here[0]] <= _NEAR + 1), here
+        yield int(above[here[0]]), here
 
 
 class _Grid:
-    """Cells of values near zero. Their width is a power of two, chosen by the level."""
+    """Cells of the values of a group: as wide as values twice as large as the base's are apart, at most."""
 
-    def __init__(self, levels: np.ndarray, dtype: torch.dtype) -> None:
-        self.widths, self.dtype = _widths(levels, dtype), dtype
+    def __init__(self, group: int, levels: np.ndarray, dtype: torch.dtype) -> None:
+        octaves = (group + levels.astype(np.int64)) // 2  # of the base value
+        self.widths, self.dtype = np.ldexp(1.0, octaves + 1 - _PRECISION[dtype]), dtype
 
     @property
     def edge(self) -> np.ndarray:
         """The place of the first value above the middle cell."""
         return _first_at_least(0.5 * self.widths, self.dtype)
 
+    def cells(self, values: Tensor) -> np.ndarray:
+        """Return the number of the cell that each value is in; where that is too large to matter, any."""
+        cells = np.rint(values.double().numpy() / self.widths)
+        return np.clip(np.nan_to_num(cells), -(1 << 40), 1 << 40).astype(np.int64)
+
     def extent(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the place of the first value in each cell and how many values it has; edges are of the cell above."""
         first = _first_at_least((cells - 0.5) * self.widths, self.dtype)
         return first, _first_at_least((cells + 0.5) * self.widths, self.dtype) - first
-
-
-def _cells(values: Tensor, levels: np.ndarray) -> np.ndarray:
-    """Return the number of the cell that each value is in; where that is too large to matter, any."""
-    cells = np.rint(values.double().numpy() / _widths(levels, values.dtype))
-    return np.clip(np.nan_to_num(cells), -(1 << 40), 1 << 40).astype(np.int64)
-
-
-def _widths(levels: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    return np.ldexp(1.0, (levels >> 1) + (3 - _PRECISION[dtype]))
 
 
 def _from_edges(places: np.ndarray, edge: np.ndarray) -> np.ndarray:
@@ -289,9 +287,8 @@ def _from_edges(places: np.ndarray, edge: np.ndarray) -> np.ndarray:
 
 
 def _first_at_least(bounds: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """Return the place in numeric order of the least value of a dtype that is not below each bound."""
-    bounds = np.clip(bounds, -torch.finfo(dtype).max, torch.finfo(dtype).max)
-    exact = torch.from_numpy(bounds)
+    """Return the place in numeric order of the least value of a dtype, infinity too, that is not below each bound."""
+    exact = torch.from_numpy(np.maximum(bounds, -torch.finfo(dtype).max))
     near = exact.to(dtype)
     return _ordered(near).astype(np.int64) + (near.double() < exact).numpy()
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Lock, get_ident
+from threading import Lock, local
 
 
 class Turn:
@@ -13,19 +13,22 @@ class Turn:
 
     def __init__(self) -> None:
         """Nobody's turn yet."""
-        self._lock, self._owner, self._depth = Lock(), 0, 0
+        self._lock, self._depth = Lock(), 0
+        self._owner: object = None
+        self._mine = local()  # not a thread's number, which another gets when it has ended
 
     @contextmanager
     def taken(self) -> Iterator[None]:
         """Wait for the turn, and give it back when the block ends."""
-        if self._owner != get_ident():
+        me = self._mine.__dict__.setdefault("token", object())
+        if self._owner is not me:
             self._lock.acquire()
-            self._owner = get_ident()
+            self._owner = me
         self._depth += 1
         try:
             yield
         finally:
             self._depth -= 1
             if not self._depth:
-                self._owner = 0
+                self._owner = None
                 self._lock.release()

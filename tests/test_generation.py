@@ -5,7 +5,7 @@ import torch
 from transformers import GenerationConfig
 
 from graftllm.checkpoint import Checkpoint
-from graftllm.errors import CheckpointError
+from graftllm.errors import CheckpointError, RecipeError
 from graftllm.generation import (
     _answer,
     _length,
@@ -57,6 +57,25 @@ def test_a_stream_yields_the_same_answer_in_pieces(base: Checkpoint, prompts: li
         "".join(stream(model, words, prompts[0].question, GREEDY))
         == generate(model, words, [prompts[0].question], GREEDY)[0][0]
     )
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_stream_ends_before_a_stop_text_however_it_comes(
+    base: Checkpoint, prompts: list[Prompt], length: int
+) -> None:
+    model, words = load_model(base.path), load_tokenizer(base.path)
+    whole = generate(model, words, [prompts[0].question], GREEDY)[0][0]
+    for stop in (whole[4 : 4 + length], whole[4 : 4 + length] + "~"):
+        options = GREEDY.model_copy(update={"stop": (stop, "never")})
+        expected = generate(model, words, [prompts[0].question], options)[0][0]
+        assert "".join(stream(model, words, prompts[0].question, options)) == expected
+        assert (expected == whole) == stop.endswith("~")
+
+
+def test_a_stream_is_one_answer(base: Checkpoint, prompts: list[Prompt]) -> None:
+    model, words = load_model(base.path), load_tokenizer(base.path)
+    with pytest.raises(RecipeError, match="samples: expected 1 for a stream, which is one answer; found 3."):
+        next(stream(model, words, prompts[0].question, DRAWN))
 
 
 def test_a_failing_stream_raises_instead_of_waiting(base: Checkpoint, prompts: list[Prompt]) -> None:

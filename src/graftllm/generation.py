@@ -4,7 +4,7 @@ The one place that loads models and tokenizers, applies chat templates and gener
 nothing of packs: whatever weights the model holds are the ones that answer.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from graftllm.checkpoint import Checkpoint
-from graftllm.errors import CheckpointError
+from graftllm.errors import CheckpointError, RecipeError
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Message, Prompt
 from graftllm.transfer_options import is_template
@@ -251,7 +251,15 @@ def stream(
     messages: Sequence[Message],
     options: SamplingOptions = GREEDY,
 ) -> Iterator[str]:
-    """Yield the answer to one conversation piece by piece as it is generated; closed early, it stops the model."""
+    """Yield the answer to one conversation piece by piece as it is generated; closed early, it stops the model.
+
+    It ends before the first stop text; what may be the beginning of one is held back.
+
+    Raises:
+        RecipeError: more than one answer is asked for.
+    """
+    if options.samples > 1:
+        raise RecipeError(f"samples: expected 1 for a stream, which is one answer; found {options.samples}.")
     ids, mask = pad([render(tokenizer, messages, answer_next=True)], tokenizer, model.device)
     streamer = TextIteratorStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
     failures: list[BaseException] = []
@@ -264,6 +272,7 @@ def stream(
                 attention_mask=mask,
                 generation_config=_generation_config(model, tokenizer, options),
                 streamer=streamer,
+                tokenizer=tokenizer if options.stop else None,
                 stopping_criteria=[lambda ids, scores, **_: torch.tensor([stopped.is_set()], device=ids.device)],
             )
         except BaseException as error:  # handed to the reader, who would otherwise wait for ever
@@ -273,7 +282,7 @@ def stream(
     worker = Thread(target=work, daemon=True)
     worker.start()
     try:
-        yield from streamer
+        yield from _up_to_stop(streamer, options.stop)
     finally:
         stopped.set()
         worker.join()
@@ -317,6 +326,31 @@ def _length(tokens: Sequence[int], config: GenerationConfig) -> tuple[int, bool]
     while length and tokens[length - 1] == config.pad_token_id:
         length -= 1
     return length, False
+
+
+def _up_to_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
+    """Yield a text's pieces up to the first of the texts that end an answer."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        if (text := _stopped(held, stop)) != held:
+            yield text
+            return
+        certain = len(held) - begun_stop(held, stop)
+        yield held[:certain]
+        held = held[certain:]
+    yield held
+
+
+def begun_stop(text: str, stop: Sequence[str]) -> int:
+    """Return how many of a text's last characters may be the beginning of a text that ends an answer.
+
+    >>> begun_stop("so. En", ["End", "."]), begun_stop("so", ["End"])
+    (2, 0)
+    """
+    longest = max(map(len, stop), default=0)
+    sizes = range(min(longest - 1, len(text)), 0, -1)
+    return next((size for size in sizes if any(word.startswith(text[-size:]) for word in stop)), 0)
 
 
 def _stopped(text: str, stop: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from graftllm.generation import begun_stop
 from graftllm.serving.orders import Likely, Order, Token
 
 _UNFINISHED = "�"  # what an incomplete UTF-8 sequence decodes to
@@ -91,14 +92,6 @@ class Text:
             self.stopped = True
             released, self._held = self._held[: min(places)], ""
             return released
-        kept = 0 if whole else self._possible_stop()
+        kept = 0 if whole else begun_stop(self._held, self._stop)
         released, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
         return released
-
-    def _possible_stop(self) -> int:
-        """Return how many of the last characters may be the beginning of a stop text."""
-        longest = max(map(len, self._stop), default=0)
-        for size in range(min(longest - 1, len(self._held)), 0, -1):
-            if any(word.startswith(self._held[-size:]) for word in self._stop):
-                return size
-        return 0

@@ -88,6 +88,39 @@ def test_identical_tasks_are_that_task(name: str) -> None:
     assert all(torch.allclose(out[key], one.deltas[key][0], atol=1e-5) for key in out)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_parameter_that_is_a_single_number_merges_as_a_vector_of_one(name: str) -> None:
+    vectors = {"v": torch.tensor([[3.0], [1.0], [-1.0]]), "w": torch.tensor([[0.5], [2.0], [4.0]])}
+    numbers = {key: stack[:, 0] for key, stack in vectors.items()}
+    both = [merged(name, Tasks(NAMES, torch.ones(3), deltas), 1) for deltas in (vectors, numbers)]
+    for key in vectors:
+        assert both[1][key].shape == () and both[1][key] == both[0][key][0]
+
+
+@pytest.mark.parametrize("name", ["ties", "ties-tensor", "dare-ties", "della", "task-arithmetic"])
+def test_a_negative_weight_turns_a_task_around(name: str) -> None:
+    found = tasks([4.0, -3.0, 1.0], weights=[-2.0])
+    share = 2.0 if name == "task-arithmetic" else 1.0  # a mean of one, whatever its weight
+    assert vector(name, found, density=1.0, scale=1.0) == [-4.0 * share, 3.0 * share, -1.0 * share]
+
+
+def test_ties_averages_by_the_size_of_weights() -> None:
+    found = tasks([4.0, 1.0, 3.0], [2.0, -3.0, -1.0], weights=[1.0, -3.0])
+    # Turned around: 4, 1, 3 and -6, 9, 3. Elected: -, +, +.
+    assert vector("ties", found, density=1.0) == [-2.0, 2.5, 1.5]
+
+
+def test_sce_of_one_model_selects_nothing_unless_everything_is_kept() -> None:
+    assert vector("sce", tasks([4.0, -3.0])) == [0.0, 0.0]
+    assert vector("sce", tasks([4.0, -3.0]), density=1.0) == [4.0, -3.0]
+
+
+def test_regmean_averages_where_no_input_was_seen() -> None:
+    seen = tuple(Calibration({"m": torch.zeros(2, 2)}, 5) for _ in range(2))
+    deltas = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])
+    assert merged("regmean", Tasks(NAMES[:2], torch.ones(2), {"m": deltas}, seen))["m"].tolist() == [[2.0, 3.0]]
+
+
 @pytest.mark.parametrize("name", ["linear", "task-arithmetic", "ties-tensor", "sce", "breadcrumbs", "della", "dare"])
 def test_methods_that_look_at_one_parameter_do_not_see_the_others(name: str) -> None:
     whole = random_model(3)
@@ -108,7 +141,7 @@ def test_linear_divides_by_the_weights_and_task_arithmetic_does_not() -> None:
     found = tasks([2.0, 0.0], [4.0, 8.0], weights=[1.0, 3.0])
     assert vector("linear", found) == [3.5, 6.0]
     assert vector("task-arithmetic", found, scale=0.5) == [7.0, 12.0]
-    with pytest.raises(FusionError, match="--weight: expected weights whose sum is not 0"):
+    with pytest.raises(FusionError, match="merge: expected weights .FILE:WEIGHT. whose sum is not 0, .* found 0. Chan"):
         merged("linear", tasks([1.0], [2.0], weights=[1.0, -1.0]))
 
 

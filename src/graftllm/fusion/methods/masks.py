@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from graftllm.fusion.methods.tasks import Knobs, Merge, Tasks
+from graftllm.fusion.methods.tasks import Knobs, Merge, Tasks, flat
 
 _VOTES = 2  # tasks that must count an entry as their own for the consensus to keep it
 
@@ -19,8 +19,8 @@ def emr(tasks: Tasks, knobs: Knobs) -> Merge:
     masked = own.clone()
     for stack in tasks.stacks():
         unified = _unified(stack)
-        own += stack.flatten(1).abs().sum(1, dtype=torch.float64)
-        masked += ((stack * unified > 0) * unified.abs()).flatten(1).sum(1, dtype=torch.float64)
+        own += flat(stack).abs().sum(1, dtype=torch.float64)
+        masked += flat((stack * unified > 0) * unified.abs()).sum(1, dtype=torch.float64)
     rescale = (knobs.scale * own / torch.where(masked == 0, 1, masked)).tolist()
 
     def merge(name: str, stack: Tensor, task: int) -> Tensor:

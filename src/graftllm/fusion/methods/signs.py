@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from graftllm.fusion.methods.quantiles import order_statistics
-from graftllm.fusion.methods.tasks import Knobs, Merge, Tasks, along, drawn
+from graftllm.fusion.methods.tasks import Knobs, Merge, Tasks, along, drawn, flat
 
 _DELLA_SPREAD = 0.15  # a row's largest and smallest entries are kept with density +- this probability
 _OUTLIERS = 0.01  # share of the largest entries that breadcrumbs drop
@@ -84,7 +84,7 @@ def sce(tasks: Tasks, knobs: Knobs) -> Merge:
 
     def merge(name: str, stack: Tensor, task: int) -> Tensor:
         selected = stack * _most_varying(stack, knobs.density)
-        squares = selected.flatten(1).square().mean(1)
+        squares = flat(selected).square().mean(1)
         shares = squares / squares.sum() if squares.sum() >= 1e-6 else torch.full_like(squares, 1 / len(squares))
         return knobs.scale * _erased(selected, shares, floor=1e-6)
 
@@ -95,7 +95,7 @@ def sce_fuseai(tasks: Tasks, knobs: Knobs) -> Merge:
     """SCE as its authors do it: the selection only weighs the models, and all entries are merged."""
 
     def merge(name: str, stack: Tensor, task: int) -> Tensor:
-        squares = (stack * _most_varying(stack, knobs.density)).flatten(1).double().square().mean(1)
+        squares = flat(stack * _most_varying(stack, knobs.density)).double().square().mean(1)
         shares = squares / squares.sum() if squares.sum() > 0 else torch.full_like(squares, 1 / len(squares))
         return knobs.scale * _erased(stack, shares.float(), floor=0)
 
@@ -114,7 +114,7 @@ def _thresholds(tasks: Tasks, density: float) -> Tensor:
 
 def _ranked(stack: Tensor, position: Callable[[int], int]) -> Tensor:
     """Return for each task one parameter's k-th smallest magnitude, from 0; shape (n,)."""
-    magnitudes = stack.flatten(1).abs() if stack.ndim > 1 else stack[:, None].abs()
+    magnitudes = flat(stack).abs()
     return magnitudes.kthvalue(position(magnitudes.shape[1]) + 1, dim=1).values
 
 
@@ -124,11 +124,14 @@ def _trimmed(values: Tensor, stack: Tensor, smallest: Tensor) -> Tensor:
 
 
 def _mean_of_agreeing(tasks: Tasks, weighted: Tensor, majority: float = 1.0) -> Tensor:
-    """Return sum / sum of weights over the tasks whose entry has the sign of the sum; `weighted` is times weights."""
+    """Return sum / sum of |weights| over the tasks whose entry has the sign of the sum; `weighted` is times weights.
+
+    So a negative weight turns a task around, and its size says how much the task counts.
+    """
     total = weighted.sum(0)
     elected = torch.where(total == 0, majority, total.sign())
     agreeing = weighted.sign() == elected
-    shares = (agreeing * along(tasks.weights, weighted)).sum(0)
+    shares = (agreeing * along(tasks.weights.abs(), weighted)).sum(0)
     return (weighted * agreeing).sum(0) / torch.where(shares == 0, 1, shares)
 
 

@@ -8,6 +8,7 @@ from graftllm.fusion.methods.tasks import Knobs, Merge, Tasks, along
 
 _OFF_DIAGONAL = 0.9  # what is left of second moments off the diagonal; RegMean's guard against few tokens
 _RIDGE = 1e-6  # of the mean second moment; inputs that no token moved fall back to the average
+_LEAST = 1e-30  # mean second moment, so that a layer whose inputs are all zeros has a ridge, too
 
 
 def linear(tasks: Tasks, knobs: Knobs) -> Merge:
@@ -18,7 +19,10 @@ def linear(tasks: Tasks, knobs: Knobs) -> Merge:
     """
     total = float(tasks.weights.sum())
     if abs(total) < 1e-8:
-        raise FusionError("--weight: expected weights whose sum is not 0, because an average divides by it.")
+        raise FusionError(
+            f"merge: expected weights (FILE:WEIGHT) whose sum is not 0, because an average divides by it; found "
+            f"{total:g}. Change one, or take task-arithmetic, which adds up."
+        )
     return lambda name, stack, task: tasks.weighted(stack).sum(0) * (knobs.scale / total)
 
 
@@ -51,5 +55,5 @@ def regmean(tasks: Tasks, knobs: Knobs) -> Merge:
 def _guarded(gram: Tensor) -> Tensor:
     """Return second moments with smaller off-diagonal entries and a ridge."""
     diagonal = gram.diagonal()
-    ridge = _RIDGE * diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny)
+    ridge = _RIDGE * diagonal.mean().clamp(min=_LEAST)
     return _OFF_DIAGONAL * gram + torch.diag((1 - _OFF_DIAGONAL) * diagonal + ridge)

@@ -69,6 +69,11 @@ def along(values: Tensor, stack: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (stack.ndim - 1))
 
 
+def flat(stack: Tensor) -> Tensor:
+    """Return a stack of shape (n, *shape) as (n, entries); a parameter that is a single number has one."""
+    return stack.reshape(len(stack), -1)
+
+
 def drawn(shape: tuple[int, ...], seed: int, task: str, name: str) -> Tensor:
     """Return uniform numbers in [0, 1) for one task's parameter; the same for the same seed and names."""
     draw = torch.Generator().manual_seed(zlib.crc32(f"{seed} {task} {name}".encode()))

@@ -8,6 +8,7 @@ the one on packs in `packing_options`.
 
 import difflib
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,10 @@ from graftllm.transfer_options import (
 )
 
 Comparison = Literal["sequential", "summed", "lora", "replay", "grafting"]
-PackName = typing.Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+PACK_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # of files and headers, too, which not every alphabet fits
+RESERVED = ("base", "auto", "by-task", "general")  # what names other things than packs
+PackName = typing.Annotated[str, Field(pattern=f"^{PACK_NAME}$")]
+Options = typing.TypeVar("Options", bound=Section)
 
 
 class RouterOptions(Section):
@@ -85,7 +89,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _names_are_free(self) -> "Recipe":
-        if taken := {"base", "auto", "by-task", "general"} & set(self.skills):
+        if taken := set(RESERVED) & set(self.skills):
             raise ValueError(f"skills: {sorted(taken)[0]!r} is a reserved name; choose another")
         return self
 
@@ -148,8 +152,17 @@ def pack_options(
     given |= {"servable": servable, "distill": distill}
     if bit_bands is not None:
         given["bit_bands"] = [band.split(":") for band in bit_bands.split(",")]
+    return options_of(PackOptions, given)
+
+
+def options_of(section: type[Options], given: Mapping[str, Any]) -> Options:
+    """Return a section of a recipe with the given values; None stands for the default.
+
+    Raises:
+        RecipeError: a value is out of range.
+    """
     try:
-        return PackOptions.model_validate({key: value for key, value in given.items() if value is not None})
+        return section.model_validate({key: value for key, value in given.items() if value is not None})
     except ValidationError as error:
         raise RecipeError(_first_problem(error)) from error
 

@@ -10,6 +10,7 @@ import pytest
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError, StorageError
+from graftllm.fusion.branches import why_merged_only
 from graftllm.fusion.directory import (
     add_packs,
     open_packs,
@@ -19,12 +20,13 @@ from graftllm.fusion.directory import (
     set_rules,
     write_grafted,
 )
-from graftllm.fusion.inventory import take_inventory
+from graftllm.fusion.inventory import runs_beside, take_inventory
 from graftllm.fusion.rules import Rule
 from graftllm.header import Card
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.storage import only_writer
+from tests.architectures import CONFIGS, load, save_base, save_tuned
 from tests.models import perturb, save_llama
 
 
@@ -164,7 +166,14 @@ def test_bad_changes_change_nothing(home: Path, grafted: Path, tmp_path: Path) -
     before = _contents(grafted)
     for name, file, error, message in (
         ("one", "three", FusionError, r"pack 'one': this grafted model has one of that name; choose another name, or"),
-        ("base", "three", FusionError, r"pack 'base': expected a plain name other than base and auto"),
+        (
+            "base",
+            "three",
+            FusionError,
+            r"pack 'base': expected a plain name other than base, auto, by-task and general",
+        ),
+        ("x²", "three", FusionError, r"pack 'x²': expected a plain name"),
+        ("x" * 65, "three", FusionError, r"pack 'x{65}': expected a plain name .* .at most 64 of a-z, A-Z, 0-9,"),
         ("a/b", "three", FusionError, r"pack 'a/b': expected a plain name"),
         (
             "three",
@@ -176,8 +185,9 @@ def test_bad_changes_change_nothing(home: Path, grafted: Path, tmp_path: Path) -
     ):
         with pytest.raises(error, match=message):
             add_packs(grafted, {name: home / f"{file}.safetensors"})
-    with pytest.raises(FusionError, match="pack: expected one of base, auto, one, two; found 'three'"):
-        remove_pack(grafted, "three")
+    for name in ("three", "base"):
+        with pytest.raises(FusionError, match=f"pack: expected one of one, two; found '{name}'"):
+            remove_pack(grafted, name)
     with pytest.raises(
         FusionError, match=r"rule 2 of 2 sends prompts to the pack 'two'; take the rule out first \(`graftllm rules"
     ):
@@ -209,6 +219,17 @@ def test_a_router_comes_with_the_packs_that_it_knows(home: Path, grafted: Path) 
     assert [file.name for file in grafted.glob("router-*")] == [manifest.router.file]
 
 
+def test_a_router_that_was_made_of_another_than_is_there_does_not_come(home: Path, grafted: Path) -> None:
+    taught = read_manifest(grafted)
+    set_router(grafted, _Router("one", "two"))  # type: ignore
+    before = _contents(grafted)
+    with pytest.raises(
+        FusionError, match="g: expected the router that learnt of three, found another; it was changed meanwhile. Noth"
+    ):
+        add_packs(grafted, {"three": home / "three.safetensors"}, router=_Router("three"), taught=taught)  # type: ignore
+    assert _contents(grafted) == before
+
+
 def test_the_inventory_tells_what_each_pack_can_do(grafted: Path) -> None:
     set_router(grafted, _Router("one"))  # type: ignore
     set_rules(grafted, [Rule(pack="one", tag="TAG")])
@@ -216,11 +237,20 @@ def test_the_inventory_tells_what_each_pack_can_do(grafted: Path) -> None:
     figures = json.loads(json.dumps(found.figures()))
     assert figures["packs"]["one"] | {"sha256": ""} == {
         "file_bytes": (grafted / "packs" / "one.safetensors").stat().st_size,
-        "sha256": "", "description": "Skill one", "factors": False, "routed": True,
+        "sha256": "", "description": "Skill one", "beside": False, "routed": True,
     }  # fmt: skip
     assert figures["rules"] == [{"pack": "one", "tag": "TAG"}]
     assert [row[3:5] for row in found.rows()] == [("merged", "yes"), ("merged, beside", "no")]
     assert "router  older than two" in found.sentences()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_inventory_says_of_each_architecture_what_the_live_model_says(name: str, tmp_path: Path) -> None:
+    base = save_base(name, tmp_path / "base")
+    delta = Delta(Checkpoint.open(base), Checkpoint.open(save_tuned(base, tmp_path / "tuned")))
+    for options in (PackOptions(strategy="paper", energy=0.7), PackOptions(servable=4), PackOptions(strategy="exact")):
+        pack = compress(delta, options)
+        assert runs_beside(pack.header) == (why_merged_only(load(name, base), pack) is None)
 
 
 @pytest.mark.parametrize(
@@ -228,9 +258,9 @@ def test_the_inventory_tells_what_each_pack_can_do(grafted: Path) -> None:
     [
         ("evil", "/abs/victim", r"manifest.json: packs.evil.file: String should match pattern '\^packs/.*'. Run `graf"),
         ("evil", "packs/../../victim.safetensors", r"packs.evil.file: String should match pattern"),
-        ("../../up", "packs/up.safetensors", r"packs.*up.*: expected a plain name other than base and auto \(letters"),
-        ("base", "packs/b.safetensors", r"packs.base.*: expected a plain name other than base and auto"),
-        ("auto", "packs/a.safetensors", r"packs.auto.*: expected a plain name other than base and auto"),
+        ("../../up", "packs/up.safetensors", r"packs.*up.*: expected a plain name other than base, auto, by-task and"),
+        ("base", "packs/b.safetensors", r"packs.base.*: expected a plain name other than base, auto"),
+        ("auto", "packs/a.safetensors", r"packs.auto.*: expected a plain name other than base, auto"),
     ],
 )
 def test_a_manifest_names_no_files_of_others(grafted: Path, name: str, file: str, message: str) -> None:

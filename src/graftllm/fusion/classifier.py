@@ -4,7 +4,8 @@ Linear, GELU, Linear; the class 0 is the base. A prompt that is unlike the examp
 that it is taken for is left to the base, too. Nothing here knows texts, names or files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -133,19 +134,20 @@ def train_classifier(
 
     Returns:
         The network; when the base answers; and the class that each prompt goes to when the network has not seen it,
-        class after class, int16.
+        class after class, int16. The same on one machine and PyTorch, whatever the number of threads.
     """
-    logits, strangeness = _unseen(classes, options.steps, seed)
-    labels = torch.cat([torch.full((len(rows),), i) for i, rows in enumerate(classes)])
-    own = strangeness.gather(1, labels[:, None])[:, 0].split([len(rows) for rows in classes])
-    limits = tuple(_MARGIN * float(rows.max()) for rows in own)
-    loose = Calibration(_temperature(logits, labels), 0.0, limits, 0.0)
-    verdict = judge(logits[labels == 0], strangeness[labels == 0], loose)
-    asked = torch.where(verdict.chosen > 0, verdict.packed, 0.0)  # of general prompts
-    threshold = max(options.threshold, _exceeded_by(asked, options.false_accept))
-    calibration = Calibration(loose.temperature, threshold, limits, float((asked > threshold).float().mean()))
-    held_out = judge(logits, strangeness, calibration).chosen.to(torch.int16)
-    return _fit(classes, options.steps, seed), calibration, held_out
+    with _one_thread():
+        logits, strangeness = _unseen(classes, options.steps, seed)
+        labels = torch.cat([torch.full((len(rows),), i) for i, rows in enumerate(classes)])
+        own = strangeness.gather(1, labels[:, None])[:, 0].split([len(rows) for rows in classes])
+        limits = tuple(_MARGIN * float(rows.max()) for rows in own)
+        loose = Calibration(_temperature(logits, labels), 0.0, limits, 0.0)
+        verdict = judge(logits[labels == 0], strangeness[labels == 0], loose)
+        asked = torch.where(verdict.chosen > 0, verdict.packed, 0.0)  # of general prompts
+        threshold = max(options.threshold, _exceeded_by(asked, options.false_accept))
+        calibration = Calibration(loose.temperature, threshold, limits, float((asked > threshold).float().mean()))
+        held_out = judge(logits, strangeness, calibration).chosen.to(torch.int16)
+        return _fit(classes, options.steps, seed), calibration, held_out
 
 
 def classifier_of(network: nn.Sequential, classes: Sequence[Tensor]) -> Classifier:
@@ -202,8 +204,12 @@ def _unseen(classes: Sequence[Tensor], steps: int, seed: int) -> tuple[Tensor, T
 
 
 def _likeliest(logits: Tensor) -> Tensor:
-    """Return the number of the most probable pack, shape (prompts,), by logits of shape (prompts, classes)."""
-    return logits[:, 1:].argmax(dim=1) + 1
+    """Return the number of the most probable pack, shape (prompts,), by logits of shape (prompts, classes).
+
+    Without any pack it is that of the base.
+    """
+    packs = logits[:, 1:]
+    return packs.argmax(dim=1) + 1 if packs.shape[1] else torch.zeros(len(logits), dtype=torch.long)
 
 
 def _exceeded_by(values: Tensor, rate: float) -> float:
@@ -220,6 +226,17 @@ def _temperature(logits: Tensor, labels: Tensor) -> float:
     grid = torch.logspace(0, 1, 81)
     losses = [float(nn.functional.cross_entropy(logits / temperature, labels)) for temperature in grid]
     return float(grid[min(range(len(losses)), key=losses.__getitem__)])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let PyTorch add up in one order: with other numbers of threads, sums are split in other places."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _standard(rows: Tensor) -> tuple[Tensor, Tensor]:

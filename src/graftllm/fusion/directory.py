@@ -12,9 +12,8 @@ process killed at any moment leaves the old model or the new one.
 
 import hashlib
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,33 +22,25 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, V
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError
+from graftllm.fusion.names import check_names, plain_name, unknown_pack
 from graftllm.fusion.routing import BASE, Router
 from graftllm.fusion.rules import Rule
+from graftllm.recipe import PACK_NAME
 from graftllm.skillpack import SkillPack
 from graftllm.storage import only_writer, whole_directory, whole_file, write_text
 
 AUTO = "auto"
 MANIFEST = "manifest.json"
 _HASH = 12  # hexadecimal digits of the SHA-256 of a router's file that are in its name
-_NAME = r"[\w-][\w.-]*"
 
-
-def _plain_name(name: str) -> str:
-    if name in (BASE, AUTO) or not re.fullmatch(_NAME, name):
-        raise ValueError(
-            "expected a plain name other than base and auto (letters, digits, '.', '-' and '_'); choose another"
-        )
-    return name
-
-
-PackName = Annotated[str, AfterValidator(_plain_name)]
+PackName = Annotated[str, AfterValidator(plain_name)]
 
 
 class ShelvedPack(BaseModel):
     """One pack of a grafted model: its file, relative to the directory, and the file's SHA-256."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    file: Annotated[str, StringConstraints(pattern=rf"^packs/{_NAME}\.safetensors$")]
+    file: Annotated[str, StringConstraints(pattern=rf"^packs/{PACK_NAME}\.safetensors$")]
     sha256: str
 
 
@@ -107,23 +98,32 @@ def write_grafted(
         write_text(partial / MANIFEST, manifest.model_dump_json(indent=1))
 
 
-def add_packs(directory: Path, packs: Mapping[str, Path], *, router: Router | None = None) -> Manifest:
+def add_packs(
+    directory: Path, packs: Mapping[str, Path], *, router: Router | None = None, taught: Manifest | None = None
+) -> Manifest:
     """Put packs on a shelf; nothing that is there is touched.
 
     Args:
         directory: a grafted model.
         packs: pack files by the names they shall have.
         router: one that knows the new packs, too; without it the old one stays, and does not know them.
+        taught: the manifest whose router it was made of; a change that came since is refused, not undone.
 
     Returns:
         The new manifest.
 
     Raises:
-        FusionError: a name is taken or reserved, a pack is for another base, or this is no grafted model.
+        FusionError: a name is taken or reserved, a pack is for another base, the directory has got another router
+            since `taught`, or this is no grafted model.
         PackError: a pack is damaged or was made for another base.
         StorageError: another process changes the directory now, or it cannot be written.
     """
     with _changing(directory) as manifest:
+        if taught is not None and manifest.router != taught.router:
+            raise FusionError(
+                f"{directory}: expected the router that learnt of {', '.join(packs)}, found another; it was changed "
+                "meanwhile. Nothing was added; run the same command again."
+            )
         base = Checkpoint.open(base_location(directory, manifest.base))
         changed = _with_packs(directory, manifest, packs, base)
         if router is not None:
@@ -135,7 +135,8 @@ def add_packs(directory: Path, packs: Mapping[str, Path], *, router: Router | No
 def remove_pack(directory: Path, name: str) -> Manifest:
     """Take a pack off a shelf; every other pack stays as it is, bit for bit.
 
-    The router becomes what it would be without the pack's prompts; it needs no others for that.
+    The router becomes what it would be without the pack's prompts; it needs no others for that. One that knows no
+    pack any more stays, with the general prompts' examples, and can learn again.
 
     Returns:
         The new manifest.
@@ -155,7 +156,7 @@ def remove_pack(directory: Path, name: str) -> Manifest:
         changed = manifest.model_copy(update={"packs": {key: p for key, p in manifest.packs.items() if key != name}})
         if manifest.router is not None and name in manifest.router.packs:
             router = _open_router(directory / manifest.router.file)
-            changed = _with_router(directory, changed, router.without(name) if len(router.packs) > 1 else None)
+            changed = _with_router(directory, changed, router.without(name))
         _commit(directory, changed, manifest)
     return changed
 
@@ -233,7 +234,7 @@ def open_router(directory: Path, manifest: Manifest) -> Router | None:
 
 def _open_router(path: Path) -> Router:
     with suppress(OSError):  # which the router tells
-        if path.stem.removeprefix("router-") != (found := _sha256(path)[:_HASH]):
+        if path.stem.removeprefix("router-") != (found := sha256_of(path)[:_HASH]):
             raise FusionError(
                 f"{path}: expected what its name says, found {found}: it was changed. Run `graftllm fuse` again."
             )
@@ -246,9 +247,18 @@ def base_location(directory: Path, base: str) -> str | Path:
     return beside if beside.is_dir() or base.startswith(".") else base
 
 
-def unknown_pack(name: str, packs: Mapping[str, object]) -> FusionError:
-    """Return the error that says which packs there are."""
-    return FusionError(f"pack: expected one of {', '.join([BASE, AUTO, *packs])}; found {name!r}.")
+def check_new(directory: Path, manifest: Manifest, names: Collection[str]) -> None:
+    """Refuse names under which no pack can come to a shelf.
+
+    Raises:
+        FusionError: one is reserved or taken.
+    """
+    check_names(names)
+    if taken := next((name for name in names if name in manifest.packs), None):
+        raise FusionError(
+            f"pack {taken!r}: this grafted model has one of that name; choose another name, or remove the old one "
+            f"first (`graftllm remove {directory} {taken}`)."
+        )
 
 
 @contextmanager
@@ -273,18 +283,10 @@ def _files(manifest: Manifest) -> set[str]:
 
 def _with_packs(directory: Path, manifest: Manifest, packs: Mapping[str, Path], base: Checkpoint) -> Manifest:
     """Put pack files into a directory; return its manifest with them."""
+    check_new(directory, manifest, packs)
     (directory / "packs").mkdir(exist_ok=True)
     shelved, fingerprint = dict(manifest.packs), manifest.fingerprint
     for name, path in packs.items():
-        try:
-            _plain_name(name)
-        except ValueError as error:
-            raise FusionError(f"pack {name!r}: {error}.") from error
-        if name in manifest.packs:
-            raise FusionError(
-                f"pack {name!r}: this grafted model has one of that name; choose another name, or remove the old one "
-                f"first (`graftllm remove {directory} {name}`)."
-            )
         pack = SkillPack.load(path)
         pack.check_base(base)
         fingerprint = fingerprint or base.fingerprint
@@ -295,7 +297,7 @@ def _with_packs(directory: Path, manifest: Manifest, packs: Mapping[str, Path], 
             )
         file = f"packs/{name}.safetensors"
         _link_or_copy(Path(pack.source), directory / file)
-        shelved[name] = ShelvedPack(file=file, sha256=_sha256(directory / file))
+        shelved[name] = ShelvedPack(file=file, sha256=sha256_of(directory / file))
     return manifest.model_copy(update={"packs": shelved, "fingerprint": fingerprint})
 
 
@@ -308,7 +310,7 @@ def _with_router(directory: Path, manifest: Manifest, router: Router | None) -> 
         raise FusionError(f"router: knows the pack {missing[0]!r}, which is not there; expected {_list(manifest)}.")
     passing = directory / ".router.safetensors"
     router.save(passing)
-    file = f"router-{_sha256(passing)[:_HASH]}.safetensors"
+    file = f"router-{sha256_of(passing)[:_HASH]}.safetensors"
     os.replace(passing, directory / file)
     packs = {name: manifest.packs[name].sha256 for name in known}
     return manifest.model_copy(update={"router": ShelvedRouter(file=file, packs=packs)})
@@ -334,7 +336,7 @@ def _open_pack(directory: Path, shelved: ShelvedPack) -> SkillPack:
         raise FusionError(
             f"{directory}: the manifest names {shelved.file}, which is not there. Run `graftllm fuse` again."
         )
-    if (found := _sha256(path)) != shelved.sha256:
+    if (found := sha256_of(path)) != shelved.sha256:
         raise FusionError(
             f"{path}: expected SHA-256 {shelved.sha256[:12]}..., found {found[:12]}...; "
             "the file was changed. Run `graftllm fuse` again."
@@ -354,6 +356,7 @@ def _link_or_copy(source: Path, place: Path) -> None:
             shutil.copyfileobj(file, copy)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,13 +1,15 @@
 """What stands on the shelf of a grafted model, as `graftllm list` shows it. Headers alone are read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 from graftllm.fusion.directory import Manifest, read_manifest
 from graftllm.fusion.rules import Rule
-from graftllm.header import Header, read_header
+from graftllm.header import Header, TensorEntry, read_header
 
 
 @dataclass(frozen=True)
@@ -18,14 +20,14 @@ class Item:
         file_bytes: size of its file.
         sha256: of its file.
         description: from its card.
-        factors: whether all matrices of its layers are factors, so that it can run beside the weights.
+        beside: whether it can run beside the weights, as far as `runs_beside` knows.
         routed: whether the router knows it.
     """
 
     file_bytes: int
     sha256: str
     description: str
-    factors: bool
+    beside: bool
     routed: bool
 
 
@@ -49,7 +51,7 @@ class Inventory:
                 name,
                 f"{item.file_bytes:,}",
                 item.sha256[:12],
-                "merged, beside" if item.factors else "merged",
+                "merged, beside" if item.beside else "merged",
                 "yes" if item.routed else "no",
                 item.description,
             )
@@ -92,19 +94,31 @@ def take_inventory(directory: Path) -> Inventory:
         file = directory / shelved.file
         header = read_header(file)
         packs[name] = Item(
-            file.stat().st_size, shelved.sha256, header.card.description, in_factors(header), name not in late
+            file.stat().st_size, shelved.sha256, header.card.description, runs_beside(header), name not in late
         )
     return Inventory(directory, manifest.base, manifest.fingerprint, manifest.router is not None, manifest.rules, packs)
 
 
-def in_factors(header: Header) -> bool:
-    """Return whether the layers' matrices are stored as factors; vocabularies and vectors may be stored anyhow.
+def runs_beside(header: Header) -> bool:
+    """Return whether a pack can run beside the weights, as far as the architecture, names and shapes tell.
 
-    Experts, which transformers stacks, do not count as factors.
+    It must be one that only continues its input, and all that the pack touches must be vectors of modules without
+    parts, vocabularies, or matrices in factors. `branches.why_merged_only` asks the live model itself.
     """
-    allowed = ("factored", "lowrank", "unchanged")
-    return all(
-        entry.operator in (allowed if entry.role != "expert" else ("unchanged",)) and entry.tuned_spec == entry.spec
-        for entry in header.tensors.values()
-        if len(entry.shape) > 1 and entry.role not in ("embedding", "head")
+    modules = {name.rpartition(".")[0] for name in header.tensors}
+    parents = {module[:i] for module in modules for i, character in enumerate(module) if character == "."}
+    return header.base.architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and all(
+        _has_branch(name, entry, parents)
+        for name, entry in header.tensors.items()
+        if entry.operator != "unchanged" or entry.tuned_spec != entry.spec
     )
+
+
+def _has_branch(name: str, entry: TensorEntry, parents: Collection[str]) -> bool:
+    module, _, key = name.rpartition(".")
+    if entry.tuned_spec != entry.spec or entry.role == "expert":
+        return False
+    if len(entry.shape) == 1:
+        return module not in parents
+    factors = entry.role in ("embedding", "head") or entry.operator in ("factored", "lowrank")
+    return key == "weight" and len(entry.shape) == 2 and factors

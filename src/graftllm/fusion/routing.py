@@ -101,41 +101,41 @@ class Router:
         rows = zip(verdict.probabilities.tolist(), verdict.chosen.tolist(), verdict.strange.tolist(), strict=True)
         return [self._route(row, choice, strange) for row, choice, strange in rows]
 
-    def with_pack(self, name: str, features: Tensor) -> "Router":
+    def with_pack(self, name: str, features: Tensor, *, drift: float | None = None) -> "Router":
         """Return a router that knows one more pack; the old packs' prompts are not needed.
 
         Args:
             name: of the pack.
             features: `prompt_features` of its prompts, after the layer `options.layer`.
+            drift: share of the old prompts that may be sent elsewhere; `options.drift` by default.
 
         Raises:
-            FusionError: the pack is known already or has too few prompts, or more than `options.drift` of the old
-                prompts would be sent elsewhere.
+            FusionError: the pack is known already or has too few prompts, or more of the old prompts would be sent
+                elsewhere than may be.
         """
         if name in self.examples:
             raise FusionError(f"router: knows the pack {name!r} already; remove it first, or choose another name.")
         _check_enough(name, len(features))
         added = keep_examples(features, self.options.samples, seed=self.seed)
         changed = _trained({**self.examples, name: added}, self.options, self.seed)
-        moved = self.drift(changed)
-        if moved > self.options.drift:
+        moved, allowed = self.drift(changed), self.options.drift if drift is None else drift
+        if moved > allowed:
             raise FusionError(
                 f"router: with {name!r}, {moved:.1%} of the old packs' held-out prompts would go elsewhere, and "
-                f"{self.options.drift:.1%} may; the prompts of {name!r} are too much like theirs. Use a rule or name "
-                "the pack instead, or raise router.drift."
+                f"{allowed:.1%} may; the prompts of {name!r} are too much like theirs. Use a rule or name the pack "
+                "instead, or allow more: --drift of `graftllm add`, router.drift in the recipe of `graftllm learn`."
             )
         return changed
 
     def without(self, name: str) -> "Router":
-        """Return the router that was never trained for a pack.
+        """Return the router that was never trained for a pack; one of no packs leaves every prompt to the base.
 
         Raises:
-            FusionError: the router does not know the pack, or no other.
+            FusionError: the router does not know the pack.
         """
         if name not in self.packs:
-            raise FusionError(f"router: expected one of {', '.join(self.packs)} to remove, found {name!r}.")
+            raise FusionError(f"router: expected one of {', '.join(self.packs) or 'none'} to remove, found {name!r}.")
         rest = {key: kept for key, kept in self.examples.items() if key != name}
-        _check_classes(rest)
         return _trained(rest, self.options, self.seed)
 
     def drift(self, changed: "Router") -> float:
@@ -295,7 +295,7 @@ def _restored(about: object, state: Mapping[str, Tensor]) -> Router:
         found = about.get("format") if isinstance(about, dict) else type(about).__name__
         raise ValueError(f"expected the format {_FORMAT}, found {found}")
     classes, width = list(about["classes"]), state["network.0.weight"].shape[1]
-    if classes[:1] != [BASE] or len(classes) < 2 or len(set(classes)) < len(classes):
+    if classes[:1] != [BASE] or len(set(classes)) < len(classes):
         raise ValueError(f"expected base and then different packs as classes, found {classes}")
     network = new_network(width, len(classes), seed=0)
     network.load_state_dict({name: state[f"network.{name}"].float() for name in network.state_dict()})

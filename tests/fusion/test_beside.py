@@ -99,7 +99,7 @@ def test_any_rows_with_any_packs_are_as_if_each_were_alone(loaded: Loaded, data:
     with beside.rows(wanted):
         found = _logits(model, len(wanted))
     for row, one in enumerate(wanted):
-        with plug(model, *((packs[name], weight) for name, weight in mixed(one))):
+        with plug(model, *((packs[name], weight) for name, weight in mixed(one, packs))):
             expected = _logits(model, len(wanted))[row]
         torch.testing.assert_close(found[row], expected, rtol=1e-3, atol=1e-3)
     beside.close()
@@ -148,7 +148,7 @@ def test_a_tied_embedding_is_held_once(loaded: Loaded) -> None:
     embedding, head = (found.modules[name].weight for name in ("model.embed_tokens", "lm_head"))
     assert embedding is head
     without = {key: branch for key, branch in found.modules.items() if key != "lm_head"}
-    assert found.nbytes == type(found)(without).nbytes
+    assert found.nbytes == type(found)(without, found.pack).nbytes
 
 
 def test_a_batch_of_another_size_is_refused(loaded: Loaded) -> None:
@@ -187,6 +187,46 @@ def test_a_pack_of_another_base_is_refused(loaded: Loaded, tmp_path: Path) -> No
         pass
     with pytest.raises(FusionError, match="pack: expected one of base, one, two, three; found 'four'"):
         beside.rows(["four"]).__enter__()
+
+
+def test_a_name_may_come_to_mean_another_pack_or_none(loaded: Loaded) -> None:
+    model, packs = loaded
+    mine = {"skill": packs["one"], "other": packs["three"]}
+    beside = Beside(model, mine)
+    for pack in ("one", "two", "one"):
+        mine["skill"] = packs[pack]
+        with beside.rows(["skill", None, "other", None]):
+            found = _logits(model)
+        with plug(model, packs[pack]):
+            torch.testing.assert_close(found[0], _logits(model)[0], rtol=1e-3, atol=1e-3)
+    assert len(beside.shelf.hot) == 2  # nothing is kept of what a name meant before
+    del mine["skill"]
+    with pytest.raises(FusionError, match="pack: expected one of base, other; found 'skill'"):
+        beside.rows(["skill"]).__enter__()
+    beside.close()
+
+
+def test_rows_with_weights_that_are_no_numbers_or_of_no_pack_are_refused(loaded: Loaded) -> None:
+    beside = Beside(*loaded)
+    with pytest.raises(FusionError, match="pack: expected one of base, one, two, three; found 'four'"):
+        beside.rows([{"four": 0.0}]).__enter__()
+    with pytest.raises(FusionError, match="pack: expected a finite weight for 'one', found nan"):
+        beside.rows([{"one": float("nan")}]).__enter__()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_was_stacked_in_inference_mode_serves_a_batch_with_gradients(name: str, tmp_path: Path) -> None:
+    base = save_base(name, tmp_path / "base", dtype=torch.float32)
+    packs = {"a": _pack(base, save_tuned(base, tmp_path / "tuned"))}
+    model, ids = load(name, base), torch.arange(4, 16).reshape(2, 6)
+    beside = Beside(model, packs)
+    with torch.inference_mode(), beside.rows(["a", None]):
+        expected = model(input_ids=ids).logits.clone()
+    with beside.rows(["a", None]):
+        found = model(input_ids=ids).logits
+    torch.testing.assert_close(found.detach(), expected)
+    found.sum().backward()
+    assert model.get_output_embeddings().weight.grad is not None
 
 
 def test_a_model_that_reads_weights_without_their_module_is_found_out(loaded: Loaded) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from graftllm.errors import FusionError, RecordError
 from graftllm.evaluation.tasks import BY_TASK
+from graftllm.fusion.beside import mixed
 from graftllm.fusion.directory import AUTO, MANIFEST
 from graftllm.fusion.grafted import Conversation, GraftedModel
 from graftllm.fusion.routing import BASE
@@ -148,8 +149,7 @@ def _answering(directory: Path, pack: str, device: str) -> _Answering:
         return _Answering(load_model(directory, device=device), load_tokenizer(directory), None, BASE)
     grafted = GraftedModel.load(directory, device=device)
     if pack != AUTO:
-        with grafted.using(pack):  # refuses a name that is not there before anything is downloaded
-            pass
+        mixed(pack, grafted.packs, also=(BASE, AUTO))  # refuses an unknown one before anything is downloaded
     return _Answering(grafted.model, grafted.tokenizer, grafted, pack)
 
 

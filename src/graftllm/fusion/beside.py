@@ -5,15 +5,19 @@ factors a layer, whatever the number of packs. Norms and biases are those of the
 looked up, a head's multiplied. The result is that of merged weights, up to rounding.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from graftllm.errors import FusionError
-from graftllm.fusion.branches import decode_branches
+from graftllm.fusion.branches import kept_branches
+from graftllm.fusion.names import unknown_pack
+from graftllm.fusion.routing import BASE
 from graftllm.fusion.shelf import Shelf
 from graftllm.fusion.stacks import Batch, Mix, Stacked, embedded, multiplied, normed, refused, takes_rows
 from graftllm.skillpack import SkillPack
@@ -33,13 +37,13 @@ class Beside:
 
         Args:
             model: a causal language model of the packs' base, without packs in its weights.
-            packs: by name; may change later.
+            packs: by name; a name may come to mean another pack, or none, between batches.
             shelf: where decoded packs are kept; one without a limit by default.
         """
         self.model, self.packs = model, packs
         self.shelf = Shelf(1 << 62) if shelf is None else shelf
-        self._checked: set[str] = set()
-        self._stack = _Stack((), {})
+        self._checked: dict[str, SkillPack] = {}
+        self._stack = _Stack({}, {})
         self._handles: list[Any] = []
         self._batch: Batch | None = None
         self._last: tuple[list[Mix], Batch] | None = None
@@ -54,17 +58,11 @@ class Beside:
             wanted: for each row a pack's name, names with weights, or None for the base.
 
         Raises:
-            FusionError: there is no such pack, one can only be merged, a batch has another number of rows, or
-                the model's code reads weights without calling their module.
+            FusionError: there is no such pack, a weight is no finite number, one can only be merged, a batch has
+                another number of rows, or the model's code reads weights without calling their module.
             PackError: a pack is damaged or was made for another base.
         """
-        mixes = [mixed(one) for one in wanted]
-        if self._last is None or self._last[0] != mixes:  # the next token of the same rows needs nothing new
-            present = tuple(sorted({name for mix in mixes for name, _ in mix}))
-            if not set(present) <= set(self._stack.packs) or 2 * len(present) < len(self._stack.packs):
-                self._restack(present)
-            self._last = mixes, Batch(mixes, self._stack.packs)
-        batch = self._batch = self._last[1]
+        batch = self._batch = self._grouped([mixed(one, self.packs) for one in wanted])
         self._seen = set()
         try:
             yield self.model
@@ -81,7 +79,7 @@ class Beside:
     @property
     def stacked(self) -> tuple[str, ...]:
         """The packs whose factors are on the model's devices now."""
-        return self._stack.packs
+        return tuple(self._stack.packs)
 
     @property
     def nbytes(self) -> int:
@@ -93,29 +91,37 @@ class Beside:
         """Take everything out of the model again; it is the base alone, as it always was between batches."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._stack, self._last = [], _Stack((), {}), None
+        self._handles, self._stack, self._last = [], _Stack({}, {}), None
 
-    def _restack(self, names: tuple[str, ...]) -> None:
+    def _grouped(self, mixes: list[Mix]) -> Batch:
+        """Return which rows have which packs, after putting these side by side where they are not yet."""
+        present = {name: self.packs[name] for name in sorted({name for mix in mixes for name, _ in mix})}
+        missing = any(self._stack.packs.get(name) is not pack for name, pack in present.items())
+        if missing or self._last is None or self._last[0] != mixes:  # the next token of the same rows needs nothing new
+            with torch.inference_mode(False), torch.no_grad():  # it outlives the mode that this batch runs in
+                if missing or 2 * len(present) < len(self._stack.packs):
+                    self._restack(present)
+                self._last = mixes, Batch(mixes, self.stacked)
+        return self._last[1]
+
+    def _restack(self, packs: Mapping[str, SkillPack]) -> None:
         """Put the factors of these packs, and no others, side by side on the model's devices."""
         self.close()
-        modules = dict(self.model.named_modules())
-        branches = {name: self.shelf.get(("beside", name), lambda name=name: self._decode(name)) for name in names}
+        modules, names = dict(self.model.named_modules()), list(packs)
+        branches = {}
+        for name, pack in packs.items():
+            check = self._checked.get(name) is not pack
+            branches[name] = kept_branches(self.shelf, name, self.model, pack, check=check)
+            self._checked[name] = pack
         touched = {key for one in branches.values() for key in one.modules}
         shared: dict[tuple[int, ...], Tensor] = {}
         stacked = {
             key: Stacked.of([branches[name].modules.get(key) for name in names], modules[key], shared)
             for key in touched
         }
-        self._stack = _Stack(names, stacked)
+        self._stack = _Stack(packs, stacked)
         for key in touched:
             self._attach(key, modules[key], stacked[key])
-
-    def _decode(self, name: str) -> Any:
-        if name not in self.packs:
-            raise FusionError(f"pack: expected one of base, {', '.join(self.packs)}; found {name!r}.")
-        found = decode_branches(self.model, self.packs[name], check=name not in self._checked)
-        self._checked.add(name)
-        return found
 
     def _head(self) -> set[str]:
         """Return the name of the output head, which whoever needs hidden states alone does not call."""
@@ -175,11 +181,24 @@ class Beside:
         return self._by_type[type(module)]
 
 
-def mixed(wanted: str | Mapping[str, float] | None) -> Mix:
-    """Return packs with their weights, in one order, of a name, of names with weights, or of `base` or None."""
-    if wanted is None or isinstance(wanted, str):
-        return () if wanted in (None, "base") else ((wanted, 1.0),)
-    return tuple(sorted((name, float(weight)) for name, weight in wanted.items() if weight and name != "base"))
+def mixed(wanted: str | Mapping[str, float] | None, packs: Collection[str], *, also: Collection[str] = (BASE,)) -> Mix:
+    """Return packs with their weights, in one order, of a name, of names with weights, or of `base` or None.
+
+    Args:
+        wanted: what is asked for.
+        packs: the names of those that there are.
+        also: what the error tells of, besides them.
+
+    Raises:
+        FusionError: there is no such pack, or a weight is no finite number.
+    """
+    shares = {wanted: 1.0} if isinstance(wanted, str) else wanted or {}
+    for name, weight in shares.items():
+        if name != BASE and name not in packs:
+            raise unknown_pack(name, [*also, *packs])
+        if not math.isfinite(weight):
+            raise FusionError(f"pack: expected a finite weight for {name!r}, found {weight}.")
+    return tuple(sorted((name, float(weight)) for name, weight in shares.items() if weight and name != BASE))
 
 
 def _other_size(key: str, module: nn.Module, batch: Batch, value: Tensor) -> FusionError:
@@ -190,5 +209,5 @@ def _other_size(key: str, module: nn.Module, batch: Batch, value: Tensor) -> Fus
 class _Stack:
     """The packs that stand side by side, in this order, and what they add to each module."""
 
-    packs: tuple[str, ...]
+    packs: Mapping[str, SkillPack]
     branches: Mapping[str, Stacked]

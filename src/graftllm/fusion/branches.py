@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graftllm.errors import FusionError
 from graftllm.fusion.grafting import check_whole, in_base_dtype, touched_bindings, touched_names
+from graftllm.fusion.shelf import Shelf
 from graftllm.live import Binding, named_values
 from graftllm.skillpack import SkillPack
 
@@ -45,6 +46,7 @@ class Branches:
     """What one pack adds to a live model, by the name of the module."""
 
     modules: Mapping[str, Branch]
+    pack: SkillPack
 
     @property
     def nbytes(self) -> int:
@@ -65,6 +67,18 @@ def why_merged_only(model: nn.Module, pack: SkillPack) -> str | None:
     return None
 
 
+def kept_branches(shelf: Shelf, name: str, model: nn.Module, pack: SkillPack, *, check: bool) -> Branches:
+    """Return what `decode_branches` does, decoded unless the shelf has it, of this very pack, under a name."""
+    key = ("beside", name)
+    found = shelf.get(key, lambda: decode_branches(model, pack, check=check))
+    if found.pack is pack:
+        return found
+    shelf.drop(key)
+    return shelf.get(key, lambda: decode_branches(model, pack, check=check))
+
+
+@torch.inference_mode(False)  # what is kept must do in any mode
+@torch.no_grad()
 def decode_branches(model: nn.Module, pack: SkillPack, *, check: bool = True) -> Branches:
     """Return what a pack adds beside the weights of a live model.
 
@@ -98,7 +112,7 @@ def decode_branches(model: nn.Module, pack: SkillPack, *, check: bool = True) ->
         for module_name, module, _ in owners:
             vectors = found[module_name].vectors if module_name in found else {}
             found[module_name] = Branch(_transposed(weight) if isinstance(module, Conv1D) else weight, vectors)
-    return Branches(found)
+    return Branches(found, pack)
 
 
 _Owner = tuple[str, nn.Module, str]  # a module's name, the module, and its own name of a parameter

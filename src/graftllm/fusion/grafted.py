@@ -1,11 +1,10 @@
 """GraftedModel: a live base, its packs and its router; each conversation is answered with the pack it asks for."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,8 +12,9 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError
 from graftllm.fusion.beside import Beside, Mix, mixed
 from graftllm.fusion.branches import why_merged_only
-from graftllm.fusion.directory import AUTO, base_location, open_packs, open_router, read_manifest, unknown_pack
+from graftllm.fusion.directory import AUTO, base_location, open_packs, open_router, read_manifest
 from graftllm.fusion.grafting import Graft, decode
+from graftllm.fusion.names import unknown_pack
 from graftllm.fusion.routing import BASE, Route, Router, prompt_features, ruled
 from graftllm.fusion.rules import Rule, first_fitting
 from graftllm.fusion.shelf import Shelf
@@ -110,7 +110,7 @@ class GraftedModel:
             FusionError: there is no such pack, or this thread has a stream open.
             PackError: the pack does not fit the base model.
         """
-        mix = self._mixed(pack)
+        mix = mixed(pack, self.packs)
         with self._turn.taken():
             if self._streaming:
                 raise FusionError("a stream of this model is still open; read it to its end, or close it, first.")
@@ -172,9 +172,11 @@ class GraftedModel:
             seed: of the draws when the temperature is above 0.
 
         Raises:
-            FusionError: a name is unknown, `auto` is asked for without a router, or packs that can only be merged
-                shall run beside the weights.
+            FusionError: a name or way is unknown, a conversation has no message, `auto` is asked for without a router,
+                or packs that can only be merged shall run beside the weights.
         """
+        if way not in get_args(Way):
+            raise FusionError(f"way: expected one of {', '.join(get_args(Way))}; found {way!r}.")
         messages = [_messages(conversation) for conversation in conversations]
         mixes = self._chosen(messages, pack)
         kinds = list(dict.fromkeys(mixes))
@@ -215,7 +217,13 @@ class GraftedModel:
                 self._streaming = False
 
     def merged_only(self, name: str) -> str | None:
-        """Return in one line why a pack can only be merged, and what to do; None if it can run beside the weights."""
+        """Return in one line why a pack can only be merged, and what to do; None if it can run beside the weights.
+
+        Raises:
+            FusionError: there is no such pack.
+        """
+        if name not in self.packs:
+            raise unknown_pack(name, self.packs)
         with self._turn.taken():  # while another thread answers, modules may hold other parameters than the base's
             return why_merged_only(self.model, self.packs[name])
 
@@ -238,21 +246,12 @@ class GraftedModel:
             raise FusionError(f"pack: expected one for each of {len(messages)} conversations, found {len(wanted)}.")
         for one in wanted:
             if one != AUTO:
-                self._mixed(one)
+                mixed(one, self.packs, also=(BASE, AUTO) if isinstance(one, str) else (BASE,))
         undecided = [i for i, one in enumerate(wanted) if one == AUTO]
         if undecided:
             for i, route in zip(undecided, self.route([messages[i] for i in undecided]), strict=True):
                 wanted[i] = route.weights
-        return [self._mixed(one) for one in wanted]
-
-    def _mixed(self, pack: Wanted) -> Mix:
-        mix = mixed(pack)
-        for name, weight in mix:
-            if name not in self.packs:
-                raise unknown_pack(name, self.packs)
-            if not math.isfinite(weight):
-                raise FusionError(f"pack: expected a finite weight for {name!r}, found {weight}.")
-        return mix
+        return [mixed(one, self.packs) for one in wanted]
 
     def _switch(self, mix: Mix) -> None:
         """Put the merged weights of these packs in the place of others; what is hot on the shelf costs nothing."""
@@ -270,4 +269,6 @@ class GraftedModel:
 
 
 def _messages(conversation: Conversation) -> Sequence[Message]:
+    if not conversation and not isinstance(conversation, str):
+        raise FusionError("conversation: expected at least one message, found none; give a text, or messages.")
     return [Message(role="user", content=conversation)] if isinstance(conversation, str) else conversation

@@ -4,6 +4,7 @@ theta = theta_base + sum_i w_i * delta_i (arXiv 2505.18502). Plugging replaces t
 and keeps the base's, so unplugging gives the old model back bit for bit.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -81,14 +82,28 @@ def plug(model: nn.Module, *packs: SkillPack | Weighted, check: bool = True) -> 
     return decode(model, *packs, check=check).plug(model)
 
 
+@torch.inference_mode(False)  # what is kept must do in any mode
+@torch.no_grad()
 def decode(model: nn.Module, *packs: SkillPack | Weighted, check: bool = True) -> Replacement:
     """Return what `plug` would put into the model; arguments and errors are the same."""
     weighted = [pack if isinstance(pack, tuple) else (pack, 1.0) for pack in packs]
+    check_weights(weighted)
     parameters, found = named_values(model), {}
     for binding in touched_bindings(model, weighted) if weighted else ():
         values = {name: parameters[name].data for name in binding.live}
         found |= _plugged(values, binding, weighted, check=check)
     return Replacement(found)
+
+
+def check_weights(packs: Sequence[Weighted]) -> None:
+    """Refuse weights that would leave no numbers in the model.
+
+    Raises:
+        FusionError: one is NaN or infinite.
+    """
+    for pack, weight in packs:
+        if not math.isfinite(weight):
+            raise FusionError(f"{pack.source}: expected a finite weight, found {weight:g}.")
 
 
 def _plugged(

@@ -53,3 +53,7 @@ class Shelf:
             while self.nbytes > self.limit_bytes:
                 self._hot.popitem(last=False)
         return found
+
+    def drop(self, key: Hashable) -> None:
+        """Forget what is kept under a key, if anything is."""
+        self._hot.pop(key, None)

@@ -121,9 +121,10 @@ class Batch:
         return self.once(("lanes", device), lambda: (self._index.to(device), self._weights.to(device)))
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return what was made under a key before, or make it."""
+        """Return what was made under a key before, or make it, as no part of what autograd records."""
         if key not in self._made:
-            self._made[key] = make()
+            with torch.inference_mode(False), torch.no_grad():  # the next forward pass may be in another mode
+                self._made[key] = make()
         return self._made[key]
 
     def forget_input(self) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from graftllm.fusion.beside import Mix
-from graftllm.fusion.directory import AUTO, unknown_pack
+from graftllm.fusion.directory import AUTO
 from graftllm.fusion.grafted import GraftedModel
+from graftllm.fusion.names import unknown_pack
 from graftllm.fusion.routing import BASE, Route
 from graftllm.serving.batch import check_servable
 from graftllm.serving.lanes import Job, Lanes, fail
@@ -90,7 +91,7 @@ class Engine:
         with self._changed:
             self._refuse_when_stopping()
             if order.pack not in (BASE, AUTO, *self.serves):
-                error = unknown_pack(order.pack, self.serves)
+                error = unknown_pack(order.pack, [BASE, AUTO, *self.serves])
                 raise Refused(str(error), status=404, param="model", code="model_not_found")
             waiting = len(self._lanes.waiting) + sum(job.order.choices for job, _ in self._arrived)
             if waiting + order.choices > self._max_queue:

@@ -16,7 +16,8 @@ from fastapi import Request
 from starlette.responses import Response
 
 from graftllm.errors import ServingError
-from graftllm.fusion.directory import AUTO, unknown_pack
+from graftllm.fusion.directory import AUTO
+from graftllm.fusion.names import unknown_pack
 from graftllm.fusion.routing import BASE
 from graftllm.records import Message
 from graftllm.serving.desk import ClientGone, Stream, chosen_headers, leaves, sent, unless_gone
@@ -114,7 +115,7 @@ class Front:
     def _choose(self, asked: ChatRequest | CompletionRequest) -> Chosen:
         if asked.model != AUTO:
             if asked.model not in self._names:
-                error = str(unknown_pack(asked.model, {name: 0 for name in self._names if name != BASE}))
+                error = str(unknown_pack(asked.model, [BASE, AUTO, *(name for name in self._names if name != BASE)]))
                 raise Refused(error, status=404, param="model", code="model_not_found")
             return Chosen(asked.model)
         if isinstance(asked, ChatRequest):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from transformers import PreTrainedModel
 
 from graftllm.fusion.beside import Beside, Mix
-from graftllm.fusion.branches import decode_branches, why_merged_only
+from graftllm.fusion.branches import kept_branches, why_merged_only
 from graftllm.fusion.grafting import Graft, decode
 from graftllm.fusion.shelf import Shelf
 from graftllm.skillpack import SkillPack
@@ -38,9 +38,12 @@ class Weights:
         self._reading, self._writing = (Beside(model, self.packs, self.shelf) for _ in range(2))
 
     def only(self, packs: Mapping[str, SkillPack]) -> None:
-        """Know these packs, by digest, and no others."""
+        """Know these packs, by digest, and no others; what is decoded of a file that stays where it is stays, too."""
+        known = {digest: pack for digest, pack in self.packs.items() if digest in packs}
         self.packs.clear()
-        self.packs.update(packs)
+        for digest, pack in packs.items():
+            same = digest in known and known[digest].source == pack.source
+            self.packs[digest] = known[digest] if same else pack
 
     def runs_beside(self, mix: Mix) -> bool:
         """Return whether all packs of a mix can run beside the weights."""
@@ -80,11 +83,8 @@ class Weights:
     def _load(self, digest: str) -> int:
         """Decode a pack that is to run beside the weights, and return its size."""
         self._switch(())
-
-        def decoded():
-            return decode_branches(self.model, self.packs[digest], check=digest not in self._checked)
-
-        size = self.shelf.get(("beside", digest), decoded).nbytes
+        check = digest not in self._checked
+        size = kept_branches(self.shelf, digest, self.model, self.packs[digest], check=check).nbytes
         self._checked.add(digest)
         return size
 

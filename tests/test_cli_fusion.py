@@ -1,3 +1,4 @@
+import io
 import json
 import sys
 from dataclasses import replace
@@ -46,7 +47,7 @@ def test_packs_come_to_a_shelf_are_listed_and_go(graftllm, base_dir: Path, packs
     assert (code, out) == (0, f"{shelf}: two, three added; 3 packs. Next: graftllm list {shelf}\n")
     listed = json.loads(graftllm("list", shelf, "--json")[1])
     assert list(listed["packs"]) == ["one", "two", "three"]
-    assert [pack["factors"] for pack in listed["packs"].values()] == [False, True, False]
+    assert [pack["beside"] for pack in listed["packs"].values()] == [False, True, False]
     assert listed["packs"]["one"]["sha256"] == listed["packs"]["three"]["sha256"]
     shown = graftllm("list", shelf)[1]
     for words in ("merged, beside", "packs   3, ", "router  none", listed["fingerprint"][:12]):
@@ -86,7 +87,27 @@ def test_rules_are_read_and_shown_and_hold_their_pack(graftllm, base_dir: Path, 
         (["add", "{s}", "x={p}/two.safetensors", "x=b"], "NAME=FILE: two packs have the same name, 'x'; give each"),
         (["add", "{s}", "{p}/two.safetensors"], "NAME=FILE: expected NAME=FILE, such as math=packs/math.safetensors"),
         (["add", "{p}", "x={p}/two.safetensors"], "expected a grafted model, found no manifest.json in it"),
-        (["remove", "{s}", "two"], "pack: expected one of base, auto, one; found 'two'."),
+        (["remove", "{s}", "two"], "pack: expected one of one; found 'two'."),
+        (["remove", "{s}", "base"], "pack: expected one of one; found 'base'."),
+        (
+            ["add", "{s}", "x²={p}/two.safetensors"],
+            "pack 'x²': expected a plain name other than base, auto, by-task and",
+        ),
+        (["add", "{s}", "x={p}/two.safetensors", "--drift", "0.1"], "--drift: is of the router, which learns from"),
+        (["fuse", "--base", "b", "--pack", "x=y", "--out", "{s}", "--soft", "0"], "soft: Input should be greater than"),
+        (
+            ["fuse", "--base", "b", "--pack", "x=y", "--out", "{s}", "--soft", "2"],
+            "router: expected prompt rows (--rou",
+        ),
+        (
+            ["chat", "{s}", "--temperature", "-1"],
+            "temperature: Input should be greater than or equal to 0; found -1.0.",
+        ),
+        (
+            ["chat", "{s}", "--max-new-tokens", "0"],
+            "max_new_tokens: Input should be greater than or equal to 1; found 0",
+        ),
+        (["eval", "{s}", "--task", "t", "--max-new-tokens", "0"], "max_new_tokens: Input should be greater than or eq"),
         (["list", "{p}"], "expected a grafted model, found no manifest.json in it; make one with `graftllm fuse`."),
     ],
 )
@@ -98,3 +119,15 @@ def test_a_mistake_is_one_line_and_exit_code_1(
     assert (code, out) == (1, "")
     assert line in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_what_is_typed_in_another_encoding_is_one_line(
+    graftllm, base_dir: Path, packs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, errors: str
+) -> None:
+    graftllm("fuse", "--base", base_dir, "--pack", f"one={packs}/one.safetensors", "--out", tmp_path / "g")
+    typed = io.TextIOWrapper(io.BytesIO("grüß".encode("latin-1")), encoding="utf-8", errors=errors)
+    monkeypatch.setattr(sys, "stdin", typed)
+    code, out, err = graftllm("chat", tmp_path / "g", "--pack", "one")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "stdin: expected UTF-8 text, found other bytes ('utf-8' codec can't " in err

@@ -24,6 +24,16 @@ def fuse(
     pack: Annotated[list[str], typer.Option(metavar="NAME=FILE", help="SkillPack and its name; repeat for several.")],
     out: Annotated[Path, typer.Option(help="Grafted model directory to write.")],
     router_data: RouterData = None,
+    soft: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PACKS", help="Let the router mix so many packs, weighted by their probabilities.  [default: 1]"
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Probability of all packs together below which the base answers.  [default: 0.5]"),
+    ] = None,
     rules: Annotated[
         Path | None, typer.Option(help="YAML list of rules, which come before the router: pack, and pattern or tag.")
     ] = None,
@@ -32,9 +42,19 @@ def fuse(
     """Write a grafted model: a base, a shelf of packs and, from prompts, a router."""
     from graftllm.fusion.assembly import fuse_packs
     from graftllm.fusion.rules import read_rules
+    from graftllm.recipe import RouterOptions, options_of
 
     packs = _packs(pack, "--pack")
-    fuse_packs(out, base, packs, router_data=router_data, rules=read_rules(rules) if rules else (), device=device)
+    given = {"soft": soft, "threshold": threshold}
+    fuse_packs(
+        out,
+        base,
+        packs,
+        router_data=router_data,
+        options=None if (soft, threshold) == (None, None) else options_of(RouterOptions, given),
+        rules=read_rules(rules) if rules else (),
+        device=device,
+    )
     print(f"{out}: {base} with {', '.join(packs)}. Next: graftllm chat {out}")
 
 
@@ -45,6 +65,10 @@ def add(
         Path | None,
         typer.Option(help="JSONL prompt rows with the new packs' names as tasks, to teach the router; no others."),
     ] = None,
+    drift: Annotated[
+        float | None,
+        typer.Option(help="Share of the old packs' prompts that may go elsewhere then.  [default: the router's, 0.01]"),
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Put packs on the shelf of a grafted model. Nothing that is there is rewritten.
@@ -54,7 +78,7 @@ def add(
     from graftllm.fusion.assembly import join_packs
 
     packs = _packs(pack, "NAME=FILE")
-    manifest = join_packs(dir, packs, router_data=router_data, device=device)
+    manifest = join_packs(dir, packs, router_data=router_data, drift=drift, device=device)
     print(f"{dir}: {', '.join(packs)} added; {len(manifest.packs)} packs. Next: graftllm list {dir}")
 
 
@@ -114,18 +138,14 @@ def chat(
     device: Device = "auto",
 ) -> None:
     """Talk to a grafted model. /new starts over, /pack NAME changes the pack, Ctrl-D ends."""
-    from graftllm.fusion.chat import Chat
+    from graftllm.fusion.chat import Chat, lines
     from graftllm.fusion.grafted import GraftedModel
-    from graftllm.recipe import SamplingOptions
+    from graftllm.recipe import SamplingOptions, options_of
 
-    options = SamplingOptions(samples=1, temperature=temperature, top_p=1, max_new_tokens=max_new_tokens)
+    given = {"samples": 1, "temperature": temperature, "top_p": 1, "max_new_tokens": max_new_tokens}
+    options = options_of(SamplingOptions, given)
     conversation = Chat(GraftedModel.load(dir, device=device), pack, options)
-    prompt = "> " if sys.stdin.isatty() else ""
-    while True:
-        try:
-            line = input(prompt).strip()
-        except EOFError:
-            return
+    for line in lines("> " if sys.stdin.isatty() else ""):
         for piece in conversation.say(line):
             print(piece, end="", flush=True)
         print()

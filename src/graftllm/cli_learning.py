@@ -52,9 +52,10 @@ def evaluate(
         _evaluate_router(dir, task, plot, device, as_json=json)
         return
     from graftllm.evaluation.tasks import evaluate_tasks
-    from graftllm.recipe import SamplingOptions
+    from graftllm.recipe import SamplingOptions, options_of
 
-    options = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=max_new_tokens)
+    given = {"samples": 1, "temperature": 0, "top_p": 1, "max_new_tokens": max_new_tokens}
+    options = options_of(SamplingOptions, given)
     result = evaluate_tasks(dir, task, pack=pack, judge=judge, options=options, device=device)
     if json:
         print_json(result.figures())

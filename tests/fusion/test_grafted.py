@@ -1,22 +1,26 @@
 import json
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from graftllm.checkpoint import Checkpoint, digest
 from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError
+from graftllm.fusion import assembly
 from graftllm.fusion.assembly import fuse_packs, join_packs
 from graftllm.fusion.chat import Chat
-from graftllm.fusion.directory import add_packs, remove_pack, set_router, write_grafted
+from graftllm.fusion.directory import Manifest, add_packs, read_manifest, remove_pack, set_router, write_grafted
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.generation import GREEDY, generate, load_model, load_tokenizer
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
-from graftllm.recipe import SamplingOptions
-from graftllm.records import Message, Prompt, write_rows
+from graftllm.recipe import RouterOptions, SamplingOptions
+from graftllm.records import Message, Prompt, read_prompts, write_rows
 from tests.models import perturb, rows, save_llama
 
 SHORT = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=8)
@@ -133,8 +137,35 @@ def test_one_pack_or_mapping_for_each_conversation_is_needed(served: Path) -> No
     model = GraftedModel.load(served)
     with pytest.raises(FusionError, match="pack: expected one for each of 2 conversations, found 3."):
         model.generate(["a", "b"], ["one"] * 3, SHORT)
-    with pytest.raises(FusionError, match="expected one of base, auto, one, two, three; found 'four'"):
-        model.generate(["a"], {"one": 1, "four": 0.1}, SHORT)
+    for name, weight in (("four", 0.1), ("four", 0.0), ("auto", 1.0)):
+        with pytest.raises(FusionError, match=f"pack: expected one of base, one, two, three; found '{name}'"):
+            model.generate(["a"], {"one": 1, name: weight}, SHORT)
+
+
+def test_what_cannot_be_asked_for_is_named_with_what_can(served: Path) -> None:
+    model = GraftedModel.load(served)
+    with pytest.raises(FusionError, match="pack: expected one of base, auto, one, two, three; found 'four'"):
+        model.generate(["a"], "four", SHORT)
+    with pytest.raises(FusionError, match="pack: expected one of base, one, two, three; found 'auto'"):
+        model.using("auto").__enter__()
+    with pytest.raises(FusionError, match="pack: expected one of one, two, three; found 'base'"):
+        model.merged_only("base")
+    with pytest.raises(FusionError, match="way: expected one of auto, merged, beside; found 'besides'"):
+        model.generate(["a"], "one", SHORT, way="besides")  # type: ignore
+    for ask in (lambda: model.generate([[]], "one", SHORT), lambda: list(model.stream([], "one", SHORT))):
+        with pytest.raises(FusionError, match="conversation: expected at least one message, found none; give a text"):
+            ask()
+
+
+def test_what_was_decoded_in_inference_mode_serves_a_pass_with_gradients(served: Path) -> None:
+    model, ids = GraftedModel.load(served), torch.arange(4, 16).reshape(2, 6)
+    with torch.inference_mode():
+        model.generate(["a"], "one", SHORT)
+    model.generate(["a", "b"], ["one", "two"], SHORT)
+    with model.using("one") as live:
+        assert live(input_ids=ids).logits.requires_grad
+    with model.beside.rows(["one", "two"]) as live:
+        assert live(input_ids=ids).logits.requires_grad
 
 
 def test_inside_using_the_model_has_the_pack_and_afterwards_what_it_had(served: Path) -> None:
@@ -208,6 +239,26 @@ def test_a_stream_that_is_closed_early_stops_and_leaves_the_base(served: Path) -
     assert model.generate(["hi"], "base", SHORT) == before
 
 
+def test_a_thread_that_begins_waits_for_the_stream_of_one_that_ended(served: Path) -> None:
+    """The system gives a new thread the number of one that ended, at once."""
+    model, streams = GraftedModel.load(served), []
+    expected = model.generate(["hi"], "two", SHORT)
+
+    def open_stream() -> None:
+        streams.append(model.stream("hi", "one", SHORT))
+        next(streams[0])
+
+    first = threading.Thread(target=open_stream)
+    first.start()
+    first.join()
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(model.generate, ["hi"], "two", SHORT)
+        with pytest.raises(TimeoutError):
+            asked.result(timeout=0.1)
+        streams[0].close()
+        assert asked.result() == expected
+
+
 def test_threads_take_turns(served: Path) -> None:
     model = GraftedModel.load(served)
     names = ["one", "two", "base", "one", "three", "two"]
@@ -226,6 +277,82 @@ def test_auto_needs_a_router_that_knows_every_pack(shelf: Path, tmp_path: Path) 
     assert GraftedModel.load(directory).generate(["31676 4"]) == GraftedModel.load(directory).generate(
         ["31676 4"], "one"
     )
+
+
+def test_a_pack_can_join_when_all_others_have_left(shelf: Path, tmp_path: Path) -> None:
+    shutil.copytree(shelf.parent, tmp_path / "home")
+    directory = tmp_path / "home" / "grafted"
+    remove_pack(directory, "two")
+    only_one = read_manifest(directory).router
+    remove_pack(directory, "one")
+    assert [route.name for route in GraftedModel.load(directory).route(["31676 4", "?!?!"])] == ["base"] * 2
+    one = [row for row in read_prompts(tmp_path / "home" / "router.jsonl") if row.task == "one"]
+    write_rows(tmp_path / "rows.jsonl", one)
+    again = {"one": tmp_path / "home" / "one.safetensors"}
+    assert join_packs(directory, again, router_data=tmp_path / "rows.jsonl").router == only_one
+    assert GraftedModel.load(directory).route(["31676 4"])[0].name == "one"
+
+
+def test_of_two_that_teach_a_router_at_once_one_is_told_to_come_again(
+    shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(shelf.parent, tmp_path / "home")
+    directory = tmp_path / "home" / "grafted"
+    marks = {"early": "((", "late": ",,"}
+    for name, mark in marks.items():
+        asked = [mark + "x" * (i % 30 + 1) for i in range(60)]
+        prompts = [Prompt(f"p{i}", (Message(role="user", content=text),), name) for i, text in enumerate(asked)]
+        write_rows(tmp_path / f"{name}.jsonl", prompts)
+
+    def join(name: str) -> Manifest:
+        pack = {name: directory / "packs" / "one.safetensors"}
+        return join_packs(directory, pack, router_data=tmp_path / f"{name}.jsonl")
+
+    def meanwhile(*given: Any, **named: Any) -> Manifest:
+        monkeypatch.setattr(assembly, "add_packs", add_packs)
+        join("early")
+        return add_packs(*given, **named)
+
+    monkeypatch.setattr(assembly, "add_packs", meanwhile)
+    with pytest.raises(
+        FusionError, match="expected the router that learnt of late, found another; it was changed mean"
+    ):
+        join("late")
+    assert join("late").unrouted() == []
+    assert [route.name for route in GraftedModel.load(directory).route(["((xxx", ",,xxx"])] == ["early", "late"]
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"router_data": Path("none.jsonl")}, "pack 'one': this grafted model has one of that name"),
+        ({"drift": 0.5}, "--drift: is of the router, which learns from --router-data; give both, or neither."),
+        ({"drift": 2.0, "router_data": Path("none.jsonl")}, "--drift: expected a share from 0 to 1, found 2."),
+    ],
+)
+def test_what_cannot_join_is_refused_before_any_model_is_loaded(shelf: Path, given: dict[str, Any], text: str) -> None:
+    name = "new" if "drift" in given else "one"
+    with pytest.raises(FusionError, match=text):
+        join_packs(shelf, {name: shelf.parent / "one.safetensors"}, **given)
+
+
+def test_a_soft_router_mixes_packs_in_a_chat_as_in_a_batch(shelf: Path, tmp_path: Path) -> None:
+    digits = [Prompt(f"d{i}", (Message(role="user", content=f"{i * 7919} {i}"),), "one") for i in range(60)]
+    twins = [Prompt(f"t{i}", (Message(role="user", content=f"{i * 7909} {i}"),), "two") for i in range(60)]
+    write_rows(tmp_path / "rows.jsonl", [*digits, *twins, *rows(60, answered=False, task="general")])
+    packs, base = {name: shelf.parent / f"{name}.safetensors" for name in ("one", "two")}, str(shelf.parent / "base")
+    options = RouterOptions(soft=2)
+    fuse_packs(tmp_path / "g", base, packs, router_data=tmp_path / "rows.jsonl", options=options)
+    grafted = GraftedModel.load(tmp_path / "g")
+    weights = grafted.route(["31676 4"])[0].weights
+    assert set(weights) == {"one", "two"}
+    answer = grafted.generate(["31676 4"], weights, SHORT)[0]
+    chat = Chat(grafted, "auto", SHORT)
+    told = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
+    assert "".join(chat.say("31676 4")) == f"[{told}] {answer}"
+    assert grafted.generate(["31676 4"], "auto", SHORT) == [answer]
+    with pytest.raises(FusionError, match=r"router: expected prompt rows \(--router-data\) to train it on, found none"):
+        fuse_packs(tmp_path / "h", base, packs, options=options)
 
 
 def test_a_pack_joins_with_its_own_prompts_alone(shelf: Path, tmp_path: Path) -> None:
@@ -321,10 +448,19 @@ def test_packs_of_another_base_are_refused_and_nothing_is_written(shelf: Path, t
         write_grafted(tmp_path / "out", str(same_shape.path), packs)
 
 
-@pytest.mark.parametrize("name", ["base", "auto", "../x", ".x"])
+@pytest.mark.parametrize("name", ["base", "auto", "by-task", "general", "../x", ".x", "-x", "x²", "x" * 260])
 def test_reserved_names_are_refused(shelf: Path, tmp_path: Path, name: str) -> None:
-    with pytest.raises(FusionError, match="expected a plain name other than base and auto"):
-        write_grafted(tmp_path / "out", str(shelf.parent / "base"), {name: shelf.parent / "one.safetensors"})
+    for router_data in (None, shelf.parent / "router.jsonl"):
+        with pytest.raises(
+            FusionError, match=f"pack '{name}': expected a plain name other than base, auto, by-task an"
+        ):
+            fuse_packs(
+                tmp_path / "out",
+                str(shelf.parent / "base"),
+                {name: shelf.parent / "one.safetensors"},
+                router_data=router_data,
+            )
+    assert not (tmp_path / "out").exists()
 
 
 def test_router_data_must_have_prompts_of_every_pack(shelf: Path, tmp_path: Path) -> None:

@@ -5,10 +5,20 @@ from pathlib import Path
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError
-from graftllm.fusion.directory import Manifest, add_packs, base_location, open_router, read_manifest, write_grafted
+from graftllm.fusion.directory import (
+    Manifest,
+    add_packs,
+    base_location,
+    check_new,
+    open_router,
+    read_manifest,
+    write_grafted,
+)
+from graftllm.fusion.names import check_names
 from graftllm.fusion.routing import BASE, features_of, fit_router
 from graftllm.fusion.rules import Rule
 from graftllm.generation import load_model, load_tokenizer
+from graftllm.recipe import RouterOptions
 from graftllm.records import Prompt, read_prompts
 
 
@@ -18,6 +28,7 @@ def fuse_packs(
     packs: Mapping[str, Path],
     *,
     router_data: Path | None = None,
+    options: RouterOptions | None = None,
     rules: Sequence[Rule] = (),
     device: str = "auto",
 ) -> None:
@@ -28,21 +39,32 @@ def fuse_packs(
         base: checkpoint directory or Hub id.
         packs: pack files by the names they shall have.
         router_data: JSONL prompt rows; those whose task is a pack's name are for that pack, all others for the base.
+        options: how the router is trained and decides, if there is one.
         rules: prompts that go to a pack whatever the router says.
         device: `auto` takes a GPU when there is one.
 
     Raises:
-        FusionError: a name is reserved, packs are of different bases, a rule names no pack, or a pack has no prompts.
+        FusionError: a name is reserved, packs are of different bases, a rule names no pack, a pack has no prompts, or
+            there are options but no rows.
         PackError: a pack is damaged or was made for another base.
     """
+    check_names(packs)
     router = None
+    if options is not None and router_data is None:
+        raise FusionError("router: expected prompt rows (--router-data) to train it on, found none; give some.")
     if router_data is not None:
-        router = fit_router(Checkpoint.open(base).path, _prompts(router_data, packs), device=device)
+        prompts = _prompts(router_data, packs)
+        router = fit_router(Checkpoint.open(base).path, prompts, options or RouterOptions(), device=device)
     write_grafted(out, base, packs, router, rules)
 
 
 def join_packs(
-    directory: Path, packs: Mapping[str, Path], *, router_data: Path | None = None, device: str = "auto"
+    directory: Path,
+    packs: Mapping[str, Path],
+    *,
+    router_data: Path | None = None,
+    drift: float | None = None,
+    device: str = "auto",
 ) -> Manifest:
     """Add packs to a grafted directory, and teach its router their prompts if there are any.
 
@@ -51,6 +73,7 @@ def join_packs(
         packs: pack files by the names they shall have.
         router_data: JSONL prompt rows, of which those whose task is a new pack's name are for that pack; the prompts
             of the old packs are not needed.
+        drift: share of the old packs' prompts that may go elsewhere then; what the router says by default.
         device: `auto` takes a GPU when there is one.
 
     Returns:
@@ -58,12 +81,16 @@ def join_packs(
 
     Raises:
         FusionError: a name is taken or reserved, a pack is for another base or has no prompts, there is no router to
-            teach, or the new prompts are too much like an old pack's.
+            teach, the new prompts are too much like an old pack's, or another process changed the router meanwhile.
         PackError: a pack is damaged or was made for another base.
     """
-    router = None
+    manifest, router = read_manifest(directory), None
+    check_new(directory, manifest, packs)
+    if drift is not None and router_data is None:
+        raise FusionError("--drift: is of the router, which learns from --router-data; give both, or neither.")
+    if drift is not None and not 0 <= drift <= 1:
+        raise FusionError(f"--drift: expected a share from 0 to 1, found {drift:g}.")
     if router_data is not None:
-        manifest = read_manifest(directory)
         router = open_router(directory, manifest)
         if router is None:
             raise FusionError(
@@ -75,8 +102,9 @@ def join_packs(
         model, tokenizer = load_model(base, device=device), load_tokenizer(base)
         for name in packs:
             label = f"router: {name}"
-            router = router.with_pack(name, features_of(model, tokenizer, prompts[name], router.options, label=label))
-    return add_packs(directory, packs, router=router)
+            features = features_of(model, tokenizer, prompts[name], router.options, label=label)
+            router = router.with_pack(name, features, drift=drift)
+    return add_packs(directory, packs, router=router, taught=manifest if router_data else None)
 
 
 def _prompts(file: Path, packs: Mapping[str, Path]) -> dict[str, list[Prompt]]:

@@ -3,16 +3,17 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from graftllm.errors import FusionError
 from graftllm.fusion.directory import AUTO
-from graftllm.fusion.grafted import GraftedModel
-from graftllm.fusion.routing import BASE
+from graftllm.fusion.grafted import GraftedModel, Wanted
+from graftllm.fusion.routing import BASE, Route
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Message
 
 
 @dataclass
 class Chat:
-    """Messages so far, and the pack that answers.
+    """Messages so far, and the pack that answers, or the packs that do so together.
 
     With `auto` the router decides by the first message and the choice stays: another pack's
     attention would not fit the cache of the conversation so far.
@@ -22,7 +23,7 @@ class Chat:
     pack: str
     options: SamplingOptions
     messages: list[Message] = field(default_factory=list)
-    chosen: str = ""
+    chosen: Wanted = None
 
     def say(self, line: str) -> Iterator[str]:
         """Yield the reply to a line piece by piece; `/new` and `/pack NAME` are commands.
@@ -46,13 +47,39 @@ class Chat:
             yield from self._answer(line)
 
     def _answer(self, line: str) -> Iterator[str]:
+        route = self.model.route([line])[0] if self.pack == AUTO and not self.messages else None
         if not self.messages:
-            self.chosen = self.model.route([line])[0].name if self.pack == AUTO else self.pack
+            self.chosen = self.pack if route is None else route.weights
         self.messages.append(Message(role="user", content=line))
-        if self.pack == AUTO and len(self.messages) == 1:
-            yield f"[{self.chosen}] "
+        if route is not None:
+            yield f"[{_named(route)}] "
         answer = ""
         for piece in self.model.stream(self.messages, self.chosen, self.options):
             answer += piece
             yield piece
         self.messages.append(Message(role="assistant", content=answer))
+
+
+def lines(prompt: str) -> Iterator[str]:
+    """Yield what the user types, line by line, without spaces around it.
+
+    Raises:
+        FusionError: it is not UTF-8.
+    """
+    while True:
+        try:
+            line = input(prompt)
+            line.encode()  # fails where the terminal's encoding let other bytes pass as surrogates
+        except EOFError:
+            return
+        except UnicodeError as error:
+            raise FusionError(
+                f"stdin: expected UTF-8 text, found other bytes ({error}); convert them first."
+            ) from error
+        yield line.strip()
+
+
+def _named(route: Route) -> str:
+    """Return the pack that a route goes to, or its packs with their weights."""
+    shared = ", ".join(f"{name} {weight:g}" for name, weight in route.weights.items())
+    return shared if len(route.weights) > 1 else route.name

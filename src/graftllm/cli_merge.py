@@ -77,6 +77,7 @@ def merge(
     from graftllm.fusion.inputs import open_tuned
     from graftllm.fusion.methods import table
     from graftllm.packing_options import PackOptions
+    from graftllm.recipe import options_of
     from graftllm.records import read_prompts
 
     row = table.method(method)
@@ -90,7 +91,7 @@ def merge(
     by_task: dict[str, list] = {}
     for prompt in read_prompts(rows) if rows else []:
         by_task.setdefault(prompt.task, []).append(prompt)
-    options = PackOptions(budget=budget)
+    options = None if budget is None else options_of(PackOptions, {"budget": budget})
     made = merging.merge(opened, models, row, out, knobs=knobs, rows=by_task, pack=options, device=device)
     if json:
         outputs = {name: str(path) for name, path in made.outputs.items()}
@@ -108,13 +109,21 @@ def _entry(text: str) -> tuple[str, str, float | None]:
     >>> _entry("packs/math.safetensors:0.7"), _entry("math=runs/tuned")
     (('math', 'packs/math.safetensors', 0.7), ('math', 'runs/tuned', None))
     """
+    place, weight = _weighed(text)
     name, equals, rest = text.partition("=")
-    place, colon, last = (rest if equals else text).rpartition(":")
-    try:
-        weight = float(last) if colon else None
-    except ValueError:
-        place, weight = f"{place}:{last}", None
-    place = place if colon else last
-    if not place or (equals and not name):
+    if equals and not Path(place).exists():  # else the sign is part of a path
+        place, weight = _weighed(rest)
+    else:
+        name = Path(place).name.removesuffix(".safetensors")
+    if not place or not name:
         raise FusionError(f"--pack: expected [NAME=]FILE[:WEIGHT], such as math.safetensors:0.7; found {text!r}.")
-    return (name if equals else Path(place).name.removesuffix(".safetensors")), place, weight
+    return name, place, weight
+
+
+def _weighed(text: str) -> tuple[str, float | None]:
+    """Return the place and weight of PLACE[:WEIGHT]; what is there under the whole text has no weight."""
+    place, colon, last = text.rpartition(":")
+    try:
+        return (place, float(last)) if colon and not Path(text).exists() else (text, None)
+    except ValueError:
+        return text, None

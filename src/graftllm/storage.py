@@ -102,6 +102,22 @@ def check_replaceable(path: Path, *, over: Sequence[str], beside: Sequence[Path]
         )
 
 
+def check_apart(path: Path, read: Sequence[Path]) -> None:
+    """Check that what is written at a place, a file or a directory, spares what is read.
+
+    Args:
+        path: what is to be written.
+        read: files and directories.
+
+    Raises:
+        StorageError: it is one of them, holds one, or lies in one.
+    """
+    place = path.resolve()
+    for one in read:
+        if place.is_relative_to(one.resolve()) or one.resolve().is_relative_to(place):
+            raise StorageError(f"{path}: expected a place apart from {one}, which is read; choose another one.")
+
+
 @contextmanager
 def appended_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a binary file to append to; when the block ends, what was written survives a power cut."""

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from graftllm.checkpoint import INDEX, Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError
+from graftllm.fusion.grafting import plug
 from graftllm.fusion.merging import apply_packs
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions, Strategy
@@ -41,6 +42,18 @@ def test_weighted_packs_add_up(base: Checkpoint, delta: Delta, exact: SkillPack,
     for name in base.names():
         expected = (base.tensor(name).float() + 0.75 * delta[name]).bfloat16().float()
         assert torch.allclose(out.tensor(name).float(), expected, rtol=2**-7)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("-inf")])
+def test_a_weight_that_is_no_number_is_refused(
+    base: Checkpoint, exact: SkillPack, tmp_path: Path, weight: float
+) -> None:
+    with pytest.raises(FusionError, match=f"an unsaved pack: expected a finite weight, found {weight}."):
+        apply_packs(base, [(exact, weight)], tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(base.path)
+    with pytest.raises(FusionError, match=f"an unsaved pack: expected a finite weight, found {weight}."):
+        plug(model, (exact, weight))
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_base_is_refused_and_nothing_is_written(exact: SkillPack, tmp_path: Path) -> None:

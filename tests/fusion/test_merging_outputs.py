@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,9 @@ from typer.testing import CliRunner
 from graftllm.checkpoint import INDEX, Checkpoint
 from graftllm.cli import app
 from graftllm.delta import Delta
-from graftllm.errors import FusionError, GraftError, PackError
+from graftllm.errors import FusionError, GraftError, PackError, StorageError
 from graftllm.fusion.inputs import Tuned, open_tuned
-from graftllm.fusion.merging import merge
+from graftllm.fusion.merging import apply_packs, merge
 from graftllm.fusion.methods.table import METHODS
 from graftllm.fusion.search import answer_loss
 from graftllm.generation import load_model, load_tokenizer
@@ -191,6 +192,62 @@ def test_bad_input_is_refused_and_nothing_is_written(base: Checkpoint, models: S
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other"]
 
 
+def _contents(place: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in sorted(place.rglob("*")) if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("method", "out"),
+    [
+        ("emr", "runs"),  # writes runs/code, which is read
+        ("ties", "runs/code"),
+        ("ties", "runs/code/merged"),
+        ("ties", "runs"),
+        ("ties", "runs/pack.safetensors"),
+        ("ties", "runs/code/model.safetensors"),
+        ("ties", "base/merged"),
+        ("ties", "link"),
+    ],
+)
+def test_a_merge_spares_what_it_reads(
+    base_dir: Path, tuned_dirs: dict[str, Path], tmp_path: Path, method: str, out: str
+) -> None:
+    shutil.copytree(base_dir, tmp_path / "base")
+    for name, place in tuned_dirs.items():
+        shutil.copytree(place, tmp_path / "runs" / name)
+    shutil.copy(base_dir / "config.json", tmp_path / "runs")  # so that a checkpoint may stand there
+    base, runs = Checkpoint.open(tmp_path / "base"), tmp_path / "runs"
+    compress(Delta(base, Checkpoint.open(runs / "code")), PackOptions(strategy="exact")).save(runs / "pack.safetensors")
+    (tmp_path / "link").symlink_to(runs)
+    before, inputs = _contents(tmp_path), ["--tuned", runs / "code", "--tuned", runs / "math"]
+    inputs += ["--pack", runs / "pack.safetensors"]
+    said = run("--base", base.path, "--method", method, *inputs, "--out", tmp_path / out)
+    assert said.startswith(f"error: {tmp_path / out}") and ": expected a place apart from " in said
+    assert said.endswith(", which is read; choose another one.")
+    assert _contents(tmp_path) == before
+
+
+def test_packs_are_spared_when_they_are_applied(base: Checkpoint, models: Sequence[Tuned], tmp_path: Path) -> None:
+    assert isinstance(models[0].origin, Delta)
+    merge(base, models, METHODS["linear"], tmp_path / "out")
+    compress(models[0].origin, PackOptions(strategy="exact")).save(tmp_path / "out" / "code.safetensors")
+    before, pack = _contents(tmp_path), SkillPack.load(tmp_path / "out" / "code.safetensors")
+    with pytest.raises(StorageError, match=r"out: expected a place apart from .*code.safetensors, which is read; choo"):
+        apply_packs(base, [(pack, 1.0)], tmp_path / "out")
+    assert _contents(tmp_path) == before
+
+
+def test_a_path_with_an_equals_sign_or_a_colon_is_a_path_where_it_is_there(
+    base_dir: Path, tuned_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    places = [tmp_path / "lr=1e-5" / "tuned", tmp_path / "run:2"]
+    for place in places:
+        shutil.copytree(tuned_dirs["code"], place)
+    common = ["--base", base_dir, "--method", "linear", "--out", tmp_path / "out", "--json"]
+    found = run(*common, "--tuned", f"{places[0]}:0.5", "--tuned", places[1], "--tuned", f"x={places[0]}")
+    assert json.loads(found)["weights"] == {"run:2": 1.0, "tuned": 0.5, "x": 1.0}
+
+
 def test_the_command_merges_and_lists(base_dir: Path, tuned_dirs: dict[str, Path], tmp_path: Path) -> None:
     listed = run("--list")
     assert all(name in listed for name in METHODS) and "2306.01708" in listed
@@ -221,8 +278,21 @@ def test_the_command_merges_and_lists(base_dir: Path, tuned_dirs: dict[str, Path
         (["--method", "ties", "--pack", "=p.safetensors"], "error: --pack: expected [NAME=]FILE[:WEIGHT]"),
         (["--method", "ties"], "error: merge: expected at least one pack or tuned model, found none."),
         (["--method", "ties", "--pack", "absent.safetensors"], "error: absent.safetensors: "),
+        (["--method", "emr", "--tuned", "../evil={t}"], "error: pack '../evil': expected a plain name other than base"),
+        (
+            ["--method", "ties", "--tuned", "{t}", "--budget", "5%"],
+            "error: --budget: is of a SkillPack, and out would be a checkpoint; end --out in .safetensors, or leave",
+        ),
+        (["--method", "ties", "--tuned", "{t}", "--budget", "foo"], "error: budget: expected "),
+        (
+            ["--method", "linear", "--tuned", "a={t}:1", "--tuned", "b={t}:-1"],
+            "error: merge: expected weights (FILE:WEIGHT) whose sum is not 0, because an average divides by it; found",
+        ),
     ],
 )
-def test_the_command_says_what_is_wrong(arguments: list[str], message: str, base_dir: Path, tmp_path: Path) -> None:
+def test_the_command_says_what_is_wrong(
+    arguments: list[str], message: str, base_dir: Path, tuned_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    arguments = [one.format(t=tuned_dirs["code"]) for one in arguments]
     assert run("--base", base_dir, "--out", tmp_path / "out", *arguments).startswith(message)
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == []

@@ -28,6 +28,11 @@ class Tuned:
         return self.origin.source if isinstance(self.origin, SkillPack) else str(self.origin.tuned.path)
 
     @property
+    def files(self) -> list[Path]:
+        """What it is read from; nothing, if it is a pack in memory."""
+        return [place for place in [Path(self.source)] if place.exists()]
+
+    @property
     def config(self) -> Mapping[str, Any]:
         """What its `config.json` says otherwise than the base's, by dotted key."""
         return self.origin.header.config if isinstance(self.origin, SkillPack) else self.origin.config_changes()

@@ -16,10 +16,11 @@ from graftllm.checkpoint import DTYPES, Checkpoint, write_checkpoint
 from graftllm.compression.calibration import Calibration, collect_moments
 from graftllm.delta import Delta
 from graftllm.errors import FusionError
-from graftllm.fusion.grafting import Weighted, agreed_spec, combined
+from graftllm.fusion.grafting import Weighted, agreed_spec, check_weights, combined
 from graftllm.fusion.inputs import Stacks, Tuned, stacked
 from graftllm.fusion.methods.table import Method
 from graftllm.fusion.methods.tasks import Knobs, Merge, Tasks
+from graftllm.fusion.names import check_names
 from graftllm.fusion.search import answer_loss, search_weights
 from graftllm.generation import load_model, load_tokenizer
 from graftllm.header import Card
@@ -27,7 +28,7 @@ from graftllm.packer import compress_to
 from graftllm.packing_options import PackOptions
 from graftllm.progress import progress
 from graftllm.records import Prompt
-from graftllm.storage import only_writer
+from graftllm.storage import check_apart, only_writer
 
 
 @dataclass(frozen=True)
@@ -66,18 +67,27 @@ def merge(
             that gives one model a task writes OUT/NAME, or STEM-NAME.safetensors beside OUT. Each appears whole.
         knobs: the method's defaults if None.
         rows: answered prompts by task, where the method needs them.
-        pack: how an output that is a pack is compressed.
+        pack: how an output that is a pack is compressed; its defaults if None.
         device: for layer inputs and searches; `auto` takes a GPU when there is one.
 
     Raises:
-        FusionError: names are doubled, the models differ in vocabulary or dtype, or rows are missing.
+        FusionError: names are doubled, or cannot name an output; the models differ in vocabulary or dtype; rows are
+            missing; or a checkpoint is to be compressed.
         PackError: a pack is damaged or was made for another base.
         CheckpointError: a delta holds NaN or infinity.
-        StorageError: there is no room, or the place cannot be written.
+        StorageError: there is no room, or the place cannot be written, or what would be replaced is read.
     """
     out, knobs = Path(out).absolute(), knobs or method.knobs({})
     stacks = stacked(base, tuned)
     names = tuple(one.name for one in stacks.tuned)
+    if pack is not None and out.suffix != ".safetensors":
+        raise FusionError(
+            f"--budget: is of a SkillPack, and {out.name} would be a checkpoint; end --out in .safetensors, or leave "
+            "the budget out."
+        )
+    places = _places(out, names if method.per_task else ("",))
+    for place in places.values():
+        check_apart(place, [base.path, *(file for one in stacks.tuned for file in one.files)])
     if method.rows is not None and (missing := next((name for name in names if not (rows or {}).get(name)), None)):
         raise FusionError(
             f"merge: {method.name} needs answered prompts of every model; give rows of {missing!r} (--rows)."
@@ -91,13 +101,10 @@ def merge(
             few = [row for name in names for row in (rows or {})[name]]
             weights = _searched(stacks, method, knobs, few, scratch, device)
         merging = method.prepare(Tasks(names, weights, stacks, calibrations), knobs)
-        outputs = {}
-        for task, name in enumerate(names if method.per_task else ("",)):
-            place = _place(out, name)
+        for task, place in enumerate(places.values()):
             _write(stacks, merging, task, place, pack or PackOptions(), scratch, device)
-            outputs[name] = place
     stored = method.stored_bytes(stacks.specs.values(), len(names), knobs.rank)
-    return Merged(outputs, dict(zip(names, weights.tolist(), strict=True)), stored)
+    return Merged(places, dict(zip(names, weights.tolist(), strict=True)), stored)
 
 
 def apply_packs(base: Checkpoint, packs: Sequence[Weighted], out: str | Path) -> None:
@@ -108,10 +115,12 @@ def apply_packs(base: Checkpoint, packs: Sequence[Weighted], out: str | Path) ->
     One exact pack of weight 1 gives the tuned checkpoint's weights bit for bit.
 
     Raises:
-        FusionError: the packs' tuned models differ in vocabulary or dtype.
+        FusionError: the packs' tuned models differ in vocabulary or dtype, or a weight is no finite number.
         PackError: a pack is damaged or was made for another base; nothing is then written.
-        StorageError: there is no room, or the place cannot be written.
+        StorageError: there is no room, or the place cannot be written, or what would be replaced is read.
     """
+    check_weights(packs)
+    check_apart(Path(out), [base.path, *(place for pack, _ in packs if (place := Path(pack.source)).exists())])
     for pack, _ in packs:
         pack.check_base(base)
     specs = {name: agreed_spec(name, packs) for name in base.specs}
@@ -180,11 +189,18 @@ def _searched(
     return search_weights(loss, len(names), seed=knobs.seed)
 
 
-def _place(out: Path, name: str) -> Path:
-    """Return where the model of one task goes; `name` is empty where one model serves all."""
-    if not name:
-        return out
-    return out.with_name(f"{out.stem}-{name}.safetensors") if out.suffix == ".safetensors" else out / name
+def _places(out: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Return where the model of each task goes; the one name is empty where one model serves all.
+
+    Raises:
+        FusionError: a name cannot be that of a file.
+    """
+    if list(names) == [""]:
+        return {"": out}
+    check_names(names)
+    if out.suffix == ".safetensors":
+        return {name: out.with_name(f"{out.stem}-{name}.safetensors") for name in names}
+    return {name: out / name for name in names}
 
 
 @contextmanager

@@ -96,6 +96,11 @@ class Stages:
         self.used[name] = stamp
         return stamp
 
+    def forget(self, name: str) -> None:
+        """Let a step be done again, for a reason that its inputs do not tell."""
+        if leads():
+            (self.directory / f"{name}.json").unlink(missing_ok=True)
+
     def spent_on(self, name: str) -> Spent:
         """Return what a step that is under way has taken up to now, earlier attempts included."""
         return self.running[name]()

@@ -1,7 +1,7 @@
 """A second skill joins a grafted model that has one; everything old stays what it was."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +9,10 @@ import torch
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError, RecipeError
-from graftllm.fusion.directory import MANIFEST, add_packs, read_manifest, remove_pack, write_grafted
+from graftllm.fusion.directory import MANIFEST, add_packs, read_manifest, remove_pack, set_rules, write_grafted
 from graftllm.fusion.grafted import GraftedModel
-from graftllm.fusion.routing import BASE, fit_router
+from graftllm.fusion.routing import BASE, Router, fit_router
+from graftllm.fusion.rules import Rule
 from graftllm.generation import render
 from graftllm.pipeline.learning import Learned, learn
 from graftllm.pipeline.work import Work, open_work
@@ -99,13 +100,56 @@ def test_learning_again_does_nothing(taught: Taught) -> None:
 def test_a_kill_between_adding_and_noting_it_is_mended(taught: Taught) -> None:
     before = _files(taught.shelf)
     (taught.work.directory / "stages" / "join.double.json").unlink()
-    again = learn(taught.work, taught.shelf)
-    assert again.scores == taught.learned.scores
+    assert learn(taught.work, taught.shelf) == taught.learned  # the drift, too
+    assert _files(taught.shelf) == before
+
+
+def test_what_is_on_the_shelf_counts_not_what_was_put_there_once(taught: Taught) -> None:
+    before = _files(taught.shelf)
+    remove_pack(taught.shelf, "double")
+    assert learn(taught.work, taught.shelf) == taught.learned
+    assert _files(taught.shelf) == before
+    remove_pack(taught.shelf, "double")
+    add_packs(taught.shelf, {"double": taught.work.pack("next")})
+    with pytest.raises(
+        FusionError,
+        match=r"grafted: expected the pack 'double' that this recipe makes, found another \(\w{12}\); remove it first "
+        r"\(`graftllm remove .*grafted double`\), or give the skill another name.",
+    ):
+        learn(taught.work, taught.shelf)
+    remove_pack(taught.shelf, "double")
+    assert learn(taught.work, taught.shelf) == taught.learned
+    assert _files(taught.shelf) == before
+
+
+def test_the_last_row_is_of_the_shelf_as_it_is(taught: Taught) -> None:
+    set_rules(taught.shelf, [Rule(pack="base", pattern="next letter")])
+    found = learn(taught.work, taught.shelf)
+    assert found.forgotten["next"] > 0.2 and found.moved["next"] > 0
+    set_rules(taught.shelf, [])
+    assert learn(taught.work, taught.shelf) == taught.learned
+
+
+def test_the_recipe_says_how_many_old_prompts_a_new_pack_may_move(
+    taught: Taught, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = _files(taught.shelf)
+    remove_pack(taught.shelf, "double")
+    with monkeypatch.context() as patched:
+        patched.setattr(Router, "drift", lambda *_: 0.5)
+        with pytest.raises(FusionError, match="50.0% of the old packs' .* and 1.0% may; .* or allow more: --drift of"):
+            learn(taught.work, taught.shelf)
+        assert "double" not in read_manifest(taught.shelf).packs
+        router = taught.work.recipe.router.model_copy(update={"drift": 0.6})
+        lax = replace(taught.work, recipe=taught.work.recipe.model_copy(update={"router": router}))
+        assert learn(lax, taught.shelf).drift == {"double": 0.5}
+    remove_pack(taught.shelf, "double")
+    assert learn(taught.work, taught.shelf) == taught.learned
     assert _files(taught.shelf) == before
 
 
 def test_another_target_and_unknown_packs_are_refused(taught: Taught, tiny_run: TinyRun, tmp_path: Path) -> None:
-    with pytest.raises(FusionError, match="pack: expected one of base, auto, next, double; found 'law'"):
+    with pytest.raises(FusionError, match="pack: expected one of next, double; found 'law'"):
         learn(taught.work, taught.shelf, on=["law"])
     text = tiny_run.recipe.read_text().replace("{dir}", str(tiny_run.directory))
     (tmp_path / "r.yaml").write_text(text.replace('zoo/target"', 'skills/next/tuned"', 1))

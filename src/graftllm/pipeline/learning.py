@@ -1,7 +1,8 @@
 """New skills for a grafted model: trained as in a run, added as packs, and the old ones measured before and after.
 
 Each skill of the recipe that the shelf lacks is learnt; those that are on it are measured, so that one
-recipe grows with the shelf. Stages are skipped when done: a killed `learn` goes on where it was.
+recipe grows with the shelf. Stages are skipped when done: a killed `learn` goes on where it was. What is on the
+shelf then counts, not what a stage once put there.
 """
 
 from collections.abc import Sequence
@@ -14,9 +15,18 @@ from pydantic import BaseModel
 from graftllm.errors import FusionError, RecipeError
 from graftllm.evaluation.scores import Answer, Score
 from graftllm.evaluation.tables import Grid
-from graftllm.fusion.directory import AUTO, Manifest, add_packs, open_packs, open_router, read_manifest, unknown_pack
+from graftllm.fusion.directory import (
+    AUTO,
+    Manifest,
+    add_packs,
+    open_packs,
+    open_router,
+    read_manifest,
+    sha256_of,
+)
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.merging import apply_packs
+from graftllm.fusion.names import unknown_pack
 from graftllm.fusion.routing import BASE, Router, features_of, fit_router
 from graftllm.generation import load_model, load_tokenizer
 from graftllm.pipeline.measuring import answering, measure, measure_source, measure_tuned
@@ -94,7 +104,8 @@ def learn(work: Work, into: Path, *, on: Sequence[str] = ()) -> Learned:
 
     Raises:
         RecipeError: the target is another base, or there is nothing to learn.
-        FusionError: a pack is unknown, packs have no router, or the new prompts are too much like old ones.
+        FusionError: a pack is unknown, packs have no router, the new prompts are too much like old ones, or the shelf
+            has another pack of a skill than the recipe makes now.
         GraftError: something else cannot be used; see the message.
     """
     refuse_added_tokens(work.recipe)
@@ -113,12 +124,13 @@ def learn(work: Work, into: Path, *, on: Sequence[str] = ()) -> Learned:
     columns = [*tests[:-1], *new, GENERAL]
     rows = {"before": measure(work, "before", [shelf], columns, partial(_routed, work, into))}
     routes = _routes(work, into, "before", shelf, tests)
-    drift, start, joined = {}, _start(work, into, on), shelf
+    drift, start, state = {}, _start(work, into, on), {}
     for name in new:
-        joined = _join(work, into, name, start)
-        drift[name] = cast(float, joined.result)
-        rows[f"after {name}"] = measure(work, f"after.{name}", [joined], columns, partial(_routed, work, into))
-    after = _routes(work, into, f"after.{new[-1]}", joined, tests)
+        joined = cast(dict[str, Any], _join(work, into, name, start).result)
+        drift[name] = joined["drift"]
+        state = _state(into) if name == new[-1] else joined["shelf"]
+        rows[f"after {name}"] = measure(work, f"after.{name}", [state], columns, partial(_routed, work, into))
+    after = _routes(work, into, f"after.{new[-1]}", state, tests)
     moved = {test: sum(a != b for a, b in zip(routes[test], after[test], strict=True)) for test in tests}
     learned = Learned(
         rows=list(rows),
@@ -161,7 +173,10 @@ def _start(work: Work, into: Path, on: Sequence[str]) -> Path:
 
 
 def _join(work: Work, into: Path, name: str, start: Path) -> Stamp:
-    """Train, pack and add one skill; the result is the share of old examples that the router sends elsewhere."""
+    """Train, pack and add one skill.
+
+    The result is the `drift`, the share of old examples that the router sends elsewhere, and the `shelf` as it then is.
+    """
     scored, target = score(work, name), work.target.path
     trained = tune(work, name, [scored], start, work.tuned(name), name=name)
     scores = {
@@ -170,28 +185,51 @@ def _join(work: Work, into: Path, name: str, start: Path) -> Stamp:
         f"tuned.{name}": measure_tuned(work, name, trained),
     }
     packed = pack(work, name, trained, scores)
+    shelved = read_manifest(into).packs.get(name)
+    if shelved is None:
+        work.stages.forget(f"join.{name}")  # whoever added it once, it is not there
+    elif shelved.sha256 != sha256_of(work.pack(name)):
+        raise FusionError(
+            f"{into}: expected the pack {name!r} that this recipe makes, found another ({shelved.sha256[:12]}); remove "
+            f"it first (`graftllm remove {into} {name}`), or give the skill another name."
+        )
 
-    def action() -> float:
-        manifest = read_manifest(into)
-        if name in manifest.packs:  # added by an attempt that was killed before it could say so
-            return 0.0
-        old = _router(into, manifest)
-        prompts = read_prompts(work.skill(name) / "sft.jsonl")
-        if old is None:
-            general = read_prompts(prompts_of(work, GENERAL))
-            both = {BASE: general, name: prompts}
-            router = fit_router(target, both, work.recipe.router, seed=work.recipe.seed, device=work.device)
-        else:
-            model, tokenizer = load_model(target, device=work.device), load_tokenizer(target)
-            router = old.with_pack(name, features_of(model, tokenizer, prompts, old.options, label=f"router: {name}"))
-        add_packs(into, {name: work.pack(name)}, router=router)
-        return 0.0 if old is None else old.drift(router)
+    def action() -> dict[str, Any]:
+        if name not in read_manifest(into).packs:  # else an attempt added it that was killed before it could say so
+            _add(work, into, name)
+        return {"drift": _drift_of(into, name), "shelf": _state(into)}
 
-    return work.stages.run(f"join.{name}", [packed], [], action)
+    return work.stages.run(f"join.{name}", [packed, str(into.resolve())], [], action)
+
+
+def _add(work: Work, into: Path, name: str) -> None:
+    """Put a skill's pack on the shelf, and teach the router its prompts."""
+    manifest, target = read_manifest(into), work.target.path
+    old, prompts = _router(into, manifest), read_prompts(work.skill(name) / "sft.jsonl")
+    if old is None:
+        both = {BASE: read_prompts(prompts_of(work, GENERAL)), name: prompts}
+        router = fit_router(target, both, work.recipe.router, seed=work.recipe.seed, device=work.device)
+    else:
+        model, tokenizer = load_model(target, device=work.device), load_tokenizer(target)
+        features = features_of(model, tokenizer, prompts, old.options, label=f"router: {name}")
+        router = old.with_pack(name, features, drift=work.recipe.router.drift)
+    add_packs(into, {name: work.pack(name)}, router=router, taught=manifest)
+
+
+def _drift_of(into: Path, name: str) -> float:
+    """Return the share of the examples of all others that the router sent elsewhere before it knew a pack."""
+    router = _router(into, read_manifest(into))
+    assert router is not None  # it knows every pack, and there is one
+    return router.without(name).drift(router)
+
+
+def _state(into: Path) -> dict[str, Any]:
+    """Return all that a grafted model's answers depend on."""
+    return read_manifest(into).model_dump(mode="json")
 
 
 def _router(into: Path, manifest: Manifest) -> Router | None:
-    """Return the router of a grafted model; None if it has no packs yet."""
+    """Return the router of a grafted model; None if it never had one, nor packs."""
     if manifest.unrouted():
         raise FusionError(
             f"{into}: expected a router that knows every pack, and none knows {', '.join(manifest.unrouted())}; "
@@ -205,7 +243,7 @@ def _routed(work: Work, into: Path) -> Answer:
     return lambda prompts: grafted.generate([prompt.question for prompt in prompts], AUTO, work.greedy)
 
 
-def _routes(work: Work, into: Path, name: str, state: Stamp, tests: Sequence[str]) -> dict[str, list[str]]:
+def _routes(work: Work, into: Path, name: str, state: Any, tests: Sequence[str]) -> dict[str, list[str]]:
     """Return where each test prompt goes."""
     files = {test: test_of(work, test) for test in tests}
 

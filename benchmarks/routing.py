@@ -136,7 +136,7 @@ def scale(train: Features, test: Features, count: int, seeds: Sequence[int]) -> 
         router = train_router(few, RouterOptions(), seed=seed)
         one = {"seconds": time.perf_counter() - started, "accuracy": _accuracy(router, test)}
         one["held out"] = router.accuracy
-        one["nearest mean"] = _nearest_mean(few, test)
+        one |= baselines(few, test)
         one["false accept"] = 1 - _accuracy(router, {BASE: test[BASE]}, only=BASE)
         one["bytes"] = _bytes(router)
         if count > 1:
@@ -152,6 +152,18 @@ def scale(train: Features, test: Features, count: int, seeds: Sequence[int]) -> 
         if len(values) > 1:
             row[f"{key} ±"] = round(stdev(values) / len(values) ** 0.5, 5)
     return row
+
+
+def baselines(train: Features, test: Features) -> dict[str, float]:
+    """Return the share of test prompts that simpler choosers send where they belong.
+
+    They choose the class with the nearest mean, the one with the most training prompts (of several the first),
+    and any with equal probability, of which it is the expectation.
+    """
+    counts = {name: len(test[name]) for name in train}
+    most = max(train, key=lambda name: len(train[name]))
+    majority = counts[most] / sum(counts.values())
+    return {"nearest mean": _nearest_mean(train, test), "majority": majority, "random": 1 / len(train)}
 
 
 def cost(tokenizer: PreTrainedTokenizerBase, width: int, device: torch.device) -> dict[str, float]:

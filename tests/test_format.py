@@ -1,6 +1,7 @@
 """The page docs/skillpack-format.md is enough to read packs: `reader`, written from it alone, gives what we give."""
 
 import base64
+import hashlib
 import json
 import zlib
 from pathlib import Path
@@ -39,9 +40,12 @@ def test_the_page_is_enough_to_read_a_pack(
             bits = base.tensor(name).view(torch.int16).numpy().view(np.uint16)
             if on_top := entry.get("refinement"):
                 bits = prediction(entry["how"], payload, bits, on_top["weight"])
-                entry = {"how": on_top["how"], "shape": entry["shape"]}
+                entry = entry | {"how": on_top["how"]}
                 payload = file.get_tensor(f"{name}:exact").tobytes()
+            tuned_digest = entry.get("tuned_digest")
             found = tuned_patterns(entry, payload, bits)
+            if tuned_digest is not None:
+                assert hashlib.sha256(found.tobytes()).hexdigest()[:16] == tuned_digest
             restored = pack.restore(name, base.tensor(name))
             if found.dtype == np.uint16:
                 assert np.array_equal(found, restored.view(torch.int16).numpy().view(np.uint16))

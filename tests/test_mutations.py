@@ -37,13 +37,13 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Sample:
-    """A tensor as it is stored; with `lossy`, operator and payload are of the exact layer over that."""
+    """A tensor as it is stored, and the tuned value; with `lossy`, operator and payload are of an exact layer on it."""
 
     how: Operator
     payload: bytes
     base: torch.Tensor
+    tuned: torch.Tensor
     lossy: tuple[Operator, bytes] | None = None
-    tuned_digest: str = ""
 
 
 @cache
@@ -87,10 +87,12 @@ def _samples() -> dict[str, Sample]:
     }
     codings = [pair[0][0].coding for pair in (found["difference"], found["predicted"], found["predicted float"])]
     assert codings == ["difference", "predicted", "predicted"]
-    samples = {name: Sample(how, payload.tobytes(), value) for name, ((how, payload), value) in found.items()}
-    return samples | {
-        "layered": replace(samples["layered"], lossy=(both[0], both[1].tobytes()), tuned_digest=digest(tuned))
+    of = {"difference": infinite * 1.01, "predicted float": base.float() + change}
+    samples = {
+        name: Sample(how, payload.tobytes(), value, of.get(name, tuned))
+        for name, ((how, payload), value) in found.items()
     }
+    return samples | {"layered": replace(samples["layered"], lossy=(both[0], both[1].tobytes()))}
 
 
 def _tiny_pack(samples: dict[str, Sample]) -> SkillPack:
@@ -104,7 +106,6 @@ def _tiny_pack(samples: dict[str, Sample]) -> SkillPack:
                 how=how,
                 nbytes=len(sample.payload),
                 payload_digest=_digest(sample.payload),
-                tuned_digest=sample.tuned_digest,
             )
             payloads[refinement_key(name)] = sample.payload
             how, payloads[name] = sample.lossy
@@ -118,6 +119,7 @@ def _tiny_pack(samples: dict[str, Sample]) -> SkillPack:
             payload_digest=_digest(payloads[name]),
             error=0.1,
             refinement=on_top,
+            tuned_digest=digest(sample.tuned) if isinstance(sample.how, Exact) else None,
         )
     about = BaseInfo(name="base", architecture="X", fingerprint="0" * 64, parameters=1)
     header = Header(

@@ -209,6 +209,15 @@ def _at(*path: str | int, value: object) -> Callable[[dict], None]:
     return change
 
 
+def _exactly(coding: str) -> Callable[[dict], None]:
+    """Say that a low-rank payload is an exact one."""
+
+    def change(header: dict) -> None:
+        header["tensors"][UP] |= {"how": {"operator": "exact", "coding": coding}, "tuned_digest": "0" * 16}
+
+    return change
+
+
 NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
 
 
@@ -248,8 +257,14 @@ NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
             _at("tensors", UP, "how", value={"operator": "sparse", "count": 10**9, "group_size": 128}),
             "cannot be decoded",
         ),
-        (_at("tensors", UP, "how", value={"operator": "exact", "coding": "difference"}), "cannot be decoded"),
-        (_at("tensors", UP, "how", value={"operator": "exact", "coding": "raw"}), "cannot be decoded"),
+        (_exactly("difference"), "cannot be decoded"),
+        (_exactly("raw"), "cannot be decoded"),
+        (
+            _at("tensors", UP, "tuned_digest", value="0" * 16),
+            "expected a digest of the tuned bits where they are coded",
+        ),
+        (_at("tensors", NORM, "tuned_digest", value=None), "expected a digest of the tuned bits where they are coded"),
+        (_at("options", "bit_bands", value=[[8, 1]] * 9999), "hold more lists and values than headers do"),
         (_at("tensors", UP, "how", value={"operator": "unchanged"}), "cannot be decoded"),
         (_at("tensors", UP, "payload_digest", value="0" * 16), f"the payload of '{UP}' does not match its digest"),
     ],
@@ -271,7 +286,7 @@ def test_a_header_that_is_deeply_nested_is_refused(pack_file: Path, tmp_path: Pa
     data = pack_file.read_bytes()
     size = int.from_bytes(data[:8], "little")
     outer = json.loads(data[8 : 8 + size])
-    text = '{"version": 1, "a": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    text = '{"version": 1, "a": ' + "[" * 1000 + "]" * 1000 + "}"
     outer["__metadata__"] = _told(text)
     encoded = json.dumps(outer).encode()
     (tmp_path / "x").write_bytes(len(encoded).to_bytes(8, "little") + encoded + data[8 + size :])

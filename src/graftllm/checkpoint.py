@@ -90,7 +90,13 @@ class Checkpoint:
         config = _read_json(directory / "config.json")
         index = directory / INDEX
         if index.exists():
-            shards = {str(name): str(file) for name, file in _read_json(index).get("weight_map", {}).items()}
+            named = _read_json(index).get("weight_map")
+            if not isinstance(named, dict):
+                raise CheckpointError(
+                    f"{index}: expected a 'weight_map' from tensors to shards, found {type(named).__name__}. "
+                    "The checkpoint is incomplete; download or copy it again."
+                )
+            shards = {str(name): str(file) for name, file in named.items()}
         elif (directory / "model.safetensors").exists():
             shards = dict.fromkeys(tensor_specs(directory / "model.safetensors"), "model.safetensors")
         else:

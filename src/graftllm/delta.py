@@ -18,6 +18,7 @@ from graftllm.errors import CheckpointError
 
 MAX_GROWTH = 8  # a vocabulary may become this many times as long; bounds what a pack can allocate
 _BLOCK = 1 << 20  # bytes that are compared at a time
+LARGEST = 2.0**60  # of a difference: squares of larger ones are not finite in float32
 _PART = 1 << 18  # elements that are subtracted at a time: what they take stays in the cache
 _TOKENIZER = (
     "tokenizer.json",
@@ -89,9 +90,26 @@ class Delta(Mapping[str, Tensor]):
         return f"{self.tuned.path}: tensor {name!r}"
 
     def config_changes(self) -> dict[str, Any]:
-        """Return vocabulary size and token ids of the tuned `config.json` that are not the base's, by dotted key."""
+        """Return vocabulary size and token ids of the tuned `config.json` that are not the base's, by dotted key.
+
+        A vocabulary size is only one where rows were added.
+
+        Raises:
+            CheckpointError: one of them is neither an integer, a list of integers nor null.
+        """
         base, tuned = dict(_settings(self.base.config)), dict(_settings(self.tuned.config))
-        return {key: value for key, value in tuned.items() if key in base and base[key] != value}
+        found = {key: value for key, value in tuned.items() if key in base and base[key] != value}
+        for key, value in found.items():
+            if (
+                any(type(one) is not int for one in (value if isinstance(value, list) else [value]))
+                and value is not None
+            ):
+                raise CheckpointError(
+                    f"{self.tuned.path / 'config.json'}: expected an integer, a list of integers or null for {key!r}, "
+                    f"found {value!r}. Correct it."
+                )
+        rows = {spec.shape[0] for name, spec in self.tuned.specs.items() if self._grown(name, spec)}
+        return {key: value for key, value in found.items() if not key.endswith("vocab_size") or value in rows}
 
     def tokenizer_changed(self) -> bool:
         """Return whether a tokenizer file of the tuned model is not the base's; a missing one says nothing."""
@@ -100,11 +118,24 @@ class Delta(Mapping[str, Tensor]):
             tuned.exists() and (not base.exists() or base.read_bytes() != tuned.read_bytes()) for base, tuned in pairs
         )
 
+    def _grown(self, name: str, tuned: TensorSpec) -> bool:
+        return name in self.base.specs and self.base.specs[name].shape != tuned.shape
+
+    def _repeats_embedding(self, head: str) -> bool:
+        """Return whether a tensor that only the tuned checkpoint has is its embedding once more: tied, but saved."""
+        if not _is_head(head):
+            return False
+        spec = self.tuned.specs[head]
+        same = [name for name, other in self.tuned.specs.items() if name in self.base.specs and other == spec]
+        return any(self.tuned.digest(name) == self.tuned.digest(head) for name in same)
+
     def _check(self, name: str) -> None:
         base, tuned = self.base.specs.get(name), self.tuned.specs.get(name)
+        if base is None and self._repeats_embedding(name):
+            return
         if base is None or tuned is None:
             lacking, having = (self.base, self.tuned) if base is None else (self.tuned, self.base)
-            if any(word in name for word in ("lm_head", "embed_out", "output_layer")):
+            if _is_head(name):
                 raise CheckpointError(
                     f"{lacking.path}: ties the output head to its embedding, but {having.path} has its own, {name!r}. "
                     "A delta needs both tied or both untied; save both with the same tie_word_embeddings."
@@ -177,19 +208,34 @@ def difference(base: Tensor, tuned: Tensor, *, where: str) -> Tensor:
     """Return tuned - base in float32.
 
     Raises:
-        CheckpointError: it holds NaN or infinity; the message begins with `where`.
+        CheckpointError: it holds NaN, infinity or values above 2 ** 60; the message begins with `where`.
     """
     delta = torch.empty(tuned.shape, dtype=torch.float32, device=tuned.device)
     parts = (delta.view(-1), tuned.reshape(-1), base.reshape(-1))
     for part, after, before in zip(*(flat.split(_PART) for flat in parts), strict=True):
         part.copy_(after).sub_(before.float())
-    if delta.numel() and not all(torch.isfinite(end) for end in delta.aminmax()):  # NaN is both ends
-        count = int((~torch.isfinite(delta)).sum())
+    if not _is_sane(delta):
+        count = int((~(delta.abs() <= LARGEST)).sum())
         raise CheckpointError(
-            f"{where}: {count} of {delta.numel()} differences to the base are NaN or infinite. "
+            f"{where}: {count} of {delta.numel()} differences to the base are NaN, infinite or above 2 ** 60. "
             "The training diverged or a file is damaged; pack an earlier checkpoint."
         )
     return delta
+
+
+def check_difference(base: Tensor, tuned: Tensor, *, where: str) -> None:
+    """Refuse what `difference` refuses, in little memory.
+
+    Raises:
+        CheckpointError: as there.
+    """
+    for after, before in zip(tuned.reshape(-1).split(_PART), base.reshape(-1).split(_PART), strict=True):
+        if not _is_sane(after.float() - before.float()):
+            difference(base, tuned, where=where)  # which counts them
+
+
+def _is_sane(delta: Tensor) -> bool:
+    return not delta.numel() or all(abs(float(end)) <= LARGEST for end in delta.aminmax())  # NaN is both ends
 
 
 def is_setting(key: str) -> bool:
@@ -204,6 +250,10 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield from _settings(value, f"{prefix}{key}.")
         elif is_setting(key):
             yield f"{prefix}{key}", value
+
+
+def _is_head(name: str) -> bool:
+    return any(word in name for word in ("lm_head", "embed_out", "output_layer"))
 
 
 def _rows(checkpoint: Checkpoint) -> int | None:

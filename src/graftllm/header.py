@@ -7,6 +7,7 @@ fit is a PackError, found before anything is decoded.
 import base64
 import hashlib
 import json
+import re
 import zlib
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
+    model_validator,
 )
 from safetensors import SafetensorError, safe_open
 
@@ -31,6 +33,9 @@ from graftllm.training_options import DpoOptions, SftOptions
 
 VERSION = 1
 MAX_HEADER_BYTES = 64 << 20
+_CONTAINERS = 32  # bytes of JSON for each object or list, and
+_MARKS = 6  # for each comma or colon, at least: what is written here has twice as many
+_STRING = re.compile(rb'"(?:[^"\\\\]|\\\\.)*+"')
 
 
 class Part(BaseModel):
@@ -102,7 +107,8 @@ class TensorEntry(Part):
 
     `tuned_shape` and `tuned_dtype` are there where the tuned model's are not the base's; `unseen` where
     it is an expert's matrix that no calibration token reached, so that it was coded without calibration;
-    `refinement` where an exact layer lies on top, the error is that of the lossy layer then.
+    `refinement` where an exact layer lies on top, the error is that of the lossy layer then; `tuned_digest`
+    where the tuned bits are coded, by the operator or that layer.
     """
 
     role: Role
@@ -117,6 +123,13 @@ class TensorEntry(Part):
     tuned_dtype: str | None = None
     unseen: bool = False
     refinement: Refinement | None = None
+    tuned_digest: str | None = None
+
+    @model_validator(mode="after")
+    def _tuned_bits_have_a_digest(self) -> "TensorEntry":
+        if (self.operator == "exact") != (self.tuned_digest is not None):
+            raise ValueError("expected a digest of the tuned bits where they are coded, and only there")
+        return self
 
     @property
     def stored_bytes(self) -> int:
@@ -145,7 +158,7 @@ class TensorEntry(Part):
 
     @model_serializer(mode="wrap")
     def _only_what_differs(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        usual = {"tuned_shape": None, "tuned_dtype": None, "unseen": False, "refinement": None}
+        usual = {"tuned_shape": None, "tuned_dtype": None, "unseen": False, "refinement": None, "tuned_digest": None}
         return {key: value for key, value in write(self).items() if key not in usual or value != usual[key]}
 
 
@@ -168,7 +181,10 @@ class Header(Part):
 
     def lossy_layer(self) -> "Header":
         """Return the header of the same pack without its exact layer."""
-        tensors = {name: entry.model_copy(update={"refinement": None}) for name, entry in self.tensors.items()}
+        gone = {"refinement": None, "tuned_digest": None}
+        tensors = {
+            name: entry.model_copy(update=gone) if entry.refinement else entry for name, entry in self.tensors.items()
+        }
         return self.model_copy(update={"tensors": tensors})
 
 
@@ -215,19 +231,26 @@ def read_header(path: Path) -> Header:
 
 
 def _parse_header(path: Path, text: bytes) -> Header:
+    if _is_crowded(text):
+        raise PackError(
+            f"{path}: the header's {len(text):,} bytes hold more lists and values than headers do. "
+            "The file is damaged, or made to fill memory."
+        )
     try:
-        version = json.loads(text).get("version")
+        content = json.loads(text)
+        version = content.get("version")
         if version != VERSION:
             raise PackError(
                 f"{path}: format version {version!r}; this graftllm reads {VERSION}. "
                 "Upgrade graftllm or rebuild the pack."
             )
-        header = Header.model_validate_json(text)
+        header = Header.model_validate(content)
     except (ValueError, AttributeError, RecursionError) as error:
-        problem = (
-            f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}" if isinstance(error, ValidationError) else error
-        )
-        raise PackError(f"{path}: the header is not one of format version {VERSION} ({problem}).") from error
+        problem: object = error
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            problem = f"{first['loc']}: {first['msg']}"
+        raise PackError(f"{path}: the header is not one of format version {VERSION} ({problem}).") from None
     for name, entry in header.tensors.items():
         if entry.dtype not in DTYPES or any(side < 0 for side in entry.shape) or entry.spec.nbytes >= 1 << 48:
             raise PackError(
@@ -247,6 +270,13 @@ def _parse_header(path: Path, text: bytes) -> Header:
         if not is_setting(key) or (key.endswith("vocab_size") and value not in rows):
             raise PackError(f"{path}: claims to change the config's {key!r} to {value!r}, which its tensors do not.")
     return header
+
+
+def _is_crowded(text: bytes) -> bool:
+    """Return whether a JSON text would take many times its size in memory: values of a few bytes each."""
+    bare = _STRING.sub(b"", text)
+    containers, marks = bare.count(b"{") + bare.count(b"["), bare.count(b",") + bare.count(b":")
+    return containers > 1024 + len(text) // _CONTAINERS or marks > 4096 + len(text) // _MARKS
 
 
 def layout(header: Header) -> dict[str, TensorSpec]:

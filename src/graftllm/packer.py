@@ -138,6 +138,11 @@ def _within_budget(
 ) -> SkillPack:
     """Return a pack of the size or the divergence that the options ask for."""
     delta, options = job.delta, job.options
+    if clash := next((name for name in delta if refinement_key(name) in delta), None):
+        raise CheckpointError(
+            f"{delta.base.path}: has tensors {clash!r} and {refinement_key(clash)!r}; in a pack the latter is the name "
+            "of an exact layer. Rename one in both checkpoints."
+        )
     calibration = job.measures().calibration
 
     def build(budget: int | None, refined: bool = False) -> SkillPack:
@@ -192,6 +197,10 @@ def _smallest_within(
     return best
 
 
+def _architecture(named: object) -> str:
+    return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else "unknown"
+
+
 def _build(
     job: Job,
     crew: Crew,
@@ -208,7 +217,7 @@ def _build(
         card=card,
         base=BaseInfo(
             name=delta.base.name,
-            architecture=(delta.base.config.get("architectures") or ["unknown"])[0],
+            architecture=_architecture(delta.base.config.get("architectures")),
             fingerprint="0" * 64,
             parameters=delta.base.parameters,
         ),
@@ -235,6 +244,7 @@ def _build(
             tuned_dtype=tuned.dtype if tuned.dtype != part.spec.dtype else None,
             unseen=calibration is not None and part.name in calibration.unseen,
             refinement=part.facts.refinement,
+            tuned_digest=part.facts.tuned_digest,
         )
 
     def entry_bytes(name: str, nbytes: int) -> int:

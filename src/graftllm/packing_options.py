@@ -41,7 +41,7 @@ class PackOptions(Section):
         default=((8, 0.02), (4, 0.18), (2, 0.80)),
         description="bits and share of the kept singular vectors, strongest first",
     )
-    group_size: int = Field(default=128, ge=8, description="values that share one scale")
+    group_size: int = Field(default=128, ge=8, le=1 << 20, description="values that share one scale")
 
     @model_serializer(mode="wrap")
     def _only_what_is_on(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -54,10 +54,23 @@ class PackOptions(Section):
 
     @model_validator(mode="after")
     def _bands_cover_everything(self) -> "PackOptions":
-        if any(not 1 <= bits <= 8 or share <= 0 for bits, share in self.bit_bands):
+        if any(not (1 <= bits <= 8 and share > 0) for bits, share in self.bit_bands):
             raise ValueError("bit_bands: expected pairs of 1 to 8 bits and a share above 0")
-        if abs(sum(share for _, share in self.bit_bands) - 1) > 1e-6:
+        if not abs(sum(share for _, share in self.bit_bands) - 1) <= 1e-6:
             raise ValueError("bit_bands: expected shares that sum to 1")
+        return self
+
+    @model_validator(mode="after")
+    def _options_are_of_the_strategy(self) -> "PackOptions":
+        """Refuse what would be ignored."""
+        for key in ("density", "energy", "bit_bands", "group_size"):
+            if self.strategy != "paper" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: is an option of the strategy paper, found {self.strategy}; leave it out")
+        if self.servable and not (self.strategy == "auto" or self.layered):
+            raise ValueError(
+                f"servable: bounds the ranks of the strategy auto, found {self.strategy}; leave it out"
+                + (", or give a budget for a lossy layer" if self.strategy == "exact" else "")
+            )
         return self
 
     @model_validator(mode="after")

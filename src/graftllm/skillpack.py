@@ -110,14 +110,14 @@ class SkillPack:
         """Return the tuned value of one parameter from the base's (on CPU), in the tuned shape and dtype.
 
         Raises:
-            PackError: the payload is damaged, does not fit the base, or an exact layer does not give the tuned bits.
+            PackError: the payload is damaged, does not fit the base, or what is exact does not give the tuned bits.
         """
-        value, on_top = self._decoded(name, base, EncodedTensor.restore), self.header.tensors[name].refinement
-        if on_top is not None and digest(value) != on_top.tuned_digest:
+        value, expected = self._decoded(name, base, EncodedTensor.restore), self.header.tensors[name].tuned_digest
+        if expected is not None and digest(value) != expected:
             raise PackError(
-                f"{self.source}: the exact layer of {name!r} gives values of digest {digest(value)}, expected "
-                f"{on_top.tuned_digest}. The file is damaged, or this machine calculates otherwise than others; "
-                "take the lossy layer."
+                f"{self.source}: {name!r} is stored exactly, but gives values of digest {digest(value)}, expected "
+                f"{expected}. The file is damaged, or this machine calculates otherwise than others; "
+                "copy it again, or take the lossy layer if it has one."
             )
         return value
 
@@ -130,7 +130,7 @@ class SkillPack:
             PackError: as for `restore`.
         """
         entry = self.header.tensors[name]
-        if entry.refinement is not None:
+        if entry.tuned_digest is not None:
             return self.restore(name, base).float() - align(base, entry.tuned_spec).float()
         return self._decoded(name, base, EncodedTensor.decode)
 

@@ -225,9 +225,9 @@ def test_an_unknown_device_is_named(delta: Delta) -> None:
 def test_where_nothing_fits_the_default_share_the_smallest_is_kept(
     delta: Delta, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = iter([1e-3, 1e-5, None])
-    monkeypatch.setattr(strategy, "step_for", lambda outlooks, bits: 1e-5)
+    steps = iter([3e-2, 1e-2, None])
+    monkeypatch.setattr(strategy, "step_for", lambda outlooks, bits: 1e-2)
     monkeypatch.setattr(strategy, "next_step", lambda *_: next(steps))
     parts = _encoded(delta, PackOptions())
-    assert {part.unit.at for part in parts.values() if part.unit.kind == "code"} == {1e-3}
+    assert {part.unit.at for part in parts.values() if part.unit.kind == "code"} == {3e-2}
     assert _bytes(parts) > 0.05 * delta.tuned.nbytes

@@ -15,7 +15,7 @@ from torch import Tensor
 from graftllm.checkpoint import LARGE
 from graftllm.compression.allocation import BITS_WORTH, Outlook, choices, encode_cheapest, step_for
 from graftllm.compression.encoded import Operator, Unchanged
-from graftllm.compression.exact import encode_exact
+from graftllm.compression.layered import encode_closest
 from graftllm.compression.matrix import BLOCK, Source, matrix_shape
 from graftllm.compression.metric import Metric
 from graftllm.delta import Delta, difference
@@ -66,7 +66,7 @@ def encode_matrix(
     entries = source.shape[0] * source.shape[1]
     few = entries <= BLOCK and _changed_share(*pair()) < _FEW_CHANGES
     if not known.servable and (few or 8 * size > _EXACT_AT * entries):
-        exact, payload = encode_exact(*pair())
+        exact, payload = encode_closest(*pair(), source.device)
         worth = BITS_WORTH * step**2 * 8  # of a byte
         if worth * payload.nbytes <= cost + worth * size:
             return exact, payload, 0.0

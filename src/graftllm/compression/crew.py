@@ -50,16 +50,16 @@ def open_crew(job: Job, workers: int, engine: Engine = "local") -> Iterator[Crew
         with _ray(job, workers) as crew:
             yield crew
     elif workers == 1:
-        with _one_thread():
-            yield lambda units, label: _follow(_here(job, units), len(units), label)
+        yield lambda units, label: _follow(_here(job, units), len(units), label)
     else:
         with _processes(job, workers) as crew:
             yield crew
 
 
 def _here(job: Job, units: Sequence[Unit]) -> Iterator[None]:
-    for unit in units:
-        yield carry_out(job, unit)
+    with _one_thread():
+        for unit in units:
+            yield carry_out(job, unit)
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from graftllm.compression.matrix import MatrixOperator
 from graftllm.compression.prediction import is_predicting, predicted
 from graftllm.compression.pruning import Sparse
 
+_BLOCK = 1 << 22  # values that are added at a time
+
 
 class Unchanged(BaseModel):
     """The tuned values are the base's."""
@@ -57,14 +59,13 @@ class ExactLayer:
 
 
 class Refinement(BaseModel):
-    """What a header says of an exact layer. `tuned_digest` is of the tuned bytes that it gives."""
+    """What a header says of an exact layer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     weight: float = Field(ge=0, le=1)
     how: Exact
     nbytes: int = Field(ge=0)
     payload_digest: str
-    tuned_digest: str
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,12 @@ class EncodedTensor:
         if isinstance(self.operator, Unchanged):
             self.operator.check(self.payload)
             return base.clone()
-        return (base.float() + self.decode(base)).to(base.dtype)
+        values, delta = torch.empty(base.shape, dtype=base.dtype), self.decode(base).reshape(-1)
+        for value, before, change in zip(
+            *(each.split(_BLOCK) for each in (values.view(-1), base.reshape(-1), delta)), strict=True
+        ):
+            value.copy_(change.add_(before.float()))
+        return values
 
     def prediction(self, base: Tensor, weight: float) -> Tensor:
         """Return base + weight * delta as an exact layer needs it: in the base's dtype, the same bits everywhere.

@@ -7,6 +7,7 @@ above, a class holds the values of one bit length with the same two bits below t
 Tables are stored as integers and never recomputed from floating-point numbers.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import constriction
@@ -62,13 +63,18 @@ def decode_integers(data: np.ndarray, count: int, dtype: np.dtype) -> np.ndarray
         ValueError: the bytes are not such an encoding of exactly `count` values that fit `dtype`.
     """
     values = np.empty(count, dtype)
+    for start, part in decoded_blocks(data, count, dtype):
+        values[start : start + len(part)] = part
+    return values
+
+
+def decoded_blocks(data: np.ndarray, count: int, dtype: np.dtype) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield what `decode_integers` returns in blocks of 2 ** 22, each with where it begins; errors are the same."""
     reader = _Reader(data)
     for start in range(0, count, BLOCK):
-        part = values[start : start + BLOCK]
-        part[:] = _decode_block(reader, len(part), dtype)
+        yield start, _decode_block(reader, min(BLOCK, count - start), dtype)
     if reader.left:
         raise ValueError(f"expected {count} coded integers, found {reader.left} bytes more")
-    return values
 
 
 def _encode_block(values: np.ndarray) -> np.ndarray:

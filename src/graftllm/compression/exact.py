@@ -32,7 +32,7 @@ _CELLS = 10  # half octaves above their spread up to which base values are coded
 _FAR = 80  # base values so many half octaves above their spread and more share a table
 _FAINTEST = 40  # half octaves below the tensor's that a spread is told
 _LEVELS = 400  # half octaves, either way, that are told apart
-_BLOCK = 1 << 22
+_BLOCK = 1 << 20  # values that are coded at a time; bounds the memory
 
 
 class Exact(BaseModel):
@@ -40,7 +40,7 @@ class Exact(BaseModel):
 
     Attributes:
         coding: `predicted` (parts, each its length (u32) and a `codes` stream: first the spreads of rows and columns,
-            then blocks of 2 ** 22 values, by how far the base value is above its spread, ascending; codes of
+            then blocks of 2 ** 20 values, by how far the base value is above its spread, ascending; codes of
             cells are followed by the places in them), `difference` (of places in numeric order, entropy-coded),
             or `raw` (the tuned bytes).
         exponent: of the spread, a power of two; for `predicted`.

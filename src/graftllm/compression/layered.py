@@ -77,6 +77,8 @@ def _source(base: Tensor, tuned: Tensor, device: torch.device) -> Source | None:
 def _promising(source: Source) -> tuple[float, int] | None:
     """Return the step and rank of the product that is foreseen to save most; None where none saves anything."""
     known = outlook(source, Metric())
+    if not 0 < known.energy < math.inf:
+        return None  # nothing that float32 can square
     entries = source.shape[0] * source.shape[1]
 
     def bits(choice: Choice) -> float:

@@ -5,11 +5,11 @@ get more bits. V^T is rounded first, against the layer's input; U then, against 
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from graftllm.compression.quantization import factor_nbytes, pack_factor, quantize_factor, unpack_factor
@@ -18,13 +18,19 @@ from graftllm.compression.quantization import factor_nbytes, pack_factor, quanti
 class LowRank(BaseModel):
     """`U S` and `V^T`, each packed as `quantization` describes, `V^T` first.
 
-    `bands` gives the bits and the number of singular vectors that have them, strongest first.
+    `bands` gives the bits and the number of singular vectors that have them, strongest first; `transposed` says
+    that they are of the tensor's transpose.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     operator: Literal["lowrank"] = "lowrank"
     bands: tuple[tuple[int, int], ...]
     group_size: int = Field(ge=1, le=1 << 20)
+    transposed: bool = False
+
+    @model_serializer(mode="wrap")
+    def _only_what_differs(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key != "transposed" or value}
 
     @property
     def rank(self) -> int:
@@ -41,18 +47,18 @@ class LowRank(BaseModel):
         return left @ right
 
     def factors(self, payload: np.ndarray, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return `U S`, shape (d_out, rank), and `V^T`, shape (rank, d_in), in float32.
+        """Return factors whose product is the delta, shapes (rows, rank) and (rank, columns), in float32.
 
         Raises:
             ValueError: as for `delta`.
         """
-        d_out, d_in = shape
+        d_out, d_in = reversed(shape) if self.transposed else shape
         if any(not 1 <= bits <= 8 or count < 1 for bits, count in self.bands) or not 1 <= self.rank <= min(shape):
             raise ValueError(f"expected bands of 1 to 8 bits and a rank of 1 to {min(shape)}, found {self.bands}")
         size = factor_nbytes(d_in, self.bands, self.group_size)
         right = unpack_factor(payload[:size], d_in, self.bands, self.group_size).values()
         left = unpack_factor(payload[size:], d_out, self.bands, self.group_size).values()
-        return left.T, right
+        return (right.T, left) if self.transposed else (left.T, right)
 
 
 def encode_lowrank(

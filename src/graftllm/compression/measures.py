@@ -24,11 +24,16 @@ class Measures:
     calibration: Calibration | None = None
     sensitivity: Sensitivity | None = None
 
+    def moments(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        """Return the second moments of the layer's input, where they are known and fit the parameter's shape."""
+        found = self.calibration.moments.get(name) if self.calibration is not None else None
+        if found is not None and found.shape[0] != matrix_shape(shape)[0 if self.transposed(name) else 1]:
+            return None
+        return found
+
     def metric(self, name: str, shape: tuple[int, ...]) -> Metric:
         """Return what errors in a parameter cost."""
-        moments = self.calibration.moments.get(name) if self.calibration is not None else None
-        if moments is not None and moments.shape[0] != matrix_shape(shape)[0 if self.transposed(name) else 1]:
-            moments = None
+        moments = self.moments(name, shape)
         found = input_metric(moments) if self.sensitivity is None else self.sensitivity.metric(name, moments)
         if found.right is None or len(found.right) > _DOUBLE:
             return found

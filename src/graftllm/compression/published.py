@@ -34,6 +34,8 @@ def encode_published(
     options: PackOptions,
     rank: int | None,
     moments: Tensor | None,
+    *,
+    transposed: bool = False,
 ) -> tuple[Operator, np.ndarray]:
     """Return the operator and payload of one parameter that changed.
 
@@ -45,14 +47,21 @@ def encode_published(
         options: the strategy and its knobs.
         rank: of a low-rank operator; None for what keeps the energy of the options.
         moments: of the layer's input.
+        transposed: whether the input side is dimension 0.
     """
-    if not is_matrix(tuple(base.shape)):
+    if not _is_lossy(tuned):
         return encode_exact(base, tuned)
     if role in PRUNED:
         return encode_sparse(change.cpu(), options.density, options.group_size)
-    factors = leading_svd(change, options.energy) if rank is None else truncated_svd(change, rank)
+    matrix = change.T if transposed else change
+    factors = leading_svd(matrix, options.energy) if rank is None else truncated_svd(matrix, rank)
     moments = None if moments is None else moments.to(change.device)
-    return encode_lowrank(factors, options.bit_bands, options.group_size, moments)
+    operator, payload = encode_lowrank(factors, options.bit_bands, options.group_size, moments)
+    return operator.model_copy(update={"transposed": transposed}), payload
+
+
+def _is_lossy(tuned: Tensor) -> bool:
+    return is_matrix(tuple(tuned.shape)) and tuned.is_floating_point()
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,6 @@ class Sizes:
 def sizes(base: Tensor, tuned: Tensor, change: Tensor, role: Role, options: PackOptions) -> Sizes:
     """Return what is known of one parameter that changed; arguments as for `encode_published`."""
     shape = tuple(base.shape)
-    if is_matrix(shape) and role not in PRUNED:
+    if _is_lossy(tuned) and role not in PRUNED:
         return Sizes(shape, 0, singular_values(change).cpu())
     return Sizes(shape, encode_published(base, tuned, change, role, options, None, None)[1].nbytes)

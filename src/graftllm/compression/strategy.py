@@ -95,7 +95,8 @@ def _automatic(
         if payload_budget is not None:
             raise BudgetError(
                 f"budget: expected at least {fixed + least:,} bytes beside the header for this delta, {fixed:,} of "
-                f"them for norms and biases, which are kept exactly; found {payload_budget:,}. Raise the budget."
+                f"them for norms and biases, which are kept exactly; found room for {max(payload_budget, 0):,}. "
+                "Raise the budget."
             )
         parts |= {part.name: part for part in smallest or ()}  # a few small matrices can hardly take so little
     return [parts[name] for name in job.delta]

@@ -21,14 +21,14 @@ from graftllm.checkpoint import DTYPE_NAMES, DTYPES, TensorSpec, raw_bytes, writ
 from graftllm.compression.allocation import Outlook, outlook
 from graftllm.compression.automatic import encode_matrix, source_of
 from graftllm.compression.encoded import EncodedTensor, ExactLayer, Operator, Refinement, Unchanged
-from graftllm.compression.exact import encode_exact
+from graftllm.compression.exact import Exact, encode_exact
 from graftllm.compression.layered import encode_closest, refine
 from graftllm.compression.matrix import MatrixOperator, Source, matrix_shape
 from graftllm.compression.measures import Measures, load_measures
 from graftllm.compression.published import Sizes, encode_published, sizes
 from graftllm.compression.roles import Role, role_of
 from graftllm.compression.workspace import Workspace
-from graftllm.delta import Delta, difference
+from graftllm.delta import Delta, check_difference, difference
 from graftllm.generation import resolve_device
 from graftllm.packing_options import PackOptions
 
@@ -95,6 +95,7 @@ class Facts(BaseModel):
     payload_digest: str
     error: float  # ||decoded - delta|| / ||delta||, of the lossy layer where there is an exact one on top
     refinement: Refinement | None = None
+    tuned_digest: str | None = None  # where the tuned bits are coded
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def _look(job: Job, unit: Unit) -> None:
     if delta.unchanged(name):
         write_code(job, unit, Unchanged(), np.empty(0, np.uint8), 0.0)
     elif min(matrix_shape(spec.shape)) == 1 or not floating:
-        write_code(job, unit, *encode_exact(*delta.pair(name)), 0.0)
+        write_code(job, unit, *encode_exact(*_pair(job, name)), 0.0)
     else:
         served = role_of(name, spec.shape) in SERVED and len(spec.shape) == 2
         measures = job.measures()
@@ -215,16 +216,30 @@ def _publish(job: Job, unit: Unit) -> None:
     """Code a parameter in the strategy `paper` or `exact`."""
     if job.delta.unchanged(unit.name):
         return write_code(job, unit, Unchanged(), np.empty(0, np.uint8), 0.0)
-    base, tuned, change, role = _changed(job, unit.name)
     if job.options.strategy == "exact":
-        return write_code(job, unit, *encode_closest(base, tuned, resolve_device(job.device)), 0.0)
-    calibration = job.measures().calibration
-    moments = None if calibration is None else calibration.moments.get(unit.name)
-    rank = None if unit.at is None else int(unit.at)
-    encoded = EncodedTensor(*encode_published(base, tuned, change, role, job.options, rank, moments))
+        closest = encode_closest(*_pair(job, unit.name), resolve_device(job.device))
+        return write_code(job, unit, *closest, 0.0)
+    base, tuned, change, role = _changed(job, unit.name)
+    measures, rank = job.measures(), None if unit.at is None else int(unit.at)
+    moments, transposed = measures.moments(unit.name, tuple(base.shape)), measures.transposed(unit.name)
+    operator, payload = encode_published(
+        base, tuned, change, role, job.options, rank, moments, transposed=transposed and moments is not None
+    )
     change = change.cpu()
-    error, norm = float(encoded.decode(base).sub_(change).norm()), float(change.norm())
-    return write_code(job, unit, encoded.operator, encoded.payload, error / norm if norm else 0.0)
+    error, norm = float(operator.delta(payload, base).sub_(change).norm()), float(change.norm())
+    return write_code(job, unit, operator, payload, error / norm if norm else 0.0)
+
+
+def _pair(job: Job, name: str) -> tuple[Tensor, Tensor]:
+    """Return base and tuned value.
+
+    Raises:
+        CheckpointError: the difference holds NaN or infinity.
+    """
+    base, tuned = job.delta.pair(name)
+    if tuned.is_floating_point():
+        check_difference(base, tuned, where=job.delta.where(name))
+    return base, tuned
 
 
 def _changed(job: Job, name: str) -> tuple[Tensor, Tensor, Tensor, Role]:
@@ -250,8 +265,8 @@ def _write_encoded(job: Job, unit: Unit, encoded: EncodedTensor, error: float) -
             how=encoded.refinement.how,
             nbytes=arrays["refinement"].nbytes,
             payload_digest=payload_digest(arrays["refinement"]),
-            tuned_digest=job.delta.tuned.digest(unit.name),
         )
+    exact = on_top is not None or isinstance(encoded.operator, Exact)
     facts = Facts(
         operator=encoded.operator,
         base_digest=_base_digest(job, unit),
@@ -259,9 +274,11 @@ def _write_encoded(job: Job, unit: Unit, encoded: EncodedTensor, error: float) -
         payload_digest=payload_digest(encoded.payload),
         error=error,
         refinement=on_top,
+        tuned_digest=job.delta.tuned.digest(unit.name) if exact else None,
     )
-    tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    _write(unit.file(job), tensors, "facts", facts.model_dump_json())
+    layout = {name: TensorSpec("U8", array.shape) for name, array in arrays.items()}
+    metadata = {"facts": facts.model_dump_json()}
+    write_safetensors(unit.file(job), layout, lambda name: arrays[name], metadata=metadata)
 
 
 def _base_digest(job: Job, unit: Unit) -> str:

@@ -35,6 +35,7 @@ FAITHFUL_KL = 0.01  # nats per token; docs/method.md says where these come from
 FAITHFUL_TOP1 = 0.99
 CLOSE_KL = 0.1
 _BATCH = 16
+_BLOCK = 1 << 22  # values that are compared at a time
 
 Verdict = Literal["faithful", "close", "not faithful"]
 
@@ -92,6 +93,11 @@ def measure_fidelity(
                 expected = torch.from_numpy(tuned_logits).view_as(logits)
                 totals += _distances(expected, logits, targets[count : count + len(logits)])
                 count += len(logits)
+    if not count:
+        raise CheckpointError(
+            f"{tuned.path}: expected prompts whose answers have tokens to compare, found none in {len(prompts)}. "
+            "Give prompts with text in them."
+        )
     kl, agreement, nll_tuned, nll_packed = (totals / count).tolist()
     return Fidelity(max(kl, 0.0), agreement, nll_tuned, nll_packed, count)
 
@@ -198,10 +204,11 @@ def error_by_role(delta: Delta, pack: SkillPack) -> Mapping[str, float]:
     for name in track(list(delta), label="comparing weights"):
         base = delta.base.tensor(name)
         pack.check_tensor(name, base)
-        change = delta[name]
+        change, decoded = delta[name].reshape(-1), pack.delta(name, base).reshape(-1)
         sums = squares[pack.header.tensors[name].role]
-        sums[0] += float((pack.delta(name, base) - change).double().square().sum())
-        sums[1] += float(change.double().square().sum())
+        for true, found in zip(change.split(_BLOCK), decoded.split(_BLOCK), strict=True):
+            sums[0] += float((found.double() - true).square().sum())
+            sums[1] += float(true.double().square().sum())
     return {role: math.sqrt(error / norm) if norm else 0.0 for role, (error, norm) in squares.items()}
 
 

@@ -169,6 +169,14 @@ def test_a_shard_without_its_tensor_is_refused(tmp_path: Path) -> None:
         Checkpoint.open(sharded)
 
 
+@pytest.mark.parametrize(("named", "found"), [(None, "NoneType"), ([], "list")])
+def test_an_index_without_its_map_is_refused(tmp_path: Path, named: object, found: str) -> None:
+    sharded = _sharded(tmp_path)
+    (sharded / INDEX).write_text(json.dumps({"weight_map": named}))
+    with pytest.raises(CheckpointError, match=f"expected a 'weight_map' from tensors to shards, found {found}. The"):
+        Checkpoint.open(sharded)
+
+
 @pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "model.bin"])
 def test_an_index_cannot_point_outside(tmp_path: Path, file: str) -> None:
     (tmp_path / "config.json").write_text("{}")

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from graftllm.checkpoint import Checkpoint
-from graftllm.delta import Delta
+from graftllm.delta import Delta, difference
 from graftllm.errors import CheckpointError
 from tests.models import perturb, save_llama, with_vocabulary
 
@@ -101,6 +102,48 @@ def test_shards_may_be_cut_elsewhere(base_dir: Path, tuned_dir: Path, delta: Del
     sharded = Delta(Checkpoint.open(tmp_path / "base"), Checkpoint.open(tmp_path / "tuned"))
     assert len(set(sharded.base.shards.values())) != len(set(sharded.tuned.shards.values()))
     assert all(torch.equal(sharded[name], delta[name]) for name in delta)
+
+
+def _with_config(directory: Path, out: Path, **changes: object) -> Path:
+    perturb(directory, out, seed=1)
+    settings = json.loads((out / "config.json").read_text()) | changes
+    (out / "config.json").write_text(json.dumps(settings))
+    return out
+
+
+def test_a_vocabulary_that_only_the_config_calls_another_is_none(
+    base_dir: Path, base: Checkpoint, tmp_path: Path
+) -> None:
+    delta = Delta(base, Checkpoint.open(_with_config(base_dir, tmp_path / "tuned", vocab_size=80, eos_token_id=[3, 4])))
+    assert delta.config_changes() == {"eos_token_id": [3, 4]}
+
+
+@pytest.mark.parametrize("value", ["<end>", 3.5, [3, "x"], True])
+def test_token_ids_that_are_none_are_refused(base_dir: Path, base: Checkpoint, tmp_path: Path, value: object) -> None:
+    delta = Delta(base, Checkpoint.open(_with_config(base_dir, tmp_path / "tuned", eos_token_id=value)))
+    with pytest.raises(CheckpointError, match=r"config.json: expected an integer, .* for 'eos_token_id', found"):
+        delta.config_changes()
+
+
+def test_a_tied_head_that_the_tuned_checkpoint_saved_as_well_is_no_parameter_of_its_own(
+    base_dir: Path, base: Checkpoint, tmp_path: Path
+) -> None:
+    tuned = perturb(base_dir, tmp_path / "tuned", seed=1)
+    tensors = load_file(tuned / "model.safetensors")
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(tensors | head, tuned / "model.safetensors", metadata={"format": "pt"})
+    assert list(Delta(base, Checkpoint.open(tuned))) == base.names()
+    head["lm_head.weight"][0, 0] += 1
+    save_file(tensors | head, tuned / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="base: ties the output head to its embedding, but .*tuned has its own"):
+        Delta(base, Checkpoint.open(tuned))
+
+
+def test_differences_whose_squares_overflow_are_refused() -> None:
+    with pytest.raises(
+        CheckpointError, match=r"here: 1 of 2 differences to the base are NaN, infinite or above 2 \*\* 60"
+    ):
+        difference(torch.zeros(2), torch.tensor([1e36, 1.0]), where="here")
 
 
 def test_a_changed_tokenizer_is_noticed(base_dir: Path, base: Checkpoint, tmp_path: Path) -> None:

@@ -77,6 +77,19 @@ def test_the_demo_recipe_is_valid() -> None:
         ("sampling: {temperature: 0}", "sampling: samples: at temperature 0 every answer is the same; ask for 1"),
         ("pack: {strategy: zip}", "pack.strategy: Input should be 'auto', 'paper' or 'exact'; found 'zip'"),
         ("pack: {bit_bands: [[2, 0.5]]}", "pack: bit_bands: expected shares that sum to 1"),
+        (
+            "pack: {strategy: paper, bit_bands: [[8, .nan]]}",
+            "pack: bit_bands: expected pairs of 1 to 8 bits and a share",
+        ),
+        ("pack: {energy: 0.5}", "pack: energy: is an option of the strategy paper, found auto; leave it out"),
+        (
+            "pack: {strategy: exact, servable: 4}",
+            "pack: servable: bounds the ranks of the strategy auto, found exact; leave it out, or give a budget for a",
+        ),
+        (
+            "pack: {strategy: paper, group_size: 2000000}",
+            "pack.group_size: Input should be less than or equal to 10485",
+        ),
         ("pack: {budget: small}", "pack: budget: expected a share or a size above 0, such as 5%, 400MB or 60KB"),
         ("name: 3", "name: Input should be a valid string; found 3"),
     ],

@@ -67,11 +67,12 @@ def test_the_metric_lowers_the_cost_at_the_same_size() -> None:
 def test_blocks_of_rows_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     metric, matrix = _metric(20, 10), torch.randn(20, 10).double()
     whole = _encode(matrix, 0.1, metric)
+    decoded = whole[0].matrix(whole[1], (20, 10))
     monkeypatch.setattr(elementwise, "BLOCK", 70)
     parts = _encode(matrix, 0.1, metric)
     assert (whole[0].height, parts[0].height) == ((1 << 24) // 10, 7)
     assert [start for start, _ in parts[0].blocks(parts[1], (20, 10))] == [0, 7, 14]
-    assert torch.equal(parts[0].matrix(parts[1], (20, 10)), whole[0].matrix(whole[1], (20, 10)))
+    assert torch.equal(parts[0].matrix(parts[1], (20, 10)), decoded)
 
 
 def test_rows_that_did_not_change_cost_almost_nothing() -> None:
@@ -109,6 +110,12 @@ def test_a_base_that_is_a_view_is_restored_as_its_copy(monkeypatch: pytest.Monke
 def test_impossible_fields_are_refused(field: dict) -> None:
     with pytest.raises(ValidationError):
         Elementwise(**{"step": 0.1, "slope": 0, "height": 4} | field)
+
+
+def test_blocks_that_a_stranger_made_large_are_refused() -> None:
+    operator, payload = _encode(torch.randn(6, 4), 0.1)
+    with pytest.raises(ValueError, match=r"expected blocks of at most 4194304 rows, found 4194305"):
+        operator.model_copy(update={"height": (1 << 22) + 1}).matrix(payload, (6, 4))
 
 
 def test_payloads_of_another_shape_are_refused() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from graftllm import packer
-from graftllm.checkpoint import Checkpoint
+from graftllm.checkpoint import Checkpoint, digest
 from graftllm.compression import strategy
 from graftllm.compression.calibration import collect_moments
 from graftllm.compression.crew import open_crew
@@ -22,9 +22,12 @@ from graftllm.compression.workspace import Workspace
 from graftllm.delta import Delta
 from graftllm.errors import BudgetError, CheckpointError, CompressionError
 from graftllm.packer import compress
-from graftllm.packing_options import PackOptions
+from graftllm.packing_options import PackOptions, Strategy
 from graftllm.records import Prompt
-from tests.models import perturb, save_llama
+from tests.architectures import save_base
+from tests.models import perturb, rows, save_llama
+
+_ZEROS = "model.layers.1.mlp.up_proj.weight"
 
 
 def _encoded(
@@ -77,6 +80,76 @@ def test_auto_keeps_what_changed_in_few_bits_exactly_when_there_is_room(
     assert auto[hardly].encoded.operator.operator == "exact"
     assert auto["model.norm.weight"].encoded.operator.operator == "unchanged"
     assert auto["model.layers.0.mlp.down_proj.weight"].encoded.operator.operator != "unchanged"
+
+
+def test_auto_with_room_for_every_bit_is_as_small_as_exact(delta: Delta) -> None:
+    auto = _encoded(delta, PackOptions(), payload_budget=delta.tuned.nbytes)
+    assert all(part.facts.error == 0 for part in auto.values())
+    assert _bytes(auto) == _bytes(_encoded(delta, PackOptions(strategy="exact")))
+
+
+@pytest.mark.parametrize("strategy_name", ["exact", "paper", "auto"])
+def test_whole_numbers_and_changed_signs_of_zero_come_back(
+    base_dir: Path, tuned_dir: Path, tmp_path: Path, strategy_name: Strategy
+) -> None:
+    """Quantised weights beside the others; a matrix whose only change is -0.0 for 0.0."""
+    draw, checkpoints = torch.Generator().manual_seed(0), []
+    for directory in (base_dir, tuned_dir):
+        out = perturb(directory, tmp_path / directory.name, seed=1)
+        tensors = load_file(out / "model.safetensors")
+        tensors[_ZEROS] = torch.zeros_like(tensors[_ZEROS])
+        tensors[_ZEROS][0, 0] *= -1 if checkpoints else 1
+        words = {dtype: torch.randint(0, 2, (24, 16), generator=draw).to(dtype) for dtype in (torch.int32, torch.bool)}
+        extra = {f"extra.{str(dtype)[6:]}.weight": value for dtype, value in words.items()}
+        save_file(tensors | extra, out / "model.safetensors", metadata={"format": "pt"})
+        checkpoints.append(Checkpoint.open(out))
+    delta = Delta(*checkpoints)
+    parts = _encoded(delta, PackOptions(strategy=strategy_name))
+    for name in (*extra, *((_ZEROS,) if strategy_name == "exact" else ())):
+        base, tuned = delta.pair(name)
+        assert digest(base) != digest(tuned)
+        assert digest(parts[name].encoded.restore(base)) == digest(tuned)
+
+
+@pytest.mark.parametrize("strategy_name", ["exact", "paper", "auto"])
+def test_a_diverged_norm_is_refused_by_every_strategy(
+    base_dir: Path, base: Checkpoint, tmp_path: Path, strategy_name: Strategy
+) -> None:
+    broken = perturb(base_dir, tmp_path / "broken", seed=2)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="tensor 'model.norm.weight': 1 of 32 differences to the base are NaN"):
+        compress(Delta(base, Checkpoint.open(broken)), PackOptions(strategy=strategy_name))
+
+
+def test_paper_is_calibrated_where_the_input_side_comes_first(tmp_path: Path) -> None:
+    """GPT-2's Conv1D stores (d_in, d_out)."""
+    base = save_base("gpt2", tmp_path / "base")
+    delta = Delta(Checkpoint.open(base), Checkpoint.open(perturb(base, tmp_path / "tuned", seed=1)))
+    moments = collect_moments(delta.tuned.path, rows(20)).moments
+    options = PackOptions(strategy="paper", energy=1.0, bit_bands=((2, 1.0),))
+    plain, seen = (compress(delta, options, calibration=some) for some in ((), rows(20)))
+    costs = []
+    for pack in (plain, seen):
+        errors = {name: pack.delta(name, delta.base.tensor(name)) - delta[name] for name in moments}
+        costs.append(
+            sum(float((error * (moments[name] @ error)).sum()) for name, error in errors.items() if "h." in name)
+        )
+    assert all(seen.header.tensors[name].how.transposed for name in moments if "h." in name)
+    assert costs[1] < 0.8 * costs[0]
+
+
+def test_a_pack_whose_names_would_clash_is_not_begun(base_dir: Path, tuned_dir: Path, tmp_path: Path) -> None:
+    checkpoints = []
+    for directory in (base_dir, tuned_dir):
+        out = perturb(directory, tmp_path / directory.name, seed=1)
+        tensors = load_file(out / "model.safetensors")
+        tensors["model.norm.weight:exact"] = tensors["model.norm.weight"].clone()
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        checkpoints.append(Checkpoint.open(out))
+    with pytest.raises(CheckpointError, match="in a pack the latter is the name of an exact layer. Rename one in both"):
+        compress(Delta(*checkpoints), PackOptions())
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2])

@@ -88,6 +88,12 @@ def test_prompts_without_answers_are_compared_as_they_are(delta: Delta, prompts:
     assert found.tokens > 4 * 10
 
 
+def test_prompts_without_a_token_to_compare_are_refused(delta: Delta) -> None:
+    pack = compress(delta, PackOptions(strategy="exact"))
+    with pytest.raises(CheckpointError, match="tokens to compare, found none in 0. Give prompts with text in them"):
+        measure_fidelity(delta.base, pack, delta.tuned, [])
+
+
 def test_errors_by_role_are_relative_to_the_delta(delta: Delta) -> None:
     errors = error_by_role(delta, compress(delta, PackOptions(strategy="paper", energy=0.9)))
     assert errors["norm"] == 0

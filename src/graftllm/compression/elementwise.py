@@ -68,8 +68,8 @@ class Elementwise(MatrixOperator):
     def _blocks(self, payload: np.ndarray, shape: tuple[int, int]) -> Iterator[tuple[int, "Grid", np.ndarray]]:
         """Yield the first row, the grid and the codes of each block."""
         rows, columns = shape
-        if self.height > max(1, BLOCK // columns):
-            raise ValueError(f"expected blocks of at most {max(1, BLOCK // columns)} rows, found {self.height}")
+        if self.height > (most := max(1, BLOCK // max(1, columns))):
+            raise ValueError(f"expected blocks of at most {most} rows, found {self.height}")
         position = 0
         for start in range(0, rows, self.height):
             some = min(self.height, rows - start)

@@ -306,9 +306,11 @@ def tuned_patterns(entry: dict, payload: bytes, base: np.ndarray) -> np.ndarray:
         delta[np.cumsum(np.array(gaps) + 1) - 1] = row[0]
         delta = delta.reshape(shape)
     elif how["operator"] == "lowrank":
-        right, payload = _factor(payload, shape[1], how["bands"], how["group_size"])
-        left, payload = _factor(payload, shape[0], how["bands"], how["group_size"])
-        delta = left.T @ right
+        d_out, d_in = reversed(shape) if how.get("transposed") else shape
+        right, payload = _factor(payload, d_in, how["bands"], how["group_size"])
+        left, payload = _factor(payload, d_out, how["bands"], how["group_size"])
+        delta = (left.T @ right).reshape(d_out, d_in)
+        delta = delta.T if how.get("transposed") else delta
     else:
         rows, columns = cut(shape)
         if how.get("transposed"):

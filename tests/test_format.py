@@ -18,6 +18,7 @@ from graftllm.compression.elementwise import encode_elementwise
 from graftllm.compression.exact import encode_exact
 from graftllm.compression.factored import encode_factored, encode_hybrid, weighted_svd
 from graftllm.compression.metric import Metric
+from graftllm.compression.published import encode_published
 from graftllm.delta import Delta
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions, Strategy
@@ -87,6 +88,16 @@ def test_the_page_is_enough_to_read_blocks_and_transposes(monkeypatch: pytest.Mo
     turned = operator.model_copy(update={"transposed": True})
     assert json.loads(turned.model_dump_json())["transposed"] is True
     assert np.array_equal(turned.delta(payload, torch.zeros(11, 7)), found.T)
+
+
+def test_the_page_is_enough_to_read_low_ranks_of_transposes() -> None:
+    delta = torch.randn(6, 4) @ torch.randn(4, 20)
+    options = PackOptions(strategy="paper", energy=1.0, bit_bands=((8, 1.0),))
+    operator, payload = encode_published(delta, delta, delta, "mlp", options, 4, None, transposed=True)
+    entry = {"how": operator.model_dump(), "shape": [6, 20]}
+    found = tuned_patterns(entry, payload.tobytes(), np.zeros((6, 20), np.uint16))
+    assert np.allclose(found, operator.delta(payload, delta).numpy(), atol=1e-5)
+    assert np.allclose(found, delta.numpy(), atol=0.1)
 
 
 def test_the_page_is_enough_to_read_bounded_numbers() -> None:

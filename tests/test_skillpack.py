@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from graftllm.checkpoint import Checkpoint
+from graftllm.checkpoint import Checkpoint, raw_bytes
+from graftllm.compression.units import payload_digest
 from graftllm.delta import Delta
 from graftllm.errors import PackError, StorageError
 from graftllm.header import Card, Provenance
@@ -274,6 +275,19 @@ def test_a_hostile_header_is_refused(
 ) -> None:
     with pytest.raises(PackError, match=message):
         _decode_all(_rewritten(pack_file, tmp_path / "x.safetensors", change), base)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_scales_that_are_no_numbers_are_refused(pack_file: Path, base: Checkpoint, scale: float) -> None:
+    pack = SkillPack.load(pack_file)
+    payload = pack.encoded(UP).payload.copy()
+    payload[:2] = raw_bytes(torch.tensor([scale]).bfloat16())  # of the first run of the first singular vector
+    entry = pack.header.tensors[UP].model_copy(update={"payload_digest": payload_digest(payload)})
+    header = pack.header.model_copy(update={"tensors": pack.header.tensors | {UP: entry}})
+    changed = SkillPack(header, "x", lambda _: payload)
+    for decode in (changed.factors, lambda name: changed.restore(name, base.tensor(name))):
+        with pytest.raises(PackError, match=f"the payload of '{UP}' cannot be decoded .expected finite values"):
+            decode(UP)
 
 
 def test_a_changed_header_does_not_match_its_digest(pack_file: Path, tmp_path: Path) -> None:

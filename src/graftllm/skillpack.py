@@ -28,6 +28,7 @@ from graftllm.header import (
 )
 
 Layer = Literal["lossy", "exact"]
+_BLOCK = 1 << 22  # values that are checked at a time
 PACK_FILE = "skillpack.safetensors"  # the name of a pack in a repository on the Hub
 
 
@@ -147,7 +148,10 @@ class SkillPack:
         if entry.operator not in ("factored", "lowrank") or len(entry.shape) != 2 or is_grown:
             return None
         try:
-            return self.encoded(name).factors((entry.shape[0], entry.shape[1]))
+            found = self.encoded(name).factors((entry.shape[0], entry.shape[1]))
+            if found is not None and not all(map(_is_finite, found)):
+                raise ValueError("expected finite values, found others")
+            return found
         except ValueError as error:
             raise PackError(
                 f"{self.source}: the payload of {name!r} cannot be decoded ({error}). The file is damaged."
@@ -218,12 +222,20 @@ class SkillPack:
 
     def _decoded(self, name: str, base: Tensor, decode: Callable[[EncodedTensor, Tensor], Tensor]) -> Tensor:
         self._check_spec(name, TensorSpec(DTYPE_NAMES[base.dtype], tuple(base.shape)))
+        entry = self.header.tensors[name]
         try:
-            return decode(self.encoded(name), align(base, self.header.tensors[name].tuned_spec))
+            value = decode(self.encoded(name), align(base, entry.tuned_spec))
+            if entry.operator not in ("exact", "unchanged") and not _is_finite(value):
+                raise ValueError("expected finite values, found others")
         except ValueError as error:
             raise PackError(
                 f"{self.source}: the payload of {name!r} cannot be decoded ({error}). The file is damaged."
             ) from error
+        return value
+
+
+def _is_finite(value: Tensor) -> bool:
+    return all(bool(part.float().isfinite().all()) for part in value.reshape(-1).split(_BLOCK))
 
 
 def _downloaded(source: Repository) -> Path:

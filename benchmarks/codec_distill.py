@@ -1,7 +1,7 @@
-"""One gain for each matrix of a decoded delta, trained so that the model answers as the tuned one does.
+"""Gains of a decoded delta's matrices, trained so that the model answers as the tuned one does.
 
-BitDelta trains its scales so (arXiv 2402.10193, section 3.2). It costs no bytes where a matrix has a
-scale of its own anyway.
+BitDelta trains its scales so (arXiv 2402.10193, section 3.2). It costs no bytes where a matrix has
+scales of its own anyway.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,10 +36,11 @@ def distill_gains(
         tokenizer: of both.
         rows: answered prompts to train on.
         base: the base's values of the parameters in `decoded`.
-        decoded: deltas of matrices, float32.
+        decoded: deltas of matrices, float32; or parts that add up to them, (parts, d_out, d_in), with a gain each.
     """
+    decoded = {name: parts if parts.ndim == 3 else parts[None] for name, parts in decoded.items()}
     answered = [render_answered(tokenizer, row) for row in rows]
-    gains = {name: torch.ones((), requires_grad=True) for name in decoded}
+    gains = {name: torch.ones(len(parts), requires_grad=True) for name, parts in decoded.items()}
     optimizer = torch.optim.Adam(gains.values(), lr=_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
     draw = torch.Generator().manual_seed(0)
@@ -53,7 +54,7 @@ def distill_gains(
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         with torch.no_grad():
             teacher = cast(Any, tuned)(**inputs).logits[places].log_softmax(1)
-        weights = {name: base[name].float() + gains[name] * change for name, change in decoded.items()}
+        weights = {name: base[name].float() + torch.tensordot(gains[name], decoded[name], 1) for name in decoded}
         student = functional_call(model, weights, (), inputs).logits[places].log_softmax(1)
         loss = torch.nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
         optimizer.zero_grad()
@@ -61,4 +62,4 @@ def distill_gains(
         optimizer.step()
         schedule.step()
     # A scale is stored in bfloat16, so a gain is worth as many bits.
-    return {name: change * gains[name].detach().bfloat16().float() for name, change in decoded.items()}
+    return {name: torch.tensordot(gains[name].detach().bfloat16().float(), decoded[name], 1) for name in decoded}

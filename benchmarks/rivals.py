@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from rivals_elementwise import bitdelta, dare, deltazip, magnitude, rounding
+from rivals_elementwise import bitdelta, bitdelta_masks, dare, deltazip, magnitude, rounding
 from rivals_lowrank import deltamix, dqrelo, impart, ladder, lora
 from torch import Tensor
 
@@ -206,16 +206,16 @@ _ROWS = (
     Rival(
         "BitDelta",
         bitdelta,
-        _settings(product((1, 2, 3, 4)), "q4", "same"),
+        _settings(product((1, 2, 3, 4), ("mean", "fitted")), "q4", "same"),
         True,
         "https://arxiv.org/abs/2402.10193",
         "1 bit and a scale a matrix, repeated on what is left for more bits; embedding and head at full precision. "
-        "Scales fitted to the layers' outputs.",
+        "Scales as published, or fitted to the layers' outputs.",
     ),
     Rival(
         "BitDelta, distilled",
-        bitdelta,
-        _settings(product((1, 2, 3)), "q4") + _settings(product((1,)), "same"),
+        bitdelta_masks,
+        _settings(product((1, 2, 3), ("mean", "fitted")), "q4") + _settings(product((1,), ("fitted",)), "same"),
         True,
         "https://arxiv.org/abs/2402.10193",
         "The same with scales distilled on logits, as in the original; here on the rows that the model was tuned on.",
@@ -232,7 +232,7 @@ _ROWS = (
     Rival(
         "DeltaZip",
         deltazip,
-        _settings(product((1, 2, 3, 4), (128,)), "q4", "same"),
+        _settings(product((1, 2, 3, 4), (0, 128)), "q4", "same"),
         True,
         "https://arxiv.org/abs/2312.05215",
         "2:4 sparse with SparseGPT, then few bits, then deflate. Here three masks share a byte (8/3 bits for four "

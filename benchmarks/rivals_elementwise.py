@@ -20,22 +20,34 @@ Matrices = Mapping[str, Tensor]
 Coded = tuple[dict[str, Tensor], dict[str, int]]
 
 
-def bitdelta(delta: Matrices, moments: Matrices | None, knob: tuple[int]) -> Coded:
-    """Store sign(D) and a scale; on what is left again, as often as the knob says.
+def bitdelta(delta: Matrices, moments: Matrices | None, knob: tuple[int, str]) -> Coded:
+    """Store sign(D) and a scale; on what is left again.
 
-    The scale is mean|D|, or where there are moments the one with the least error at the layer's
-    output, tr(D H S^T) / tr(S H S^T) with S = sign(D).
+    Args:
+        delta: matrices.
+        moments: of their inputs, or None.
+        knob: how often; whether the scale is the `mean` of |D|, or `fitted`: where there are moments, the one with the
+            least error at the layer's output, tr(D H S^T) / tr(S H S^T) with S = sign(D).
     """
-    decoded, sizes = {}, {}
+    masks, sizes = bitdelta_masks(delta, moments, knob)
+    return {name: parts.sum(0) for name, parts in masks.items()}, sizes
+
+
+def bitdelta_masks(delta: Matrices, moments: Matrices | None, knob: tuple[int, str]) -> Coded:
+    """Do what `bitdelta` does, but return each mask times its scale, shape (masks, d_out, d_in)."""
+    masks, sizes = {}, {}
     for name, matrix in delta.items():
-        rest, hessian = matrix, None if moments is None else moments.get(name)
+        rest, hessian, parts = matrix, None, []
+        if moments is not None and knob[1] == "fitted":
+            hessian = moments.get(name)
         for _ in range(knob[0]):
             signs = torch.where(rest < 0, -1.0, 1.0)
             seen = signs if hessian is None else signs @ hessian
-            rest = rest - ((rest * seen).sum() / (signs * seen).sum()).bfloat16().float() * signs
-        decoded[name] = matrix - rest
+            parts.append(((rest * seen).sum() / (signs * seen).sum()).bfloat16().float() * signs)
+            rest = rest - parts[-1]
+        masks[name] = torch.stack(parts)
         sizes[name] = knob[0] * (packed_nbytes(matrix.numel(), 1) + 2)
-    return decoded, sizes
+    return masks, sizes
 
 
 def rounding(delta: Matrices, moments: Matrices | None, knob: tuple[int, int]) -> Coded:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from codec_bound import bound_nbytes
 from rivals import RIVALS, Matrices, compress, header_nbytes
-from rivals_elementwise import bitdelta, dare, deltazip, magnitude, rounding
+from rivals_elementwise import bitdelta, bitdelta_masks, dare, deltazip, magnitude, rounding
 from rivals_lowrank import deltamix, dqrelo, impart, ladder, lora
 from torch import Tensor
 
@@ -45,7 +45,8 @@ def test_larger_files_of_a_rival_lose_less(name: str, delta: Matrices, moments: 
     rival = RIVALS[name]
     measured = []
     for setting in rival.settings:
-        decoded, nbytes = compress(rival, delta, moments, setting)
+        parts, nbytes = compress(rival, delta, moments, setting)
+        decoded = {key: value.sum(0) if value.ndim == 3 else value for key, value in parts.items()}  # masks add up
         assert {key: value.shape for key, value in decoded.items()} == {key: m.shape for key, m in delta.items()}
         measured.append((nbytes, _error(decoded, delta, moments if rival.calibrated else None)))
     # A curve is the best of its settings, so it falls when the best of all lies at more bytes than the smallest.
@@ -63,7 +64,7 @@ KNOWN = {
     # rank 64 would be larger than the matrix, which is then stored itself
     "lora, dense": (lora, (64, 16, "rank"), 96 * 64 * 2),
     # a bit an entry and a scale of 2 bytes, twice
-    "bitdelta": (bitdelta, (2,), 2 * (96 * 64 // 8 + 2)),
+    "bitdelta": (bitdelta, (2, "mean"), 2 * (96 * 64 // 8 + 2)),
     # 3 bits an entry; for each of 96 rows and 2 groups a scale of 16 bits and a zero point of 3
     "rounding": (rounding, (3, 32), (96 * 64 * 3 + 96 * 2 * (16 + 3)) // 8),
     # sign bits and a scale; rank ceil(96 · 64 · 0.05 / 160) = 2 in bfloat16
@@ -101,6 +102,18 @@ def test_pruning_keeps_the_largest_entries(delta: Matrices) -> None:
     assert delta[LINEAR][kept].abs().min() >= delta[LINEAR][~kept].abs().max()
     entropy = -0.1 * math.log2(0.1) - 0.9 * math.log2(0.9)  # bits a place
     assert 1229 + 96 * 64 * entropy / 8 * 0.9 < sizes[LINEAR] < 1229 + 96 * 64 * entropy / 8 * 1.2
+
+
+def test_masks_are_signs_and_add_up(delta: Matrices, moments: Matrices) -> None:
+    for scale in ("mean", "fitted"):
+        masks, _ = bitdelta_masks(delta, moments, (2, scale))
+        assert masks[LINEAR].shape == (2, 96, 64)
+        assert torch.equal(masks[LINEAR].sum(0), bitdelta(delta, moments, (2, scale))[0][LINEAR])
+        assert [len(mask.abs().unique()) for mask in masks[LINEAR]] == [1, 1]
+    published = bitdelta_masks(delta, moments, (1, "mean"))[0][LINEAR][0]
+    assert torch.equal(
+        published, delta[LINEAR].abs().mean().bfloat16().float() * torch.where(delta[LINEAR] < 0, -1.0, 1.0)
+    )
 
 
 def test_two_of_any_four_entries_are_kept(delta: Matrices, moments: Matrices) -> None:

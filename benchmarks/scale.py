@@ -19,7 +19,6 @@ the rate measured for such a product on the device (one core of a CPU), divided 
 
 import argparse
 import json
-import os
 import resource
 import shutil
 import subprocess
@@ -30,6 +29,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from bounds import bound
 from pack_speed import SIZES
 
 from graftllm.checkpoint import INDEX, LARGE, Checkpoint, TensorSpec, raw_bytes, write_safetensors
@@ -43,8 +43,6 @@ from graftllm.skillpack import SkillPack
 
 VOCABULARIES = {"small": 16032, "large": 128256}
 _ROWS = 4096  # that are drawn at a time
-_PRODUCTS = 6  # with the whole matrix in a range finder: a sketch, two power iterations of two, the rest
-_SHARE = 8  # the rank that is looked at is the smaller side divided by this
 _SAMPLING_S = 0.25
 _MADE = ("base", "tuned", "pack.safetensors", ".pack.safetensors.packing", "applied")
 
@@ -146,55 +144,6 @@ def _memory_bytes(pid: int, least: int) -> int:
         return 0
 
 
-def bound(directory: Path, width: int, workers: int, device: str) -> dict[str, float]:
-    """Return what reading the files and the range finders' products take at the least."""
-    shards = [path for part in ("base", "tuned") for path in (directory / part).glob("*.safetensors")]
-    size, disk, rate, flops = (
-        sum(path.stat().st_size for path in shards),
-        _read_rate(shards[0]),
-        _product_rate(width, device),
-        0,
-    )
-    for spec in Checkpoint.open(directory / "base").specs.values():
-        if spec.parameters <= LARGE:  # larger ones are coded by rows alone
-            flops += 2 * _PRODUCTS * spec.parameters * (min(spec.shape) // _SHARE)
-    return {
-        "bytes_read": size,
-        "disk_bytes_per_second": round(disk),
-        "reading_seconds": round(size / disk, 1),
-        "range_finder_flops": flops,
-        "flops_per_second_and_core": round(rate),
-        "range_finder_seconds": round(flops / rate / workers, 1),
-    }
-
-
-def _read_rate(path: Path) -> float:
-    """Return bytes per second of reading a file that is not in the page cache."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        started, size = time.monotonic(), 0
-        while found := len(os.read(descriptor, 1 << 24)):
-            size += found
-        return size / (time.monotonic() - started)
-    finally:
-        os.close(descriptor)
-
-
-def _product_rate(width: int, device: str) -> float:
-    """Return floating-point operations per second of a range finder's product, on a GPU or one core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    matrix, sketch = (torch.randn(width, columns, device=device) for columns in (width, width // _SHARE))
-    seconds = []
-    for _ in range(4):
-        started = time.monotonic()
-        float((matrix @ sketch)[0, 0])  # waits for a GPU
-        seconds.append(time.monotonic() - started)
-    torch.set_num_threads(threads)
-    return 2 * matrix.numel() * sketch.shape[1] / min(seconds)
-
-
 def main() -> None:
     """Print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -220,7 +169,7 @@ def main() -> None:
         found["pack"] = measured("pack", given.dir, workers, device)
         found["file_bytes"] = (given.dir / "pack.safetensors").stat().st_size
         found["apply"] = measured("apply", given.dir, workers, device)
-        found["bound"] = bound(given.dir, _width(shapes), workers, device)
+        found["bound"] = bound(delta, _width(shapes), workers, device)
     finally:
         for made in (given.dir / name for name in _MADE):
             shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)

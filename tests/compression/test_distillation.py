@@ -87,7 +87,7 @@ def test_distilled_packs_are_closer_on_prompts_that_they_never_saw_and_not_large
         found.append(measure_fidelity(delta.base, pack, delta.tuned, unseen).kl)
         pack.save(tmp_path / "pack.safetensors")
         sizes.append((tmp_path / "pack.safetensors").stat().st_size)
-    assert found[1] < 0.75 * found[0]
+    assert found[1] < 0.9 * found[0]
     assert sizes[1] <= 1.002 * sizes[0]  # headers differ by a few bytes
     assert sizes[1] <= 0.04 * delta.tuned.nbytes
 

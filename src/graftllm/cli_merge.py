@@ -116,7 +116,7 @@ def _entry(text: str) -> tuple[str, str, float | None]:
     else:
         name = Path(place).name.removesuffix(".safetensors")
     if not place or not name:
-        raise FusionError(f"--pack: expected [NAME=]FILE[:WEIGHT], such as math.safetensors:0.7; found {text!r}.")
+        raise FusionError(f"merge: expected [NAME=]PLACE[:WEIGHT], such as math.safetensors:0.7; found {text!r}.")
     return name, place, weight
 
 

@@ -218,6 +218,12 @@ def test_a_weight_that_is_no_number_is_refused(served: Path, weight: float) -> N
         GraftedModel.load(served).generate(["hi"], {"one": weight}, SHORT)
 
 
+def test_one_answer_each_is_all_that_can_be_asked_for(served: Path) -> None:
+    two = SHORT.model_copy(update={"samples": 2, "temperature": 1.0})
+    with pytest.raises(FusionError, match="samples: expected 1, as each conversation gets one answer; found 2."):
+        GraftedModel.load(served).generate(["hi"], "one", two)
+
+
 def test_a_shelf_of_one_pack_decodes_again_what_it_let_go(served: Path) -> None:
     model = GraftedModel.load(served)
     with model.using("one"):

@@ -121,6 +121,13 @@ def test_regmean_averages_where_no_input_was_seen() -> None:
     assert merged("regmean", Tasks(NAMES[:2], torch.ones(2), {"m": deltas}, seen))["m"].tolist() == [[2.0, 3.0]]
 
 
+def test_regmean_refuses_weights_below_zero() -> None:
+    found = random_model(2)
+    turned = Tasks(found.names, torch.tensor([2.0, -1.0]), found.deltas, found.calibrations)
+    with pytest.raises(FusionError, match="merge: regmean expects weights .* of at least 0, .*; found -1. Change it"):
+        merged("regmean", turned)
+
+
 @pytest.mark.parametrize("name", ["linear", "task-arithmetic", "ties-tensor", "sce", "breadcrumbs", "della", "dare"])
 def test_methods_that_look_at_one_parameter_do_not_see_the_others(name: str) -> None:
     whole = random_model(3)
@@ -309,5 +316,5 @@ def test_an_unknown_method_names_the_known_ones() -> None:
     with pytest.raises(FusionError, match="--method: expected one of linear, task-arithmetic, .*; found 'tie'"):
         method("tie")
     assert METHODS["dare"].knobs({"seed": 3.0}) == Knobs(scale=0.3, density=0.5, seed=3)
-    with pytest.raises(FusionError, match="--pack: sce takes no weights, found 0.5"):
+    with pytest.raises(FusionError, match="weight: sce takes none, found 0.5"):
         METHODS["sce"].weight(0.5)

@@ -110,6 +110,18 @@ def test_a_merge_becomes_a_pack(base: Checkpoint, models: Sequence[Tuned], tmp_p
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("name", [row.name for row in METHODS.values() if row.rows is None])
+def test_a_parameter_that_holds_nothing_stays_so(name: str, tmp_path: Path) -> None:
+    dirs = [save_llama(tmp_path / str(seed), seed=seed) for seed in range(3)]
+    for place in dirs:
+        file = place / "model.safetensors"
+        save_file({**load_file(file), "model.nothing": torch.zeros(0, 4)}, file, metadata={"format": "pt"})
+    base = Checkpoint.open(dirs[0])
+    tuned = [open_tuned(base, place, name=place.name) for place in dirs[1:]]
+    for place in merge(base, tuned, METHODS[name], tmp_path / "out").outputs.values():
+        assert Checkpoint.open(place).tensor("model.nothing").shape == (0, 4)
+
+
 def test_regmean_leaves_one_model_as_it_is_and_draws_two_together(
     base: Checkpoint, models: Sequence[Tuned], tmp_path: Path
 ) -> None:
@@ -273,9 +285,9 @@ def test_the_command_merges_and_lists(base_dir: Path, tuned_dirs: dict[str, Path
         (["--method", "ties", "--rank", "4"], "error: --rank: ties has no such knob"),
         (
             ["--method", "sce", "--pack", "p.safetensors:2"],
-            "error: --pack: sce takes no weights, found 2; leave it out.",
+            "error: weight: sce takes none, found 2; leave it out.",
         ),
-        (["--method", "ties", "--pack", "=p.safetensors"], "error: --pack: expected [NAME=]FILE[:WEIGHT]"),
+        (["--method", "ties", "--pack", "=p.safetensors"], "error: merge: expected [NAME=]PLACE[:WEIGHT]"),
         (["--method", "ties"], "error: merge: expected at least one pack or tuned model, found none."),
         (["--method", "ties", "--pack", "absent.safetensors"], "error: absent.safetensors: "),
         (["--method", "emr", "--tuned", "../evil={t}"], "error: pack '../evil': expected a plain name other than base"),

@@ -173,8 +173,10 @@ class GraftedModel:
 
         Raises:
             FusionError: a name or way is unknown, a conversation has no message, `auto` is asked for without a router,
-                or packs that can only be merged shall run beside the weights.
+                packs that can only be merged shall run beside the weights, or more than one answer each is asked for.
         """
+        if options.samples > 1:
+            raise FusionError(f"samples: expected 1, as each conversation gets one answer; found {options.samples}.")
         if way not in get_args(Way):
             raise FusionError(f"way: expected one of {', '.join(get_args(Way))}; found {way!r}.")
         messages = [_messages(conversation) for conversation in conversations]

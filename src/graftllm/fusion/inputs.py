@@ -64,7 +64,10 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Stacks(Mapping[str, Tensor]):
-    """A lazy mapping from the name of each floating-point parameter to its deltas, shape (n, *shape), float32."""
+    """A lazy mapping from the name of each floating-point parameter to its deltas, shape (n, *shape), float32.
+
+    Parameters that hold nothing are left out.
+    """
 
     base: Checkpoint
     tuned: Sequence[Tuned]
@@ -77,7 +80,8 @@ class Stacks(Mapping[str, Tensor]):
 
     def __iter__(self) -> Iterator[str]:
         """Yield the names."""
-        return (name for name, spec in self.specs.items() if DTYPES[spec.dtype].is_floating_point)
+        specs = self.specs.items()
+        return (name for name, spec in specs if DTYPES[spec.dtype].is_floating_point and 0 not in spec.shape)
 
     def __len__(self) -> int:
         """Return how many there are."""
@@ -93,7 +97,7 @@ class Stacks(Mapping[str, Tensor]):
         return (align(base, spec).float() + delta).to(DTYPES[spec.dtype])
 
     def agreed(self, name: str) -> Tensor:
-        """Return the tuned models' value of a parameter that is no floating-point number; the base's if they differ."""
+        """Return the tuned models' value of a parameter that has no delta here; the base's if they differ."""
         base = self.base.tensor(name)
         values = [one.value(name, base) for one in self.tuned]
         return values[0] if all(torch.equal(values[0], value) for value in values) else base

@@ -36,8 +36,16 @@ def regmean(tasks: Tasks, knobs: Knobs) -> Merge:
 
     delta = (sum_t w_t delta_t G_t) (sum_t w_t G_t)^-1 with G_t the second moments of the layer's input in
     model t, off-diagonal entries times 0.9. The base cancels, so deltas do where the paper has weights.
+
+    Raises:
+        FusionError: a weight is below zero, or all are zero.
     """
     average = linear(tasks, knobs)
+    if float(tasks.weights.min()) < 0:
+        raise FusionError(
+            f"merge: regmean expects weights (FILE:WEIGHT) of at least 0, because no input is seen less than never; "
+            f"found {float(tasks.weights.min()):g}. Change it, or take task-arithmetic, which subtracts."
+        )
 
     def merge(name: str, stack: Tensor, task: int) -> Tensor:
         if stack.ndim != 3 or any(name not in seen.moments for seen in tasks.calibrations):

@@ -87,9 +87,9 @@ class Method:
             FusionError: the method has no weights, or the weight is no finite number.
         """
         if given is not None and not self.weighted:
-            raise FusionError(f"--pack: {self.name} takes no weights, found {given:g}; leave it out.")
+            raise FusionError(f"weight: {self.name} takes none, found {given:g}; leave it out.")
         if given is not None and not math.isfinite(given):
-            raise FusionError(f"--pack: expected a finite weight, found {given:g}.")
+            raise FusionError(f"weight: expected a finite number, found {given:g}.")
         return 1.0 if given is None else given
 
     def stored_bytes(self, specs: Iterable[TensorSpec], tasks: int, rank: int) -> int:

@@ -11,6 +11,7 @@ from graftllm.compression.bits import pack_bits, packed_nbytes, unpack_bits
 def test_packed_values_come_back(width: int, data: st.DataObject) -> None:
     values = np.array(data.draw(st.lists(st.integers(0, 2**width - 1), max_size=50)), dtype=np.uint64)
     packed = pack_bits(values, width)
+    assert 8 * unpack_bits(packed, len(values), width).itemsize < max(16, 2 * width)
     assert len(packed) == packed_nbytes(len(values), width)
     assert np.array_equal(unpack_bits(packed, len(values), width), values)
 

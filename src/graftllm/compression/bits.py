@@ -24,6 +24,8 @@ def pack_bits(values: np.ndarray, width: int) -> np.ndarray:
         values: shape (count,), each in [0, 2 ** width).
         width: 0 to 64.
     """
+    if width == 8:
+        return values.astype(np.uint8)
     places = np.arange(width, dtype=np.uint64)
     chunks = [
         np.packbits(
@@ -36,7 +38,7 @@ def pack_bits(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def unpack_bits(data: np.ndarray, count: int, width: int) -> np.ndarray:
-    """Return the `count` values that `pack_bits` packed, as unsigned 64-bit integers.
+    """Return the `count` values that `pack_bits` packed, in the smallest unsigned dtype that holds them.
 
     >>> unpack_bits(np.array([57], dtype=np.uint8), 3, 2).tolist()
     [1, 2, 3]
@@ -46,7 +48,9 @@ def unpack_bits(data: np.ndarray, count: int, width: int) -> np.ndarray:
     """
     if len(data) != packed_nbytes(count, width):
         raise ValueError(f"expected {packed_nbytes(count, width)} bytes of packed values, found {len(data)}")
-    values = np.zeros(count, np.uint64)
+    if width == 8:
+        return data.copy()
+    values = np.zeros(count, f"u{next(size for size in (1, 2, 4, 8) if 8 * size >= width)}")
     places = np.arange(width, dtype=np.uint64)
     for start in range(0, count, _CHUNK):
         some = min(_CHUNK, count - start)

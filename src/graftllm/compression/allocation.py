@@ -20,7 +20,7 @@ from graftllm.compression.codes import code_bits
 from graftllm.compression.elementwise import encode_elementwise, grid_for
 from graftllm.compression.factored import MatrixCode, encode_factored, encode_hybrid, weighted_svd
 from graftllm.compression.matrix import BLOCK, Source
-from graftllm.compression.metric import Metric
+from graftllm.compression.metric import Metric, row_squares
 
 Kind = Literal["zero", "elementwise", "factored", "hybrid"]
 BITS_WORTH = 2 * math.log(2) / 12  # lambda a bit, in squared steps: the slope of an entropy-coded uniform quantiser
@@ -91,12 +91,14 @@ def outlook(source: Source, metric: Metric, max_rank: int | None = None) -> Outl
         max_rank: the matrix must be a product of factors of at most this rank.
     """
     rows, columns = source.shape
+    decomposed = not source.large or max_rank is not None
+    source = source.held() if decomposed else source
     row_energies = torch.cat([metric.of_rows(numbers).row_costs(part).cpu() for numbers, part in source.parts()])
     energy = float(row_energies.sum())
     if energy == 0:
         return Outlook(source.shape, (np.zeros(1), np.zeros(1), np.zeros(1)), np.zeros(0), 0.0, 0)
     strengths, directions = torch.empty(0), torch.empty(0, 0)
-    if not source.large or max_rank is not None:
+    if decomposed:
         rank = _affordable(min(rows, columns) if max_rank is None else max_rank, rows, columns)
         strengths, directions = weighted_svd(source.whole(), metric, rank)
     found = (strengths.double() * metric.scale**0.5).cpu().numpy()
@@ -174,6 +176,8 @@ def encode_cheapest(source: Source, metric: Metric, known: Outlook, step: float)
     """
     foreseen = choices(known, step)
     likely = [choice for choice in foreseen if choice.price(step) <= _WORTH_TRYING * foreseen[0].price(step)]
+    if any(choice.rank for choice in likely):  # these need all rows at once
+        source = source.held()
     best, best_price = None, known.energy
     for choice in likely:
         encoded = _encode(source, metric, known, choice, step)
@@ -196,7 +200,7 @@ def _measured(source: Source, metric: Metric, operator: MatrixCode, payload: np.
             rows = source.read(at, at + len(part))
             off = part.to(rows) - rows
             cost += metric.of_rows(torch.arange(at, at + len(part))).cost(off)
-            missed, norm = missed + float(off.square().sum()), norm + float(rows.square().sum())
+            missed, norm = missed + float(row_squares(off).sum()), norm + float(row_squares(rows).sum())
     return Coded(operator, payload, cost, math.sqrt(missed / norm))
 
 

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -136,6 +136,11 @@ class Source:
     def whole(self) -> Tensor:
         """Return all rows."""
         return self.read(0, self.shape[0])
+
+    def held(self) -> "Source":
+        """Return the same with all rows in memory, which those that it reads are parts of."""
+        whole = self.whole()
+        return replace(self, read=lambda start, stop: whole[start:stop])
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the numbers of some rows and these rows, of at most 2 ** 24 entries."""

@@ -139,9 +139,20 @@ def test_a_tied_head_that_the_tuned_checkpoint_saved_as_well_is_no_parameter_of_
         Delta(base, Checkpoint.open(tuned))
 
 
+def test_a_tensor_that_only_the_tuned_checkpoint_has_is_named_whatever_it_equals(
+    base_dir: Path, base: Checkpoint, tmp_path: Path
+) -> None:
+    tuned = perturb(base_dir, tmp_path / "tuned", seed=1)
+    tensors = load_file(tuned / "model.safetensors")
+    extra = {"model.layers.0.output_layer.weight": tensors["model.layers.0.mlp.up_proj.weight"].clone()}
+    save_file(tensors | extra, tuned / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"'model.layers.0.output_layer.weight'"):
+        Delta(base, Checkpoint.open(tuned))
+
+
 def test_differences_whose_squares_overflow_are_refused() -> None:
     with pytest.raises(
-        CheckpointError, match=r"here: 1 of 2 differences to the base are NaN, infinite or above 2 \*\* 60"
+        CheckpointError, match=r"here: 1 of 2 differences to the base are NaN, infinite or above 2 \*\* 48"
     ):
         difference(torch.zeros(2), torch.tensor([1e36, 1.0]), where="here")
 

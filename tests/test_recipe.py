@@ -90,6 +90,11 @@ def test_the_demo_recipe_is_valid() -> None:
             "pack: {strategy: paper, group_size: 2000000}",
             "pack.group_size: Input should be less than or equal to 10485",
         ),
+        (
+            f"pack: {{strategy: paper, bit_bands: {[[bits, 0.1] for bits in range(10)]}}}",
+            "pack.bit_bands: Tuple should have at most 8 items after validation",
+        ),
+        ("pack: {budget: 99999999999GB}", "pack: budget: expected less than 2 ** 63 bytes, found '99999999999GB'"),
         ("pack: {budget: small}", "pack: budget: expected a share or a size above 0, such as 5%, 400MB or 60KB"),
         ("name: 3", "name: Input should be a valid string; found 3"),
     ],

@@ -18,11 +18,11 @@ from graftllm.compression.units import payload_digest
 from graftllm.delta import Delta
 from graftllm.errors import PackError, StorageError
 from graftllm.header import Card, Provenance
-from graftllm.packer import compress
+from graftllm.packer import compress, compress_to
 from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
-from tests.models import save_llama
+from tests.models import perturb, save_llama
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +219,12 @@ def _exactly(coding: str) -> Callable[[dict], None]:
     return change
 
 
+def _twice_exact(header: dict) -> None:
+    """Put an exact layer over exact values."""
+    entry = header["tensors"][NORM]
+    entry["refinement"] = {"weight": 0, "how": entry["how"], "nbytes": 8, "payload_digest": "0" * 16}
+
+
 NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
 
 
@@ -267,6 +273,12 @@ NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
         (_at("tensors", NORM, "tuned_digest", value=None), "expected a digest of the tuned bits where they are coded"),
         (_at("options", "bit_bands", value=[[8, 1]] * 9999), "hold more lists and values than headers do"),
         (_at("tensors", UP, "how", value={"operator": "unchanged"}), "cannot be decoded"),
+        (
+            _at("card", "provenance", "sources", value=[1] * 4097),
+            "expected lists and objects of at most 4096 members, found more",
+        ),
+        (_at("options", "budget", value="9" * 400), r"budget: expected less than 2 \*\* 63 bytes, found '9999"),
+        (_twice_exact, "expected an exact layer over a lossy operator, found it over exact"),
         (_at("tensors", UP, "payload_digest", value="0" * 16), f"the payload of '{UP}' does not match its digest"),
     ],
 )
@@ -296,16 +308,51 @@ def test_a_changed_header_does_not_match_its_digest(pack_file: Path, tmp_path: P
         SkillPack.load(changed)
 
 
-def test_a_header_that_is_deeply_nested_is_refused(pack_file: Path, tmp_path: Path) -> None:
+def _with_text(pack_file: Path, out: Path, text: str) -> Path:
+    """Write a pack with this text as its header's JSON."""
     data = pack_file.read_bytes()
     size = int.from_bytes(data[:8], "little")
     outer = json.loads(data[8 : 8 + size])
-    text = '{"version": 1, "a": ' + "[" * 1000 + "]" * 1000 + "}"
     outer["__metadata__"] = _told(text)
     encoded = json.dumps(outer).encode()
-    (tmp_path / "x").write_bytes(len(encoded).to_bytes(8, "little") + encoded + data[8 + size :])
-    with pytest.raises(PackError, match="the header is not one of format version 1"):
-        SkillPack.load(tmp_path / "x")
+    out.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data[8 + size :])
+    return out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"version": 1, "a": ' + "[" * 1000 + "]" * 1000 + "}", "the header is not one of format version 1"),
+        (r'{"\\": [' + "[]," * 99999 + "[]]}", "hold more lists and values than headers do"),
+        (r'{"\\": [' + '"",' * 99999 + '""]}', "hold more lists and values than headers do"),
+        ('{"version": 1, "a": "' + r"\\" * 99999, "the header is not one of format version 1"),
+        ('{"version": true, "tensors": {}}', "format version True; this graftllm reads 1"),
+        ('{"version": 1.0, "tensors": {}}', "format version 1.0; this graftllm reads 1"),
+        ('{"version": 1, "tensors": []}', "the header is not one of format version 1"),
+        ('{"version": 1, "tensors": {}, "config": {"a": NaN}}', "the header is not one of format version 1"),
+        (r'{"version": 1, "tensors": {}, "a": "\ud800"}', "the header is not one of format version 1"),
+    ],
+)
+def test_a_text_that_is_no_header_is_refused(pack_file: Path, tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(PackError, match=message):
+        SkillPack.load(_with_text(pack_file, tmp_path / "x", text))
+
+
+def test_what_is_written_in_a_string_does_not_crowd_a_header(pack_file: Path, tmp_path: Path) -> None:
+    said = 'a "quoted" word,\n' + "[{,:" * 20000 + "\\"
+    told = _rewritten(pack_file, tmp_path / "x", _at("card", "description", value=said))
+    assert SkillPack.load(told).header.card.description == said
+
+
+def test_packs_of_many_small_matrices_in_many_bands_can_be_read(tmp_path: Path) -> None:
+    home = save_llama(tmp_path / "base")
+    tensors = {**load_file(home / "model.safetensors"), **{f"x.{i}.weight": torch.zeros(24, 24) for i in range(400)}}
+    save_file(tensors, home / "model.safetensors", metadata={"format": "pt"})
+    tuned = perturb(home, tmp_path / "tuned", seed=1)
+    options = PackOptions(strategy="paper", bit_bands=tuple((bits, 1 / 8) for bits in range(8, 0, -1)))
+    out = tmp_path / "x.safetensors"
+    compress_to(out, Delta(Checkpoint.open(home), Checkpoint.open(tuned)), options, device="cpu", workers=1)
+    assert list(SkillPack.load(out)) == Checkpoint.open(home).names()
 
 
 @given(st.floats(0, 1))

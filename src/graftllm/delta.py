@@ -18,7 +18,7 @@ from graftllm.errors import CheckpointError
 
 MAX_GROWTH = 8  # a vocabulary may become this many times as long; bounds what a pack can allocate
 _BLOCK = 1 << 20  # bytes that are compared at a time
-LARGEST = 2.0**60  # of a difference: squares of larger ones are not finite in float32
+LARGEST = 2.0**48  # of a difference: rows of larger ones may have no norm in float32
 _PART = 1 << 18  # elements that are subtracted at a time: what they take stays in the cache
 _TOKENIZER = (
     "tokenizer.json",
@@ -51,7 +51,7 @@ class Delta(Mapping[str, Tensor]):
         """Return tuned - base in float32.
 
         Raises:
-            CheckpointError: the difference holds NaN or infinity.
+            CheckpointError: the difference holds NaN, infinity or values above 2 ** 48.
         """
         base, tuned = self.pair(name)
         return difference(base, tuned, where=self.where(name))
@@ -126,8 +126,11 @@ class Delta(Mapping[str, Tensor]):
         if not _is_head(head):
             return False
         spec = self.tuned.specs[head]
+        if spec.shape[:1] != (_rows(self.tuned),):
+            return False
         same = [name for name, other in self.tuned.specs.items() if name in self.base.specs and other == spec]
-        return any(self.tuned.digest(name) == self.tuned.digest(head) for name in same)
+        digest = self.tuned.digest(head)
+        return any(self.tuned.digest(name) == digest for name in same)
 
     def _check(self, name: str) -> None:
         base, tuned = self.base.specs.get(name), self.tuned.specs.get(name)
@@ -208,7 +211,7 @@ def difference(base: Tensor, tuned: Tensor, *, where: str) -> Tensor:
     """Return tuned - base in float32.
 
     Raises:
-        CheckpointError: it holds NaN, infinity or values above 2 ** 60; the message begins with `where`.
+        CheckpointError: it holds NaN, infinity or values above 2 ** 48; the message begins with `where`.
     """
     delta = torch.empty(tuned.shape, dtype=torch.float32, device=tuned.device)
     parts = (delta.view(-1), tuned.reshape(-1), base.reshape(-1))
@@ -217,7 +220,7 @@ def difference(base: Tensor, tuned: Tensor, *, where: str) -> Tensor:
     if not _is_sane(delta):
         count = int((~(delta.abs() <= LARGEST)).sum())
         raise CheckpointError(
-            f"{where}: {count} of {delta.numel()} differences to the base are NaN, infinite or above 2 ** 60. "
+            f"{where}: {count} of {delta.numel()} differences to the base are NaN, infinite or above 2 ** 48. "
             "The training diverged or a file is damaged; pack an earlier checkpoint."
         )
     return delta

@@ -6,9 +6,9 @@ fit is a PackError, found before anything is decoded.
 
 import base64
 import hashlib
-import json
 import re
 import zlib
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
 
 from graftllm.checkpoint import DTYPES, TensorSpec, safetensors_header
@@ -33,9 +34,10 @@ from graftllm.training_options import DpoOptions, SftOptions
 
 VERSION = 1
 MAX_HEADER_BYTES = 64 << 20
-_CONTAINERS = 32  # bytes of JSON for each object or list, and
-_MARKS = 6  # for each comma or colon, at least: what is written here has twice as many
-_STRING = re.compile(rb'"(?:[^"\\\\]|\\\\.)*+"')
+_CONTAINERS = 16  # bytes of JSON for each object or list, and
+_MARKS = 5  # for each comma or colon, at least; headers of the shortest names have a third more
+_LONGEST = 4096  # members of an object or list, but for `tensors`
+_STRING = re.compile(rb'"(?:[^"\\]+|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 
 
 class Part(BaseModel):
@@ -127,6 +129,8 @@ class TensorEntry(Part):
 
     @model_validator(mode="after")
     def _tuned_bits_have_a_digest(self) -> "TensorEntry":
+        if self.refinement and self.how.operator == "exact":
+            raise ValueError("expected an exact layer over a lossy operator, found it over exact")
         if (self.operator == "exact") != (self.tuned_digest is not None):
             raise ValueError("expected a digest of the tuned bits where they are coded, and only there")
         return self
@@ -236,20 +240,28 @@ def _parse_header(path: Path, text: bytes) -> Header:
             f"{path}: the header's {len(text):,} bytes hold more lists and values than headers do. "
             "The file is damaged, or made to fill memory."
         )
+    where = ""
     try:
-        content = json.loads(text)
-        version = content.get("version")
-        if version != VERSION:
+        content = from_json(text, allow_inf_nan=False)
+        version, tensors = content.get("version"), content.get("tensors", {})
+        if type(version) is not int or version != VERSION:
             raise PackError(
                 f"{path}: format version {version!r}; this graftllm reads {VERSION}. "
                 "Upgrade graftllm or rebuild the pack."
             )
+        content["tensors"] = entries = {}
+        if _is_long(content) or any(map(_is_long, tensors.values())):
+            raise ValueError(f"expected lists and objects of at most {_LONGEST} members, found more")
+        for where, entry in tensors.items():  # one by one: an error apiece would fill the memory
+            entries[where] = TensorEntry.model_validate(entry)
+        where = ""
         header = Header.model_validate(content)
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError) as error:
         problem: object = error
         if isinstance(error, ValidationError):
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            problem = f"{first['loc']}: {first['msg']}"
+            place = ("tensors", where, *first["loc"]) if where else first["loc"]
+            problem = f"{place}: {first['msg']}"
         raise PackError(f"{path}: the header is not one of format version {VERSION} ({problem}).") from None
     for name, entry in header.tensors.items():
         if entry.dtype not in DTYPES or any(side < 0 for side in entry.shape) or entry.spec.nbytes >= 1 << 48:
@@ -274,9 +286,21 @@ def _parse_header(path: Path, text: bytes) -> Header:
 
 def _is_crowded(text: bytes) -> bool:
     """Return whether a JSON text would take many times its size in memory: values of a few bytes each."""
-    bare = _STRING.sub(b"", text)
-    containers, marks = bare.count(b"{") + bare.count(b"["), bare.count(b",") + bare.count(b":")
-    return containers > 1024 + len(text) // _CONTAINERS or marks > 4096 + len(text) // _MARKS
+    containers, marks, place = 1024 + len(text) // _CONTAINERS, 4096 + len(text) // _MARKS, 0
+    for start, end in chain((found.span() for found in _STRING.finditer(text)), [(len(text), len(text))]):
+        containers -= text.count(b"{", place, start) + text.count(b"[", place, start)
+        marks -= max(1, text.count(b",", place, start) + text.count(b":", place, start))  # one before each string
+        if containers < 0 or marks < 0:
+            return True
+        place = end
+    return False
+
+
+def _is_long(part: object) -> bool:
+    """Return whether a JSON value, or one in it, has more members than any in a header."""
+    if not isinstance(part, dict | list):
+        return False
+    return len(part) > _LONGEST or any(map(_is_long, part.values() if isinstance(part, dict) else part))
 
 
 def layout(header: Header) -> dict[str, TensorSpec]:

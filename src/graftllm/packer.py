@@ -60,7 +60,7 @@ def compress(
 
     Raises:
         CompressionError: the budget cannot be met, or a worker died.
-        CheckpointError: the delta holds NaN or infinity.
+        CheckpointError: the delta holds NaN, infinity or values above 2 ** 48.
         StorageError: the spool is in use, or holds something else.
     """
     device, rows = str(resolve_device(device)), _read(calibration, options)
@@ -98,8 +98,9 @@ def compress_to(
                 workspace.remove()
             raise
         made.save(out)
+        found = SkillPack.load(out)
         workspace.remove()
-    return SkillPack.load(out)
+    return found
 
 
 def _read(calibration: Sequence[Prompt], options: PackOptions) -> Sequence[Prompt]:

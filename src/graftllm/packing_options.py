@@ -39,6 +39,7 @@ class PackOptions(Section):
     )
     bit_bands: tuple[tuple[int, float], ...] = Field(
         default=((8, 0.02), (4, 0.18), (2, 0.80)),
+        max_length=8,
         description="bits and share of the kept singular vectors, strongest first",
     )
     group_size: int = Field(default=128, ge=8, le=1 << 20, description="values that share one scale")
@@ -95,6 +96,9 @@ class PackOptions(Section):
         return self
 
 
+_MOST = 2.0**63  # bytes of a budget
+
+
 def budget_bytes(budget: str, tuned_bytes: int) -> int:
     """Return a budget such as `5%`, `400MB`, `60KB` or `123456` in bytes; `%` is of `tuned_bytes`.
 
@@ -109,7 +113,10 @@ def budget_bytes(budget: str, tuned_bytes: int) -> int:
         raise RecipeError(f"budget: expected a share or a size above 0, such as 5%, 400MB or 60KB; found {budget!r}.")
     unit = (match[2] or "B").upper()
     scale = tuned_bytes / 100 if unit == "%" else {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
-    return int(float(match[1]) * scale)
+    amount = float(match[1]) * scale
+    if amount >= _MOST:
+        raise RecipeError(f"budget: expected less than 2 ** 63 bytes, found {budget[:20]!r}.")
+    return int(amount)
 
 
 def kl_target(budget: str) -> float | None:

@@ -26,6 +26,12 @@ def test_a_packed_factor_comes_back(bands: tuple, length: int, group_size: int, 
     assert torch.equal(unpack_factor(packed, length, bands, group_size).values(), factor.values())
 
 
+def test_groups_longer_than_a_row_take_no_more_memory_than_it() -> None:
+    rows = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    long, just = (quantize_factor(rows, ((4, 3),), size) for size in (1 << 40, 40))  # padded, the first would not fit
+    assert torch.equal(long.values(), just.values())
+
+
 @given(st.integers(1, 8), st.integers(0, 99))
 def test_rounding_errs_by_at_most_half_a_step(bits: int, seed: int) -> None:
     rows = torch.randn(3, 40, generator=torch.Generator().manual_seed(seed))

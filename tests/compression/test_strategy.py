@@ -99,7 +99,8 @@ def test_whole_numbers_and_changed_signs_of_zero_come_back(
         tensors = load_file(out / "model.safetensors")
         tensors[_ZEROS] = torch.zeros_like(tensors[_ZEROS])
         tensors[_ZEROS][0, 0] *= -1 if checkpoints else 1
-        words = {dtype: torch.randint(0, 2, (24, 16), generator=draw).to(dtype) for dtype in (torch.int32, torch.bool)}
+        words = {dtype: torch.randint(0, 2, (24, 16), generator=draw).to(dtype) for dtype in (torch.int64, torch.bool)}
+        words[torch.int64] <<= 61
         extra = {f"extra.{str(dtype)[6:]}.weight": value for dtype, value in words.items()}
         save_file(tensors | extra, out / "model.safetensors", metadata={"format": "pt"})
         checkpoints.append(Checkpoint.open(out))
@@ -109,6 +110,35 @@ def test_whole_numbers_and_changed_signs_of_zero_come_back(
         base, tuned = delta.pair(name)
         assert digest(base) != digest(tuned)
         assert digest(parts[name].encoded.restore(base)) == digest(tuned)
+
+
+@pytest.mark.parametrize(
+    "options", [PackOptions(strategy="paper"), PackOptions(budget="9KB"), PackOptions(budget="12KB")]
+)
+def test_values_near_the_largest_of_float16_stay_finite(tmp_path: Path, options: PackOptions) -> None:
+    home = save_llama(tmp_path / "base", dtype=torch.float16)
+    out = perturb(home, tmp_path / "tuned", seed=1)
+    tensors = load_file(out / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).mul(3e4).clamp(-65504, 65504).half()
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    delta = Delta(Checkpoint.open(home), Checkpoint.open(out))
+    pack = compress(delta, options, device="cpu", workers=1)
+    assert pack.restore(name, delta.base.tensor(name)).isfinite().all()
+
+
+def test_the_largest_differences_pack_in_every_bit(tmp_path: Path) -> None:
+    home = save_llama(tmp_path / "base", dtype=torch.float32)
+    out = perturb(home, tmp_path / "tuned", seed=1)
+    tensors = load_file(out / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = torch.rand(64, 32, generator=torch.Generator().manual_seed(0)).sub(0.5).mul(2.0**48)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    delta = Delta(Checkpoint.open(home), Checkpoint.open(out))
+    assert torch.equal(
+        _encoded(delta, PackOptions(strategy="exact"))[name].encoded.restore(delta.pair(name)[0]), tensors[name]
+    )
+    assert _encoded(delta, PackOptions())[name].facts.error < 0.5
 
 
 @pytest.mark.parametrize("strategy_name", ["exact", "paper", "auto"])

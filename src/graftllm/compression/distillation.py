@@ -32,7 +32,7 @@ from graftllm.checkpoint import DTYPE_NAMES, TensorSpec, raw_bytes, write_safete
 from graftllm.compression.factored import MatrixCode
 from graftllm.compression.matrix import matrix_shape
 from graftllm.compression.sensitivity import answered, fits_in_memory, predicting
-from graftllm.compression.units import Compressed, Job, Unit, found_code, write_code
+from graftllm.compression.units import Compressed, Job, Unit, found_code, overflows, write_code
 from graftllm.errors import CompressionError
 from graftllm.generation import load_model, load_tokenizer, pad, resolve_device
 from graftllm.live import Binding, bindings, named_values
@@ -76,7 +76,7 @@ def distill_job(job: Job, parts: Sequence[Compressed], rows: Sequence[Prompt]) -
         for part in parts:
             if part.name in units:
                 operator, payload, error = part.facts.operator, part.payload, part.facts.error
-                if part.name in codes:
+                if part.name in codes and not overflows(job, part.name, *codes[part.name]):
                     operator, payload = codes[part.name]
                     base, change = job.delta.pair(part.name)[0], job.delta[part.name]
                     error = float((operator.delta(payload, base) - change).norm() / change.norm())

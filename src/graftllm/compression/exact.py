@@ -256,7 +256,7 @@ def _groups(base: Tensor, levels: np.ndarray) -> Iterator[tuple[int, np.ndarray]
 
 
 class _Grid:
-    """Cells of the values of a group: as wide as values twice as large as the base's are apart, at most."""
+    """Cells of the values of a group: as wide as values near the base's are apart, with `_PRECISION` bits at most."""
 
     def __init__(self, group: int, levels: np.ndarray, dtype: torch.dtype) -> None:
         octaves = (group + levels.astype(np.int64)) // 2  # of the base value

@@ -37,7 +37,7 @@ def encode_published(
     *,
     transposed: bool = False,
 ) -> tuple[Operator, np.ndarray]:
-    """Return the operator and payload of one parameter that changed.
+    """Return the operator and payload of one floating-point parameter that changed.
 
     Args:
         base: its value, aligned.
@@ -49,7 +49,7 @@ def encode_published(
         moments: of the layer's input.
         transposed: whether the input side is dimension 0.
     """
-    if not _is_lossy(tuned):
+    if not is_matrix(tuple(tuned.shape)):
         return encode_exact(base, tuned)
     if role in PRUNED:
         return encode_sparse(change.cpu(), options.density, options.group_size)
@@ -58,10 +58,6 @@ def encode_published(
     moments = None if moments is None else moments.to(change.device)
     operator, payload = encode_lowrank(factors, options.bit_bands, options.group_size, moments)
     return operator.model_copy(update={"transposed": transposed}), payload
-
-
-def _is_lossy(tuned: Tensor) -> bool:
-    return is_matrix(tuple(tuned.shape)) and tuned.is_floating_point()
 
 
 @dataclass(frozen=True)
@@ -80,8 +76,8 @@ class Sizes:
 
 
 def sizes(base: Tensor, tuned: Tensor, change: Tensor, role: Role, options: PackOptions) -> Sizes:
-    """Return what is known of one parameter that changed; arguments as for `encode_published`."""
+    """Return what is known of one floating-point parameter that changed; arguments as for `encode_published`."""
     shape = tuple(base.shape)
-    if _is_lossy(tuned) and role not in PRUNED:
+    if is_matrix(shape) and role not in PRUNED:
         return Sizes(shape, 0, singular_values(change).cpu())
     return Sizes(shape, encode_published(base, tuned, change, role, options, None, None)[1].nbytes)

@@ -111,6 +111,7 @@ def unpack_factor(data: np.ndarray, length: int, bands: Bands, group_size: int) 
 def _grid(rows: Tensor, most: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Return scales (bfloat16) and zero points (float32) of every group, shape (rank, groups)."""
     rank, length = rows.shape
+    group_size = min(group_size, length)
     groups = math.ceil(length / group_size)
     padded = torch.nn.functional.pad(rows, (0, groups * group_size - length)).reshape(rank, groups, group_size)
     low = padded.amin(dim=2).clamp(max=0)
@@ -122,7 +123,7 @@ def _grid(rows: Tensor, most: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 def _spread(per_group: Tensor, group_size: int, length: int) -> Tensor:
     """Return (rank, groups) repeated to (rank, length)."""
-    return per_group.repeat_interleave(group_size, dim=1)[:, :length]
+    return per_group.repeat_interleave(min(group_size, length), dim=1)[:, :length]
 
 
 def _round(values: Tensor, scale: Tensor, zero: Tensor, limit: Tensor) -> Tensor:

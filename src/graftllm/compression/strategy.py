@@ -37,7 +37,7 @@ def encode_job(
 
     Raises:
         BudgetError: it cannot be met.
-        CheckpointError: the delta holds NaN or infinity.
+        CheckpointError: the delta holds NaN, infinity or values above 2 ** 48.
     """
     if job.options.strategy == "auto" or job.options.layered:
         return _automatic(job, crew, payload_budget, entry_bytes)

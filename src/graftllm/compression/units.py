@@ -79,7 +79,7 @@ def carry_out(job: Job, unit: Unit) -> None:
     """Do a unit unless it is done.
 
     Raises:
-        CheckpointError: the delta holds NaN or infinity.
+        CheckpointError: the delta holds NaN, infinity or values above 2 ** 48.
     """
     if not unit.file(job).exists():
         _KINDS[unit.kind](job, unit)
@@ -165,10 +165,9 @@ def _look(job: Job, unit: Unit) -> None:
     """Settle what is unchanged or no matrix; find the outlook of all else."""
     delta, name = job.delta, unit.name
     spec = delta.tuned.specs[name]
-    floating = DTYPES[spec.dtype].is_floating_point
     if delta.unchanged(name):
         write_code(job, unit, Unchanged(), np.empty(0, np.uint8), 0.0)
-    elif min(matrix_shape(spec.shape)) == 1 or not floating:
+    elif min(matrix_shape(spec.shape)) == 1 or not _is_floating(job, name):
         write_code(job, unit, *encode_exact(*_pair(job, name)), 0.0)
     else:
         served = role_of(name, spec.shape) in SERVED and len(spec.shape) == 2
@@ -188,6 +187,8 @@ def _code(job: Job, unit: Unit) -> None:
     operator, payload, error = encode_matrix(lambda: job.delta.pair(unit.name), source, metric, known, unit.at)
     if measures.transposed(unit.name) and isinstance(operator, MatrixOperator):
         operator = operator.model_copy(update={"transposed": True})
+    if overflows(job, unit.name, operator, payload):
+        operator, payload, error = *encode_closest(*_pair(job, unit.name), source.device), 0.0
     write_code(job, unit, operator, payload, error)
 
 
@@ -206,8 +207,11 @@ def _spectrum(job: Job, unit: Unit) -> None:
     """Find how many bytes a parameter takes in the strategy `paper`, or on what that depends."""
     found = Sizes((), 0)
     if not job.delta.unchanged(unit.name):
-        base, tuned, change, role = _changed(job, unit.name)
-        found = sizes(base, tuned, change, role, job.options)
+        if _is_floating(job, unit.name):
+            base, tuned, change, role = _changed(job, unit.name)
+            found = sizes(base, tuned, change, role, job.options)
+        else:
+            found = Sizes((), encode_exact(*_pair(job, unit.name))[1].nbytes)
     arrays = {} if found.spectrum is None else {"spectrum": found.spectrum}
     _write(unit.file(job), arrays, "known", json.dumps(found.known))
 
@@ -219,22 +223,37 @@ def _publish(job: Job, unit: Unit) -> None:
     if job.options.strategy == "exact":
         closest = encode_closest(*_pair(job, unit.name), resolve_device(job.device))
         return write_code(job, unit, *closest, 0.0)
+    if not _is_floating(job, unit.name):
+        return write_code(job, unit, *encode_exact(*_pair(job, unit.name)), 0.0)
     base, tuned, change, role = _changed(job, unit.name)
     measures, rank = job.measures(), None if unit.at is None else int(unit.at)
     moments, transposed = measures.moments(unit.name, tuple(base.shape)), measures.transposed(unit.name)
     operator, payload = encode_published(
         base, tuned, change, role, job.options, rank, moments, transposed=transposed and moments is not None
     )
+    if overflows(job, unit.name, operator, payload):
+        return write_code(job, unit, *encode_exact(base, tuned), 0.0)
     change = change.cpu()
     error, norm = float(operator.delta(payload, base).sub_(change).norm()), float(change.norm())
     return write_code(job, unit, operator, payload, error / norm if norm else 0.0)
+
+
+def _is_floating(job: Job, name: str) -> bool:
+    return DTYPES[job.delta.tuned.specs[name].dtype].is_floating_point
+
+
+def overflows(job: Job, name: str, operator: Operator, payload: np.ndarray) -> bool:
+    """Return whether an encoding's errors lead beyond the largest value of float16, which tuned ones may be near."""
+    if job.delta.tuned.specs[name].dtype != "F16" or isinstance(operator, Exact | Unchanged):
+        return False
+    return not bool(EncodedTensor(operator, payload).restore(job.delta.pair(name)[0]).isfinite().all())
 
 
 def _pair(job: Job, name: str) -> tuple[Tensor, Tensor]:
     """Return base and tuned value.
 
     Raises:
-        CheckpointError: the difference holds NaN or infinity.
+        CheckpointError: the difference holds NaN, infinity or values above 2 ** 48.
     """
     base, tuned = job.delta.pair(name)
     if tuned.is_floating_point():

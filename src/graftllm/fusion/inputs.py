@@ -48,7 +48,7 @@ class Tuned:
 
         Raises:
             PackError: the pack is damaged, or was made for another base.
-            CheckpointError: the delta holds NaN or infinity.
+            CheckpointError: the delta holds NaN, infinity or values above 2 ** 48.
         """
         if isinstance(self.origin, SkillPack):
             self.origin.check_tensor(name, base)

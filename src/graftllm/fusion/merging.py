@@ -74,7 +74,7 @@ def merge(
         FusionError: names are doubled, or cannot name an output; the models differ in vocabulary or dtype; rows are
             missing; or a checkpoint is to be compressed.
         PackError: a pack is damaged or was made for another base.
-        CheckpointError: a delta holds NaN or infinity.
+        CheckpointError: a delta holds NaN, infinity or values above 2 ** 48.
         StorageError: there is no room, or the place cannot be written, or what would be replaced is read.
     """
     out, knobs = Path(out).absolute(), knobs or method.knobs({})

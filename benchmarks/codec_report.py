@@ -121,7 +121,7 @@ def draw(points: Sequence[Point]) -> Figure:
     figure = Figure(figsize=(9, 7 * max(1, len(targets))))
     names = list(dict.fromkeys(point.method for point in points if point.method not in OWN))
     styles = {name: (_COLORS[i % len(_COLORS)], _DASHES[i // len(_COLORS)]) for i, name in enumerate(names)}
-    styles |= {name: ("black", dash) for name, dash in zip(OWN, ("-", (0, (5, 1)), "--", ":"), strict=True)}
+    styles |= {name: ("black", dash) for name, dash in zip(OWN, ("-", (0, (5, 1)), "-.", ":"), strict=True)}
     panels = figure.subplots(max(1, len(targets)), 1, squeeze=False)[:, 0]
     for axes, target in zip(panels, targets, strict=False):
         some = [point for point in points if point.target == target]

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from graftllm.checkpoint import DTYPE_NAMES, TensorSpec, raw_bytes, write_safetensors
 from graftllm.compression.factored import MatrixCode
 from graftllm.compression.matrix import matrix_shape
+from graftllm.compression.metric import frobenius
 from graftllm.compression.sensitivity import answered, fits_in_memory, predicting
 from graftllm.compression.units import Compressed, Job, Unit, found_code, overflows, write_code
 from graftllm.errors import CompressionError
@@ -79,7 +80,7 @@ def distill_job(job: Job, parts: Sequence[Compressed], rows: Sequence[Prompt]) -
                 if part.name in codes and not overflows(job, part.name, *codes[part.name]):
                     operator, payload = codes[part.name]
                     base, change = job.delta.pair(part.name)[0], job.delta[part.name]
-                    error = float((operator.delta(payload, base) - change).norm() / change.norm())
+                    error = frobenius(operator.delta(payload, base) - change) / frobenius(change)
                 write_code(job, units[part.name], operator, payload, error)
     return [found_code(job, units[part.name]) if part.name in units else part for part in parts]
 

@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
+from graftllm.compression.metric import frobenius
 from graftllm.compression.quantization import factor_nbytes, pack_factor, quantize_factor, unpack_factor
 
 
@@ -141,7 +142,7 @@ def leading_svd(matrix: Tensor, energy: float) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ValueError: energy is outside (0, 1].
     """
-    total = matrix.norm().double().square()
+    total = frobenius(matrix) ** 2
     rank = _FIRST_RANK
     while _SMALL < min(matrix.shape) and rank <= min(matrix.shape) // _RANDOMIZED_SHARE:
         u, s, vh = truncated_svd(matrix, rank)

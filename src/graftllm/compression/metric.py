@@ -53,6 +53,11 @@ def row_squares(matrix: Tensor) -> Tensor:
     return torch.linalg.vector_norm(matrix, dim=1).double().square()
 
 
+def frobenius(values: Tensor) -> float:
+    """Return the norm of all entries, summed by rows: over tens of millions at once float32 is off by a percent."""
+    return float(row_squares(values.reshape(-1, values.shape[-1] if values.ndim else 1)).sum().sqrt())
+
+
 def damped_cholesky(moments: Tensor, damping: float = DAMPING) -> Tensor:
     """Return the lower Cholesky factor of moments with more on their diagonal, as much as it takes to exist."""
     mean = moments.diagonal().mean().clamp(min=torch.finfo(moments.dtype).tiny)

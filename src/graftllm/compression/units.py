@@ -25,6 +25,7 @@ from graftllm.compression.exact import Exact, encode_exact
 from graftllm.compression.layered import encode_closest, refine
 from graftllm.compression.matrix import MatrixOperator, Source, matrix_shape
 from graftllm.compression.measures import Measures, load_measures
+from graftllm.compression.metric import frobenius
 from graftllm.compression.published import Sizes, encode_published, sizes
 from graftllm.compression.roles import Role, role_of
 from graftllm.compression.workspace import Workspace
@@ -234,7 +235,7 @@ def _publish(job: Job, unit: Unit) -> None:
     if overflows(job, unit.name, operator, payload):
         return write_code(job, unit, *encode_exact(base, tuned), 0.0)
     change = change.cpu()
-    error, norm = float(operator.delta(payload, base).sub_(change).norm()), float(change.norm())
+    error, norm = frobenius(operator.delta(payload, base).sub_(change)), frobenius(change)
     return write_code(job, unit, operator, payload, error / norm if norm else 0.0)
 
 

@@ -1,6 +1,7 @@
 """What packs cost while a model runs: tokens a second of mixed batches, memory, and switching merged packs.
 
-    python benchmarks/plugging.py [--size small] [--device auto] [--plot docs/images/plugging.png]
+    python benchmarks/plugging.py [--size small] [--device auto] [--parts ...] [--plot docs/images/plugging.png]
+    OMP_NUM_THREADS=1 python benchmarks/plugging.py --size large --device cpu --parts switching
 
 Mixed batches: every row of a batch has one of 1, 2, 8, 32 or 64 packs of rank 16 on all linear layers. The same
 factors run as PEFT's adapters with `adapter_names=`, and the bare base runs the same batches; all in one process,
@@ -49,6 +50,7 @@ from graftllm.skillpack import SkillPack
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.models import perturb, save_llama  # the tokenizer and the model that tests use
 
+PARTS = ("batches", "steps", "switching")
 PACKS = (1, 2, 8, 32, 64)
 DIFFERENT = 8
 RANK = 16
@@ -80,16 +82,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--plot", type=Path, help="picture of the mixed batches to draw")
     given = parser.parse_args()
     size, device = SIZES[given.size], resolve_device(given.device)
     with tempfile.TemporaryDirectory() as home:
         found: dict[str, Any] = {"size": given.size, "device": str(device), "threads": torch.get_num_threads()}
-        found["batches"] = batches(size, Path(home) / "batches", device)
-        found["steps"] = steps(Path(home) / "steps", device)
-        found["switching"] = switching(size, Path(home) / "switching", device)
+        if "batches" in given.parts:
+            found["batches"] = batches(size, Path(home) / "batches", device)
+        if "steps" in given.parts:
+            found["steps"] = steps(Path(home) / "steps", device)
+        if "switching" in given.parts:
+            found["switching"] = switching(size, Path(home) / "switching", device)
     print(json.dumps(found, indent=1))
-    if given.plot:
+    if given.plot and "batches" in found:
         draw(found["batches"]["rows"], given.plot)
 
 

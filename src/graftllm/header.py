@@ -243,12 +243,14 @@ def _parse_header(path: Path, text: bytes) -> Header:
     where = ""
     try:
         content = from_json(text, allow_inf_nan=False)
-        version, tensors = content.get("version"), content.get("tensors", {})
+        version, tensors = content.get("version"), content.get("tensors")
         if type(version) is not int or version != VERSION:
             raise PackError(
                 f"{path}: format version {version!r}; this graftllm reads {VERSION}. "
                 "Upgrade graftllm or rebuild the pack."
             )
+        if not isinstance(tensors, dict):
+            raise ValueError("expected an object under 'tensors'")
         content["tensors"] = entries = {}
         if _is_long(content) or any(map(_is_long, tensors.values())):
             raise ValueError(f"expected lists and objects of at most {_LONGEST} members, found more")

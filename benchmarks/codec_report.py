@@ -33,6 +33,8 @@ def tables(points: Sequence[Point], facts: Mapping[str, Any]) -> str:
             f"## {target}: {some[0].parameters:,} parameters, skills {', '.join(skills)}, seeds {seeds}",
             _table_of_ratios(points, target),
             _table_at_rates(some),
+            _table_of_scores(some, facts),
+            _beaten(some),
             _table_of_bounds(some),
         ]
     parts += [_table_of_ends(facts), _table_of_exact(facts)]
@@ -74,6 +76,33 @@ def _table_at_rates(points: Sequence[Point]) -> str:
         rows.append(row + ["–"] * (len(head) - len(row)))
     note = "Geometric mean KL, nats per token; score and errors of the best file of at most that size.\n\n"
     return note + _markdown(head, rows)
+
+
+def _table_of_scores(points: Sequence[Point], facts: Mapping[str, Any]) -> str:
+    """Return what our files lose of the tuned model's score: the mean, and its standard error over seeds."""
+    head = ["file", "b/p", "% of a 16-bit model", "score less the tuned model's", "seconds"]
+    rows = []
+    for method, setting in dict.fromkeys((point.method, point.setting) for point in points if point.method in OWN):
+        some = [point for point in points if (point.method, point.setting) == (method, setting)]
+        by_seed: dict[int, list[float]] = {}
+        for point in some:
+            tuned = facts[f"{point.target}.{point.skill}.{point.seed}"]["tuned"]
+            by_seed.setdefault(point.seed, []).append(100 * (point.found["score"] - tuned))
+        means = [float(np.mean(found)) for found in by_seed.values()]
+        error = f" ± {np.std(means, ddof=1) / len(means) ** 0.5:.1f}" if len(means) > 1 else ""
+        rate, seconds = (np.mean(found) for found in zip(*((p.rate, p.found["seconds"]) for p in some), strict=True))
+        rows.append([method, f"{rate:.2f}", f"{100 * rate / 16:.1f}", f"{np.mean(means):.1f}{error}", f"{seconds:.0f}"])
+    return _markdown(head, rows) if rows else ""
+
+
+def _beaten(points: Sequence[Point]) -> str:
+    """Return how many files of rivals are below the curve of `auto`, where that goes."""
+    curves = curves_of(points)
+    rivals = [point for point in points if point.method not in OWN]
+    found = [(point, kl_at(curves.get((OWN[0], point.skill, point.seed), []), point.nbytes)) for point in rivals]
+    below = [point for point, kl in found if kl is not None and point.kl < kl]
+    told = "".join(f"; {point.method} {point.skill}.{point.seed} at {point.rate:.2f} b/p" for point in below)
+    return f"Files of rivals below the curve of {OWN[0]}, from its least file to its largest: {len(below)}{told}."
 
 
 def _table_of_bounds(points: Sequence[Point]) -> str:

@@ -15,6 +15,7 @@ products of `auto` take at the rates that are measured here.
 
 import argparse
 import json
+import math
 import multiprocessing
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from bounds import bound
 
 from graftllm.checkpoint import Checkpoint, TensorSpec, raw_bytes, write_safetensors
 from graftllm.compression.lowrank import rank_for_energy, whole_bands
+from graftllm.compression.metric import frobenius
 from graftllm.compression.quantization import factor_nbytes, quantize_factor
 from graftllm.delta import Delta
 from graftllm.generation import resolve_device
@@ -80,12 +82,11 @@ def pack(directory: Path, device: str, options: PackOptions) -> dict[str, float]
     made = compress(delta, options, device=device, workers=1)  # for one layer a second process does not pay
     made.save(directory / "layer.safetensors")
     found = {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory_bytes()}
-    sums = torch.zeros(2, dtype=torch.float64)
-    for name, entry in made.header.tensors.items():
-        sums += float(delta[name].double().square().sum()) * torch.tensor([entry.error**2, 1.0])
+    norms = {name: frobenius(delta[name]) for name in delta}
+    missed = math.hypot(*(entry.error * norms[name] for name, entry in made.header.tensors.items()))
     return found | {
         "bytes": (directory / "layer.safetensors").stat().st_size,
-        "error": float((sums[0] / sums[1]).sqrt()),
+        "error": missed / math.hypot(*norms.values()),
     }
 
 
@@ -108,12 +109,11 @@ def plain(directory: Path, device: str) -> dict[str, float]:
         left = quantize_factor((u[:, :rank] * s[:rank]).T, bands, PAPER.group_size)
         kept[name] = (left, right, bands)
     found = {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory_bytes(), "bytes": 0}
-    missed = norm = 0.0
+    missed = []
     for name, (left, right, bands) in kept.items():
         found["bytes"] += sum(factor_nbytes(side.codes.shape[1], bands, PAPER.group_size) for side in (left, right))
-        missed += float((left.values().T @ right.values() - changes[name]).square().sum())
-        norm += float(changes[name].square().sum())
-    return found | {"error": (missed / norm) ** 0.5}
+        missed.append(frobenius(left.values().T @ right.values() - changes[name]))
+    return found | {"error": math.hypot(*missed) / math.hypot(*map(frobenius, changes.values()))}
 
 
 def _apart(way: Callable[..., dict[str, float]], *given: Any) -> dict[str, float]:

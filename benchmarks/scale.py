@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -117,7 +118,8 @@ def measured(step: str, directory: Path, workers: int, device: str) -> dict[str,
     with subprocess.Popen(command) as process:
         while process.poll() is None:
             peak = max(peak, _memory_bytes(process.pid, peak))
-            time.sleep(_SAMPLING_S)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_SAMPLING_S)
     if process.returncode:
         raise SystemExit(f"{step}: ended with {process.returncode}")
     return {

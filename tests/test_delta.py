@@ -125,29 +125,32 @@ def test_token_ids_that_are_none_are_refused(base_dir: Path, base: Checkpoint, t
         delta.config_changes()
 
 
+def _with_another(base: Path, out: Path, name: str, *, like: str, changed: bool = False) -> Checkpoint:
+    """Save a perturbed checkpoint that has one of its tensors under another name, too, or that with one other value."""
+    tensors = load_file(perturb(base, out, seed=1) / "model.safetensors")
+    tensors[name] = tensors[like].clone()
+    tensors[name][0, 0] += changed
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return Checkpoint.open(out)
+
+
 def test_a_tied_head_that_the_tuned_checkpoint_saved_as_well_is_no_parameter_of_its_own(
     base_dir: Path, base: Checkpoint, tmp_path: Path
 ) -> None:
-    tuned = perturb(base_dir, tmp_path / "tuned", seed=1)
-    tensors = load_file(tuned / "model.safetensors")
-    head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
-    save_file(tensors | head, tuned / "model.safetensors", metadata={"format": "pt"})
-    assert list(Delta(base, Checkpoint.open(tuned))) == base.names()
-    head["lm_head.weight"][0, 0] += 1
-    save_file(tensors | head, tuned / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="base: ties the output head to its embedding, but .*tuned has its own"):
-        Delta(base, Checkpoint.open(tuned))
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    assert list(Delta(base, _with_another(base_dir, tmp_path / "tuned", head, like=embedding))) == base.names()
+    other = _with_another(base_dir, tmp_path / "other", head, like=embedding, changed=True)
+    with pytest.raises(CheckpointError, match="base: ties the output head to its embedding, but .*other has its own"):
+        Delta(base, other)
 
 
 def test_a_tensor_that_only_the_tuned_checkpoint_has_is_named_whatever_it_equals(
     base_dir: Path, base: Checkpoint, tmp_path: Path
 ) -> None:
-    tuned = perturb(base_dir, tmp_path / "tuned", seed=1)
-    tensors = load_file(tuned / "model.safetensors")
-    extra = {"model.layers.0.output_layer.weight": tensors["model.layers.0.mlp.up_proj.weight"].clone()}
-    save_file(tensors | extra, tuned / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"'model.layers.0.output_layer.weight'"):
-        Delta(base, Checkpoint.open(tuned))
+    name = "model.layers.0.output_layer.weight"
+    tuned = _with_another(base_dir, tmp_path / "tuned", name, like="model.layers.0.mlp.up_proj.weight")
+    with pytest.raises(CheckpointError, match=f"'{name}'"):
+        Delta(base, tuned)
 
 
 def test_differences_whose_squares_overflow_are_refused() -> None:

@@ -60,6 +60,16 @@ def test_kept_examples_are_rows_of_the_features_within_a_127th_of_their_largest(
     assert (apart <= kept.scales[:, 0] * 0.51).all()
 
 
+@settings(max_examples=10)
+@given(st.integers(2, 40), st.integers(4, 60), st.integers(0, 9))
+def test_examples_cover_rare_kinds_of_prompts_too(width: int, count: int, seed: int) -> None:
+    features = torch.randn(500, width, generator=torch.Generator().manual_seed(seed))
+    features[17] += 100
+    features[400] -= 100
+    kept = keep_examples(features, count, seed=seed).features
+    assert (torch.cdist(features[[17, 400]], kept).amin(dim=1) < 3 * width**0.5).all()
+
+
 def test_judging_leaves_unsure_and_strange_prompts_to_the_base() -> None:
     logits = torch.tensor([[0.0, 9.0], [9.0, 0.0], [0.0, 0.1], [0.0, 9.0]])
     strangeness = torch.tensor([[5.0, 1.0], [1.0, 5.0], [1.0, 1.0], [1.0, 3.0]])

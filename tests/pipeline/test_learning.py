@@ -66,8 +66,8 @@ def test_nothing_old_changes_when_a_skill_is_learnt(taught: Taught) -> None:
     learned = taught.learned
     assert (learned.rows, learned.columns) == (["before", "after double"], ["next", "double", "general"])
     assert learned.old == ["next", "general"]
-    assert learned.forgotten == {"next": 0.0, "general": 0.0}
     assert learned.moved == {"next": 0, "general": 0}
+    assert learned.forgotten == {"next": 0.0, "general": 0.0}
     assert learned.packs_unchanged
     assert learned.drift["double"] <= taught.work.recipe.router.drift
     assert _answers(taught.shelf, taught.work) == taught.answers

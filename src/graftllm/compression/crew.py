@@ -18,6 +18,7 @@ from graftllm.delta import Delta
 from graftllm.errors import WorkerError
 from graftllm.generation import resolve_device
 from graftllm.progress import progress
+from graftllm.threads import one_thread
 
 Engine = Literal["local", "ray"]
 Crew = Callable[[Sequence[Unit], str], None]  # does units under a progress bar of that label
@@ -57,20 +58,9 @@ def open_crew(job: Job, workers: int, engine: Engine = "local") -> Iterator[Crew
 
 
 def _here(job: Job, units: Sequence[Unit]) -> Iterator[None]:
-    with _one_thread():
+    with one_thread():  # small matrices gain nothing by more
         for unit in units:
             yield carry_out(job, unit)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let PyTorch calculate with one thread: more would change last bits, and small matrices gain nothing."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -4,14 +4,14 @@ Linear, GELU, Linear; the class 0 is the base. A prompt that is unlike the examp
 that it is taken for is left to the base, too. Nothing here knows texts, names or files.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from graftllm.recipe import RouterOptions
+from graftllm.threads import one_thread
 
 _HIDDEN = 128
 _BATCH = 256
@@ -136,7 +136,7 @@ def train_classifier(
         The network; when the base answers; and the class that each prompt goes to when the network has not seen it,
         class after class, int16. The same on one machine and PyTorch, whatever the number of threads.
     """
-    with _one_thread():
+    with one_thread():
         logits, strangeness = _unseen(classes, options.steps, seed)
         labels = torch.cat([torch.full((len(rows),), i) for i, rows in enumerate(classes)])
         own = strangeness.gather(1, labels[:, None])[:, 0].split([len(rows) for rows in classes])
@@ -226,17 +226,6 @@ def _temperature(logits: Tensor, labels: Tensor) -> float:
     grid = torch.logspace(0, 1, 81)
     losses = [float(nn.functional.cross_entropy(logits / temperature, labels)) for temperature in grid]
     return float(grid[min(range(len(losses)), key=losses.__getitem__)])
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let PyTorch add up in one order: with other numbers of threads, sums are split in other places."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _standard(rows: Tensor) -> tuple[Tensor, Tensor]:

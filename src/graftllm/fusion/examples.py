@@ -1,12 +1,14 @@
 """What a router keeps of each class's prompts, so that it can be trained again without them.
 
-A sample of the prompts' features, one byte a number. Nothing here knows layers, texts or packs.
+Some of the prompts' features, one byte a number. Nothing here knows layers, texts or packs.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from graftllm.threads import one_thread
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,32 @@ class Examples:
 
 
 def keep_examples(features: Tensor, count: int, *, seed: int) -> Examples:
-    """Draw at most `count` rows of features, and keep them in a byte a number.
+    """Keep at most `count` rows of features in a byte a number: half of them drawn, half to cover the others.
+
+    Each of the second half is the row that is farthest from all that are kept already (Gonzalez 1985), so that rare
+    kinds of a class's prompts are not left out by chance, and are known as its own when they come again.
 
     Args:
         features: shape (prompts, width).
         count: rows to keep.
-        seed: of the draw; the same rows and seed give the same examples.
+        seed: of the draw; the same rows and seed give the same examples, by any number of threads.
     """
     draw = torch.Generator().manual_seed(seed)
-    kept = features[torch.randperm(len(features), generator=draw)[:count]].float()
-    scales = kept.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
-    return Examples((kept / scales).round().to(torch.int8), scales)
+    rows = features[torch.randperm(len(features), generator=draw)].float()
+    if len(rows) > count:
+        with one_thread():
+            rows = rows[_covering(rows, count)]
+        rows = rows[torch.randperm(count, generator=draw)]  # as folds are told by place
+    scales = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+    return Examples((rows / scales).round().to(torch.int8), scales)
+
+
+def _covering(rows: Tensor, count: int) -> list[int]:
+    """Return the numbers of the first half of `count` rows, and of those that are farthest from all before them."""
+    lengths = rows.square().sum(dim=1)
+    nearest, kept = torch.full_like(lengths, torch.inf), list(range(count // 2))
+    for place in range(count):
+        if place == len(kept):
+            kept.append(int(nearest.argmax()))
+        nearest = torch.minimum(nearest, lengths + lengths[kept[place]] - 2 * (rows @ rows[kept[place]]))
+    return kept

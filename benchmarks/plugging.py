@@ -283,7 +283,8 @@ def _models(config: LlamaConfig, home: Path, count: int) -> tuple[Path, list[Pat
                 }
                 entries[name] = entries[name].model_copy(update=found)
         files.append(home / f"{seed}.safetensors")
-        SkillPack(empty.model_copy(update={"tensors": entries}), "a new pack", payloads.__getitem__).save(files[-1])
+        header = empty.model_copy(update={"tensors": entries})
+        SkillPack(header, "a new pack", lambda _, name, stored=payloads: stored[name]).save(files[-1])
     return home / "base", files
 
 

@@ -36,13 +36,16 @@ def test_the_page_is_enough_to_read_a_pack(
     pack = SkillPack.load(path)
     with safe_open(path, framework="np") as file:
         header = json.loads(zlib.decompress(base64.b85decode(file.metadata()["skillpack"])))
+        payloads, exact_layers = (
+            file.get_tensor(run).tobytes() if run in file.keys() else b"" for run in ("payloads", "exact_layers")
+        )
         for name, entry in header["tensors"].items():
-            payload = file.get_tensor(name).tobytes() if entry["nbytes"] else b""
+            payload, payloads = payloads[: entry["nbytes"]], payloads[entry["nbytes"] :]
             bits = base.tensor(name).view(torch.int16).numpy().view(np.uint16)
             if on_top := entry.get("refinement"):
                 bits = prediction(entry["how"], payload, bits, on_top["weight"])
                 entry = entry | {"how": on_top["how"]}
-                payload = file.get_tensor(f"{name}:exact").tobytes()
+                payload, exact_layers = exact_layers[: on_top["nbytes"]], exact_layers[on_top["nbytes"] :]
             tuned_digest = entry.get("tuned_digest")
             found = tuned_patterns(entry, payload, bits)
             if tuned_digest is not None:
@@ -53,6 +56,8 @@ def test_the_page_is_enough_to_read_a_pack(
             else:
                 expected = base.tensor(name).float() + pack.delta(name, base.tensor(name))
                 assert np.allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
+    assert not payloads
+    assert not exact_layers
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (8, 3, 5, 4), (40,), ()])

@@ -25,7 +25,7 @@ from graftllm.compression.metric import Metric
 from graftllm.compression.prediction import predicted
 from graftllm.compression.pruning import encode_sparse
 from graftllm.errors import PackError
-from graftllm.header import BaseInfo, Card, Header, TensorEntry, refinement_key
+from graftllm.header import BaseInfo, Card, Header, TensorEntry
 from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
 
@@ -96,7 +96,8 @@ def _samples() -> dict[str, Sample]:
 
 
 def _tiny_pack(samples: dict[str, Sample]) -> SkillPack:
-    payloads, tensors = {}, {}
+    stored: dict[str, dict[str, bytes]] = {"payloads": {}, "exact_layers": {}}
+    payloads, tensors = stored["payloads"], {}
     for name, sample in samples.items():
         how, payloads[name], on_top = sample.how, sample.payload, None
         if sample.lossy is not None:
@@ -107,7 +108,7 @@ def _tiny_pack(samples: dict[str, Sample]) -> SkillPack:
                 nbytes=len(sample.payload),
                 payload_digest=_digest(sample.payload),
             )
-            payloads[refinement_key(name)] = sample.payload
+            stored["exact_layers"][name] = sample.payload
             how, payloads[name] = sample.lossy
         tensors[name] = TensorEntry(
             role="other",
@@ -125,7 +126,7 @@ def _tiny_pack(samples: dict[str, Sample]) -> SkillPack:
     header = Header(
         card=Card(), base=about, tuned_bytes=1, options=PackOptions(), calibration_tokens=0, tensors=tensors
     )
-    return SkillPack(header, "tiny", lambda name: np.frombuffer(payloads[name], np.uint8))
+    return SkillPack(header, "tiny", lambda run, name: np.frombuffer(stored[run][name], np.uint8))
 
 
 def _digest(payload: bytes) -> str:
@@ -291,8 +292,8 @@ def test_600_containers_that_lie_are_tensors_or_are_refused(tiny_bytes: bytes, t
     draw, refused = random.Random(2), 0
     for _ in range(600):
         outer, rest = _split(tiny_bytes)
-        way = _oddly(outer, draw)
-        refused += _read(tmp_path / "x", _joined(outer, rest), [str(way[0])] if way[0] in KINDS else ["hybrid"])
+        _oddly(outer, draw)
+        refused += _read(tmp_path / "x", _joined(outer, rest), ["hybrid", "layered"])
     assert refused > 500
 
 
@@ -303,15 +304,20 @@ def test_600_damaged_files_are_refused(tiny_bytes: bytes, tmp_path: Path) -> Non
         assert damaged == tiny_bytes or _read(tmp_path / "x", damaged, KINDS), i
 
 
+@pytest.mark.parametrize("run", ["payloads", "exact_layers"])
+def test_runs_that_come_twice_are_refused_or_are_the_same_bytes(run: str, tiny_bytes: bytes, tmp_path: Path) -> None:
+    outer, rest = _split(tiny_bytes)
+    text, others = json.dumps(outer), [outer[other] for other in ("payloads", "exact_layers")]
+    key = f"{json.dumps(run)}: {json.dumps(outer[run])}"
+    assert text.count(key) == 1
+    for second in ({"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}, *others, 7):
+        doubled = text.replace(key, f"{key}, {json.dumps(run)}: {json.dumps(second)}")
+        _read(tmp_path / "x", _joined(doubled, rest), KINDS)
+
+
 @pytest.mark.parametrize("name", ["elementwise", "hybrid"])
 def test_names_that_come_twice_are_refused_or_are_the_same_tensor(name: str, tiny_bytes: bytes, tmp_path: Path) -> None:
     outer, rest = _split(tiny_bytes)
-    text = json.dumps(outer)
-    key = f"{json.dumps(name)}: {json.dumps(outer[name])}"
-    assert text.count(key) == 1
-    for second in ({"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}, outer[name], outer["raw"], 7):
-        doubled = text.replace(key, f"{key}, {json.dumps(name)}: {json.dumps(second)}")
-        _read(tmp_path / "x", _joined(doubled, rest), [name])
     inner = _header_text(outer)
     entry = json.dumps(json.loads(inner)["tensors"]["raw"])
     doubled = inner.replace(f'"{name}":{{', f'"{name}":{entry},"{name}":{{')

@@ -78,10 +78,10 @@ def test_every_parameter_is_accounted_for(delta: Delta, pack_file: Path) -> None
     assert sum(pack.bytes_by_role().values()) == pack.payload_bytes
 
 
-@pytest.mark.parametrize("budget", ["40%", "16KB"])
+@pytest.mark.parametrize("budget", ["30%", "14KB"])
 def test_a_budget_counts_the_whole_file(delta: Delta, tmp_path: Path, budget: str) -> None:
     compress(delta, PackOptions(strategy="paper", budget=budget)).save(tmp_path / "p.safetensors")
-    allowed = 16_000 if budget == "16KB" else int(0.4 * delta.tuned.nbytes)
+    allowed = 14_000 if budget == "14KB" else int(0.3 * delta.tuned.nbytes)
     assert 0.9 * allowed < (tmp_path / "p.safetensors").stat().st_size <= allowed
 
 
@@ -242,13 +242,13 @@ NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
         (_at("tensors", NORM, "dtype", value="F4"), "claims dtype F4"),
         (
             _at("tensors", NORM, "nbytes", value=1 << 60),
-            "the header and the stored payloads disagree on 'model.norm.wei",
+            "the header and the stored payloads disagree on 'payloads'",
         ),
         (_at("tensors", NORM, "nbytes", value=-5), "the header is not one of format version 1"),
         (_at("tensors", "extra", value=None), "the header is not one of format version 1"),
         (_at("tensors", NORM, "how", value={"operator": "pickle"}), "the header is not one of format version 1"),
         (_at("tensors", NORM, "role", value="boss"), "the header is not one of format version 1"),
-        (lambda header: header["tensors"].pop(NORM), "disagree on 'model.norm.weight'"),
+        (lambda header: header["tensors"].pop(NORM), "disagree on 'payloads'"),
         (
             _at("tensors", UP, "tuned_shape", value=[1 << 40, 32]),
             r"to become BF16 of shape \[1099511627776, 32\] from BF",
@@ -296,7 +296,7 @@ def test_scales_that_are_no_numbers_are_refused(pack_file: Path, base: Checkpoin
     payload[:2] = raw_bytes(torch.tensor([scale]).bfloat16())  # of the first run of the first singular vector
     entry = pack.header.tensors[UP].model_copy(update={"payload_digest": payload_digest(payload)})
     header = pack.header.model_copy(update={"tensors": pack.header.tensors | {UP: entry}})
-    changed = SkillPack(header, "x", lambda _: payload)
+    changed = SkillPack(header, "x", lambda *_: payload)
     for decode in (changed.factors, lambda name: changed.restore(name, base.tensor(name))):
         with pytest.raises(PackError, match=f"the payload of '{UP}' cannot be decoded .expected finite values"):
             decode(UP)

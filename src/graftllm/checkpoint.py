@@ -228,9 +228,8 @@ def write_safetensors(
         data: gives the bytes of a tensor when its turn comes (flat uint8).
         metadata: the file's `__metadata__`, in this order.
     """
-    encoded = safetensors_header(layout, metadata)
     with whole_file(path) as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.write(safetensors_opening(layout, metadata))
         for name, spec in layout.items():
             chunk = data(name)
             if chunk.nbytes != spec.nbytes:
@@ -238,15 +237,16 @@ def write_safetensors(
             file.write(chunk.data)
 
 
-def safetensors_header(layout: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """Return the JSON that opens a safetensors file, padded to 8 bytes; in the file its length comes first."""
+def safetensors_opening(layout: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """Return what a safetensors file begins with: the length of a JSON text, and the text, padded to 8 bytes."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, spec in layout.items():
         header[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [end, end + spec.nbytes]}
         end += spec.nbytes
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return encoded + b" " * (-len(encoded) % 8)
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
 
 
 def write_checkpoint(

@@ -8,7 +8,7 @@ import base64
 import hashlib
 import re
 import zlib
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
 
-from graftllm.checkpoint import DTYPES, TensorSpec, safetensors_header
+from graftllm.checkpoint import DTYPES, TensorSpec, safetensors_opening
 from graftllm.compression.encoded import Operator, Refinement
 from graftllm.compression.roles import Role
 from graftllm.delta import convertible, growable, is_setting
@@ -37,6 +37,7 @@ MAX_HEADER_BYTES = 64 << 20
 _CONTAINERS = 16  # bytes of JSON for each object or list, and
 _MARKS = 5  # for each comma or colon, at least; headers of the shortest names have a third more
 _LONGEST = 4096  # members of an object or list, but for `tensors`
+Run = Literal["payloads", "exact_layers"]  # the tensors of the file
 _STRING = re.compile(rb'"(?:[^"\\]+|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 
 
@@ -277,8 +278,6 @@ def _parse_header(path: Path, text: bytes) -> Header:
                 f"{path}: tensor {name!r} claims to become {tuned.dtype} of shape {list(tuned.shape)} from "
                 f"{entry.dtype} of shape {list(entry.shape)}, which cannot be."
             )
-        if refinement_key(name) in header.tensors:
-            raise PackError(f"{path}: {refinement_key(name)!r} is the name of a tensor and of an exact layer.")
     rows = {entry.tuned_shape[0] for entry in header.tensors.values() if entry.tuned_shape}
     for key, value in header.config.items():
         if not is_setting(key) or (key.endswith("vocab_size") and value not in rows):
@@ -305,24 +304,33 @@ def _is_long(part: object) -> bool:
     return len(part) > _LONGEST or any(map(_is_long, part.values() if isinstance(part, dict) else part))
 
 
-def layout(header: Header) -> dict[str, TensorSpec]:
-    """Return the file's tensors: one run of bytes for each parameter that has a payload, then those of exact layers."""
-    sizes = {name: entry.nbytes for name, entry in header.tensors.items()}
-    sizes |= {
-        refinement_key(name): entry.refinement.nbytes for name, entry in header.tensors.items() if entry.refinement
+def places(header: Header) -> dict[Run, dict[str, slice]]:
+    """Return where the file has each parameter's payload, and its exact layer, in the run of bytes of all of them."""
+    sizes: dict[Run, dict[str, int]] = {
+        "payloads": {name: entry.nbytes for name, entry in header.tensors.items()},
+        "exact_layers": {name: entry.refinement.nbytes for name, entry in header.tensors.items() if entry.refinement},
     }
-    return {name: TensorSpec("U8", (nbytes,)) for name, nbytes in sizes.items() if nbytes}
+    ends = {run: accumulate(parts.values()) for run, parts in sizes.items()}
+    return {
+        run: {name: slice(end - parts[name], end) for name, end in zip(parts, ends[run], strict=True)}
+        for run, parts in sizes.items()
+    }
 
 
-def refinement_key(name: str) -> str:
-    """Return the name under which a parameter's exact layer is stored."""
-    return f"{name}:exact"
+def layout(header: Header) -> dict[str, TensorSpec]:
+    """Return the file's tensors: all payloads, then all exact layers; what would be empty is not there."""
+    lengths = {run: max((part.stop for part in parts.values()), default=0) for run, parts in places(header).items()}
+    return {run: TensorSpec("U8", (length,)) for run, length in lengths.items() if length}
+
+
+def opening(header: Header) -> bytes:
+    """Return what the file begins with, before the payloads."""
+    return safetensors_opening(layout(header), metadata(header))
 
 
 def file_bytes(header: Header) -> int:
     """Return how many bytes the file with this header has."""
-    stored = layout(header)
-    return 8 + len(safetensors_header(stored, metadata(header))) + sum(spec.nbytes for spec in stored.values())
+    return len(opening(header)) + sum(entry.stored_bytes for entry in header.tensors.values())
 
 
 def metadata(header: Header) -> dict[str, str]:

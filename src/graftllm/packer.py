@@ -1,10 +1,11 @@
 """Deltas into SkillPacks: measured, packed to a budget, resumed after a kill."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+
+import numpy as np
 
 from graftllm.checkpoint import fingerprint
 from graftllm.compression.calibration import Calibration, collect_moments
@@ -18,12 +19,13 @@ from graftllm.compression.workspace import Workspace, open_workspace, packing_ke
 from graftllm.delta import Delta
 from graftllm.errors import BudgetError, CheckpointError, CompressionError, WorkerError
 from graftllm.generation import resolve_device
-from graftllm.header import BaseInfo, Card, Header, TensorEntry, file_bytes, metadata, refinement_key
+from graftllm.header import BaseInfo, Card, Header, Run, TensorEntry, file_bytes, opening
 from graftllm.packing_options import PackOptions, budget_bytes, kl_target
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
 
-_COMPRESSED_ENTRY = 64  # bytes of a tensor's entry in the compressed header, mostly its two digests
+_ENTRY = 64  # bytes of a parameter's entry in the compressed header, about; mostly its two digests
+_TABLE = 80  # bytes in which the file says how long its payloads are
 _TRIES = 8  # packs that are built to meet a target divergence
 _CLOSE = 0.8  # of the target: near enough
 
@@ -139,11 +141,6 @@ def _within_budget(
 ) -> SkillPack:
     """Return a pack of the size or the divergence that the options ask for."""
     delta, options = job.delta, job.options
-    if clash := next((name for name in delta if refinement_key(name) in delta), None):
-        raise CheckpointError(
-            f"{delta.base.path}: has tensors {clash!r} and {refinement_key(clash)!r}; in a pack the latter is the name "
-            "of an exact layer. Rename one in both checkpoints."
-        )
     calibration = job.measures().calibration
 
     def build(budget: int | None, refined: bool = False) -> SkillPack:
@@ -248,15 +245,9 @@ def _build(
             tuned_digest=part.facts.tuned_digest,
         )
 
-    def entry_bytes(name: str, nbytes: int) -> int:
-        """Return about how many bytes the file spends on a parameter beside its payload."""
-        stored = {"dtype": "U8", "shape": [nbytes], "data_offsets": [delta.tuned.nbytes] * 2}
-        return len(json.dumps(stored, separators=(",", ":"))) + len(name) + 4 + _COMPRESSED_ENTRY
-
-    beside = len(json.dumps({"__metadata__": metadata(header)})) + 64
+    beside = len(opening(header)) + _TABLE + _ENTRY * len(delta)
     while True:
-        room = None if budget is None else budget - beside
-        coded = encode_job(job, crew, payload_budget=room, entry_bytes=entry_bytes)
+        coded = encode_job(job, crew, payload_budget=None if budget is None else budget - beside)
         parts = {part.name: part for part in (distill_job(job, coded, rows) if options.distill else coded)}
         entries = {name: entry(part) for name, part in parts.items()}
         found = fingerprint((name, entry.spec, entry.base_digest) for name, entry in entries.items())
@@ -265,14 +256,15 @@ def _build(
         size = file_bytes(whole)
         if budget is None or size <= budget:
             break
-        short = size - beside - sum(one.nbytes + entry_bytes(name, one.nbytes) for name, one in entries.items())
+        short = size - beside - sum(one.nbytes for one in entries.values())
         if short <= 0:
             raise BudgetError(f"budget: expected at least {size:,} bytes for this delta, found {budget:,}. Raise it.")
         beside += short  # the estimate was that much too low
     if refined:
         parts = {part.name: part for part in refine_job(job, crew, list(parts.values()))}
         whole = whole.model_copy(update={"tensors": {name: entry(part) for name, part in parts.items()}})
-    on_top = {refinement_key(name): part for name, part in parts.items()}
-    return SkillPack(
-        whole, "an unsaved pack", lambda key: parts[key].payload if key in parts else on_top[key].refinement
-    )
+
+    def payload(run: Run, name: str) -> np.ndarray:
+        return parts[name].payload if run == "payloads" else parts[name].refinement
+
+    return SkillPack(whole, "an unsaved pack", payload)

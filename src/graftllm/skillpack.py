@@ -13,19 +13,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from graftllm.checkpoint import DTYPE_NAMES, Checkpoint, TensorSpec, digest, write_safetensors
+from graftllm.checkpoint import DTYPE_NAMES, Checkpoint, TensorSpec, digest
 from graftllm.compression.encoded import EncodedTensor, ExactLayer
 from graftllm.compression.units import payload_digest
 from graftllm.delta import align
 from graftllm.downloads import Repository, download, repository
 from graftllm.errors import HubError, PackError
-from graftllm.header import (
-    Header,
-    layout,
-    metadata,
-    read_header,
-    refinement_key,
-)
+from graftllm.header import Header, Run, opening, places, read_header
+from graftllm.storage import whole_file
 
 Layer = Literal["lossy", "exact"]
 _BLOCK = 1 << 22  # values that are checked at a time
@@ -43,7 +38,7 @@ class SkillPack:
 
     header: Header
     source: str
-    _payload: Callable[[str], np.ndarray]
+    _payload: Callable[[Run, str], np.ndarray]
 
     @classmethod
     def load(cls, path: str | Path, layer: Layer | None = None, *, revision: str | None = None) -> "SkillPack":
@@ -68,12 +63,13 @@ class SkillPack:
                 f"{path}: expected a pack with an exact layer, but {odd!r} has none. "
                 "Take the lossy layer, or pack with the strategy exact."
             )
+        stored = places(header)
         header = header.lossy_layer() if layer == "lossy" else header
 
-        def payload(name: str) -> np.ndarray:
+        def payload(run: Run, name: str) -> np.ndarray:
             try:
                 with safe_open(path, framework="np") as file:
-                    return file.get_tensor(name)
+                    return file.get_slice(run)[stored[run][name]]
             except (OSError, SafetensorError) as error:
                 raise PackError(
                     f"{path}: {name!r} cannot be read any more ({str(error).splitlines()[0]}). "
@@ -88,7 +84,14 @@ class SkillPack:
         Raises:
             StorageError: there is no room, or the place cannot be written.
         """
-        write_safetensors(Path(path), layout(self.header), self._payload, metadata=metadata(self.header))
+        with whole_file(Path(path)) as file:
+            file.write(opening(self.header))
+            for run, parts in places(self.header).items():
+                for name, place in parts.items():
+                    chunk = self._stored(run, name, place.stop - place.start)
+                    if chunk.nbytes != place.stop - place.start:
+                        raise ValueError(f"{name}: expected {place.stop - place.start} bytes, found {chunk.nbytes}")
+                    file.write(chunk.data)
 
     def __iter__(self) -> Iterator[str]:
         """Yield the names of all parameters of the base."""
@@ -101,10 +104,10 @@ class SkillPack:
             PackError: the payload is not the one that the header describes.
         """
         entry = self.header.tensors[name]
-        payload, on_top = self._checked(name, entry.nbytes, entry.payload_digest), entry.refinement
+        payload, on_top = self._checked("payloads", name, entry.nbytes, entry.payload_digest), entry.refinement
         if on_top is None:
             return EncodedTensor(entry.how, payload)
-        refinement = self._checked(refinement_key(name), on_top.nbytes, on_top.payload_digest)
+        refinement = self._checked("exact_layers", name, on_top.nbytes, on_top.payload_digest)
         return EncodedTensor(entry.how, payload, ExactLayer(on_top.weight, on_top.how, refinement))
 
     def restore(self, name: str, base: Tensor) -> Tensor:
@@ -201,11 +204,15 @@ class SkillPack:
             totals[entry.role] = totals.get(entry.role, 0) + entry.stored_bytes
         return totals
 
-    def _checked(self, key: str, nbytes: int, expected: str) -> np.ndarray:
-        payload = self._payload(key) if nbytes else np.empty(0, np.uint8)
+    def _stored(self, run: Run, name: str, nbytes: int) -> np.ndarray:
+        return self._payload(run, name) if nbytes else np.empty(0, np.uint8)
+
+    def _checked(self, run: Run, name: str, nbytes: int, expected: str) -> np.ndarray:
+        payload = self._stored(run, name, nbytes)
         if payload_digest(payload) != expected:
+            what = "payload" if run == "payloads" else "exact layer"
             raise PackError(
-                f"{self.source}: the payload of {key!r} does not match its digest {expected}. "
+                f"{self.source}: the {what} of {name!r} does not match its digest {expected}. "
                 "The file is damaged; copy or download it again."
             )
         return payload

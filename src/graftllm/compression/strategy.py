@@ -6,7 +6,7 @@ is done to a tensor is a unit of `units`, and a `crew` does them.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from graftllm.compression.allocation import Outlook, step_for
@@ -24,27 +24,21 @@ _MANY = 64  # matrices; more are coded in parts, each of which corrects the fore
 _PARTS = 8
 
 
-def encode_job(
-    job: Job, crew: Crew, *, payload_budget: int | None, entry_bytes: Callable[[str, int], int]
-) -> list[Compressed]:
+def encode_job(job: Job, crew: Crew, *, payload_budget: int | None) -> list[Compressed]:
     """Return every parameter of a delta in compressed form. Payloads stay in the job's workspace.
 
     Args:
         job: what to compress, and how.
         crew: who does it.
-        payload_budget: bytes that all payloads together may take, with what is said of each parameter beside them.
-        entry_bytes: how many bytes the latter is, by a parameter's name and its payload's bytes.
+        payload_budget: bytes that all payloads together may take.
 
     Raises:
         BudgetError: it cannot be met.
         CheckpointError: the delta holds NaN, infinity or values above 2 ** 48.
     """
     if job.options.strategy == "auto" or job.options.layered:
-        return _automatic(job, crew, payload_budget, entry_bytes)
-    ranks: dict[str, int] = {}
-    if payload_budget is not None:
-        said = sum(entry_bytes(name, job.delta.tuned.specs[name].nbytes) for name in job.delta)
-        ranks = _ranks_for_budget(job, crew, payload_budget - said)
+        return _automatic(job, crew, payload_budget)
+    ranks = {} if payload_budget is None else _ranks_for_budget(job, crew, payload_budget)
     return _coded(job, crew, [Unit(name, "publish", ranks.get(name)) for name in job.delta])
 
 
@@ -56,19 +50,16 @@ def refine_job(job: Job, crew: Crew, parts: Sequence[Compressed]) -> list[Compre
     return [found_code(job, units[part.name]) if part.name in units else part for part in parts]
 
 
-def _automatic(
-    job: Job, crew: Crew, payload_budget: int | None, entry_bytes: Callable[[str, int], int]
-) -> list[Compressed]:
+def _automatic(job: Job, crew: Crew, payload_budget: int | None) -> list[Compressed]:
     """Return every parameter in compressed form at the step that fills the budget."""
     looks = {name: Unit(name, "look") for name in job.delta}
     crew(list(looks.values()), "looking")
     found = {name: found_outlook(job, name) for name in looks}
     outlooks = {name: one for name, one in found.items() if one is not None}
     parts = {name: found_code(job, looks[name]) for name, one in found.items() if one is None}
-    fixed = sum(_sizes(list(parts.values()), entry_bytes).values())
+    fixed = sum(part.facts.nbytes for part in parts.values())
     if payload_budget is None:
         room = round(DEFAULT_SHARE * sum(job.delta.tuned.specs[name].nbytes for name in outlooks))
-        entry_bytes = _nothing
     else:
         room = payload_budget - fixed
     step: float | None = step_for(outlooks.values(), 8 * max(room, 0)) if outlooks else None
@@ -79,10 +70,10 @@ def _automatic(
         if number >= _PASSES:
             step *= 2 ** (_COARSER * 2.0 ** (number - _PASSES))  # what is foreseen corrects too little here
         if number == 0 and len(outlooks) > _MANY:
-            tried = _in_parts(job, crew, outlooks, room, step, entry_bytes)
+            tried = _in_parts(job, crew, outlooks, room, step)
         else:
             tried = _coded(job, crew, [Unit(name, "code", step) for name in outlooks])
-        sizes = _sizes(tried, entry_bytes)
+        sizes = _sizes(tried)
         total = sum(sizes.values())
         if smallest is None or total < least:
             smallest, least = tried, total
@@ -102,14 +93,7 @@ def _automatic(
     return [parts[name] for name in job.delta]
 
 
-def _in_parts(
-    job: Job,
-    crew: Crew,
-    outlooks: Mapping[str, Outlook],
-    room: int,
-    step: float,
-    entry_bytes: Callable[[str, int], int],
-) -> list[Compressed]:
+def _in_parts(job: Job, crew: Crew, outlooks: Mapping[str, Outlook], room: int, step: float) -> list[Compressed]:
     """Return all matrices, coded a part at a time: each at the step that is to fill what the others leave of the room.
 
     The largest come first, and are spread over the parts, so the last part has little left to miss. If it does miss,
@@ -119,10 +103,10 @@ def _in_parts(
     coded: dict[str, Compressed] = {}
     for number in range(2 * _PARTS):
         part, found = ordered[number % _PARTS :: _PARTS], list(coded.values())
-        if len(found) == len(ordered) and next_step(outlooks, _sizes(found, entry_bytes), room, _steps(found)) is None:
+        if len(found) == len(ordered) and next_step(outlooks, _sizes(found), room, _steps(found)) is None:
             break
         if others := [one for one in found if one.name not in part]:
-            step = next_step(outlooks, _sizes(others, entry_bytes), room, _steps(others)) or step
+            step = next_step(outlooks, _sizes(others), room, _steps(others)) or step
         units = [Unit(name, "code", step) for name in part]
         coded |= {one.name: one for one in _coded(job, crew, units, f"packing {number % _PARTS + 1}/{_PARTS}")}
     return list(coded.values())
@@ -137,12 +121,8 @@ def _coded(job: Job, crew: Crew, units: Sequence[Unit], label: str = "packing") 
     return [found_code(job, unit) for unit in units]
 
 
-def _sizes(parts: Sequence[Compressed], entry_bytes: Callable[[str, int], int]) -> dict[str, int]:
-    return {part.name: part.facts.nbytes + entry_bytes(part.name, part.facts.nbytes) for part in parts}
-
-
-def _nothing(name: str, nbytes: int) -> int:
-    return 0
+def _sizes(parts: Sequence[Compressed]) -> dict[str, int]:
+    return {part.name: part.facts.nbytes for part in parts}
 
 
 def _ranks_for_budget(job: Job, crew: Crew, budget: int) -> dict[str, int]:

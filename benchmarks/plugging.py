@@ -13,7 +13,8 @@ change every parameter, norms and vocabulary too: all rows have one pack, or eig
 than what is printed.
 
 Switching: a merged pack takes the place of another. The floor is reading the pack's bytes and copying the
-touched weights once. `cold` decodes the pack from its file, `hot` takes it from the shelf.
+touched weights once. `cold` decodes the pack from its file, as a shelf has room for one of two; `hot` takes it from
+a shelf that has both.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from graftllm.compression.units import payload_digest
 from graftllm.delta import Delta
 from graftllm.fusion.beside import Beside
 from graftllm.fusion.branches import decode_branches
-from graftllm.fusion.grafting import decode
+from graftllm.fusion.grafting import decode, decoded_bytes
 from graftllm.fusion.shelf import Shelf
 from graftllm.generation import resolve_device
 from graftllm.packer import compress
@@ -196,16 +197,20 @@ def switching(size: Size, home: Path, device: torch.device) -> dict[str, Any]:
     model = _live(base, dtype, device)
     packs = [SkillPack.load(file) for file in files]
     touched = [value.data for name, value in model.named_parameters() if "proj" in name]
-    shelf = Shelf(1 << 62)
+    small, large = Shelf(decoded_bytes(model, packs[0])), Shelf(1 << 62)
     graft = decode(model, packs[0]).plug(model)
     turn = [0]
 
-    def switch(keep: bool) -> None:
+    def switch(shelf: Shelf) -> None:
         nonlocal graft
         turn[0] = 1 - turn[0]
         pack = packs[turn[0]]
         graft.unplug()
-        made = shelf.get(turn[0], lambda: decode(model, pack)) if keep else decode(model, pack, check=False)
+        made = shelf.get(
+            turn[0],
+            lambda: decode(model, pack, check=False, empty=shelf.empty),
+            lambda: decoded_bytes(model, pack),
+        )
         graft = made.plug(model)
 
     def floor() -> None:
@@ -213,13 +218,11 @@ def switching(size: Size, home: Path, device: torch.device) -> dict[str, Any]:
         for value in touched:
             value.clone()
 
-    for _ in range(2):
-        switch(keep=True)
-    ways: dict[str, Callable[[], Any]] = {"cold": lambda: switch(keep=False), "hot": lambda: switch(keep=True)}
     seconds = {"floor": _in_turns({"floor": floor}, 2 * size.repeats + 1, device)["floor"]}
-    for name, way in ways.items():  # one after the other: what one way frees is not the other's to pay for
-        switch(keep=True)
-        seconds |= _in_turns({name: way}, 2 * size.repeats + 1, device)
+    for name, shelf in {"cold": small, "hot": large}.items():  # one after the other: what one frees is its own
+        for _ in packs:
+            switch(shelf)
+        seconds |= _in_turns({name: lambda shelf=shelf: switch(shelf)}, 2 * size.repeats + 1, device)
     return {
         "touched_bytes": sum(value.nbytes for value in touched),
         "pack_bytes": files[0].stat().st_size,

@@ -229,9 +229,14 @@ def test_a_shelf_of_one_pack_decodes_again_what_it_let_go(served: Path) -> None:
     with model.using("one"):
         size = model.shelf.nbytes
     small = GraftedModel.load(served, memory_bytes=size)
+    held = []
     for name in ("one", "two", "one"):
         assert small.generate(["hi"], name, SHORT) == model.generate(["hi"], name, SHORT)
         assert small.shelf.hot == [("merged", ((name, 1.0),))]
+        with small.using(name) as live, model.using(name) as expected:
+            pairs = zip(live.parameters(), expected.parameters(), strict=True)
+            held += [(mine.detach(), other.detach()) for mine, other in pairs]
+    assert all(torch.equal(mine, other) for mine, other in held)  # memory that someone has is not lent again
 
 
 def test_a_stream_that_is_closed_early_stops_and_leaves_the_base(served: Path) -> None:

@@ -5,8 +5,9 @@ and keeps the base's, so unplugging gives the old model back bit for bit.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,17 @@ from graftllm.live import Binding, bindings, named_values
 from graftllm.skillpack import SkillPack
 
 Weighted = tuple[SkillPack, float]
-_CACHED = 1 << 20  # numbers that are multiplied out in one step on a processor
+
+
+class Empty(Protocol):
+    """Makes a tensor whose values are not set yet, as `torch.empty` does."""
+
+    def __call__(self, shape: torch.Size, /, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return one of this shape and dtype."""
+        ...
+
+
+_CACHED = 1 << 18  # numbers that a thread of a processor multiplies out in one step
 _BLOCK = 1 << 26
 
 
@@ -84,15 +95,31 @@ def plug(model: nn.Module, *packs: SkillPack | Weighted, check: bool = True) -> 
 
 @torch.inference_mode(False)  # what is kept must do in any mode
 @torch.no_grad()
-def decode(model: nn.Module, *packs: SkillPack | Weighted, check: bool = True) -> Replacement:
-    """Return what `plug` would put into the model; arguments and errors are the same."""
-    weighted = [pack if isinstance(pack, tuple) else (pack, 1.0) for pack in packs]
+def decode(
+    model: nn.Module, *packs: SkillPack | Weighted, check: bool = True, empty: Empty = torch.empty
+) -> Replacement:
+    """Return what `plug` would put into the model; arguments and errors are the same.
+
+    `empty` makes the tensors that factors are multiplied into, such as a shelf's.
+    """
+    weighted = _weighted(packs)
     check_weights(weighted)
     parameters, found = named_values(model), {}
     for binding in touched_bindings(model, weighted) if weighted else ():
         values = {name: parameters[name].data for name in binding.live}
-        found |= _plugged(values, binding, weighted, check=check)
+        found |= _plugged(values, binding, weighted, check=check, empty=empty)
     return Replacement(found)
+
+
+def decoded_bytes(model: nn.Module, *packs: SkillPack | Weighted) -> int:
+    """Return how much memory takes what `decode` would give; errors are those of `touched_bindings`."""
+    parameters = named_values(model)
+    touched = touched_bindings(model, _weighted(packs)) if packs else []
+    return sum(parameters[name].nbytes for binding in touched for name in binding.live)
+
+
+def _weighted(packs: Iterable[SkillPack | Weighted]) -> list[Weighted]:
+    return [pack if isinstance(pack, tuple) else (pack, 1.0) for pack in packs]
 
 
 def check_weights(packs: Sequence[Weighted]) -> None:
@@ -107,7 +134,7 @@ def check_weights(packs: Sequence[Weighted]) -> None:
 
 
 def _plugged(
-    values: Mapping[str, Tensor], binding: Binding, packs: Sequence[Weighted], *, check: bool
+    values: Mapping[str, Tensor], binding: Binding, packs: Sequence[Weighted], *, check: bool, empty: Empty
 ) -> dict[str, Tensor]:
     """Return live parameters with the packs' deltas, in the dtype and on the device that they have."""
     source = packs[0][0].source
@@ -125,7 +152,7 @@ def _plugged(
         if check:
             for pack, _ in packs:
                 pack.check_tensor(name, base.cpu())
-        stored[name] = combined(name, base, packs, dtype=live.dtype)
+        stored[name] = combined(name, base, packs, dtype=live.dtype, empty=empty)
     made = binding.to_live(stored)
     if {name: value.shape for name, value in made.items()} != {name: value.shape for name, value in values.items()}:
         raise FusionError(
@@ -135,7 +162,9 @@ def _plugged(
     return {name: value.to(like.device) for name, value in made.items()}
 
 
-def combined(name: str, base: Tensor, packs: Sequence[Weighted], *, dtype: torch.dtype) -> Tensor:
+def combined(
+    name: str, base: Tensor, packs: Sequence[Weighted], *, dtype: torch.dtype, empty: Empty = torch.empty
+) -> Tensor:
     """Return base + sum of weighted deltas of one parameter in `dtype`; `base` is in the base's dtype.
 
     One pack of weight 1 gives its own restored value, so an exact pack gives the tuned bits.
@@ -147,7 +176,7 @@ def combined(name: str, base: Tensor, packs: Sequence[Weighted], *, dtype: torch
     # In one order of summing, however the packs are given.
     packs = sorted(packs, key=lambda one: (one[0].header.tensors[name].payload_digest, one[1]))
     if (products := _products(name, packs)) is not None:
-        return _with_products(base, products, dtype)
+        return _with_products(base, products, empty(base.shape, dtype=dtype, device=base.device))
     base = base.cpu()
     pack, weight = packs[0]
     exact = pack.header.tensors[name].operator == "exact"
@@ -173,11 +202,11 @@ def _products(name: str, packs: Sequence[Weighted]) -> tuple[Tensor, Tensor] | N
     return torch.cat([left for left, _ in found], dim=1), torch.cat([right for _, right in found])
 
 
-def _with_products(base: Tensor, products: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-    """Return base + left right in `dtype`, in one pass over the base, where the base is."""
+def _with_products(base: Tensor, products: tuple[Tensor, Tensor], made: Tensor) -> Tensor:
+    """Return `made` with base + left right, in one pass over the base; it is where the base is."""
     left, right = (factor.to(base.device) for factor in products)
-    made = torch.empty(base.shape, dtype=dtype, device=base.device)
-    height = max(1, (_CACHED if base.device.type == "cpu" else _BLOCK) // base.shape[1])
+    step = _CACHED * torch.get_num_threads() if base.device.type == "cpu" else _BLOCK
+    height = max(1, step // base.shape[1])
     room = torch.empty(min(height, len(base)), base.shape[1], device=base.device)  # float32
     for start in range(0, len(base), height):
         block = base[start : start + height]

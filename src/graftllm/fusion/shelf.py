@@ -1,12 +1,18 @@
 """The shelf: what was decoded of packs, kept within a memory limit; the packs themselves stay on disk.
 
 What was used least recently goes first, by bytes. Whatever goes can be decoded again from its
-memory-mapped file.
+memory-mapped file. Its memory is lent to what comes: to get new memory from the system takes as long as to decode.
 """
 
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol, TypeVar
+from weakref import ReferenceType, ref
+
+import numpy as np
+import torch
+from torch import Tensor
 
 
 class Sized(Protocol):
@@ -28,6 +34,7 @@ class Shelf:
         """Start empty."""
         self.limit_bytes = limit_bytes
         self._hot: OrderedDict[Hashable, Any] = OrderedDict()
+        self._lent: list[tuple[np.ndarray, ReferenceType[np.ndarray]]] = []  # memory, and whoever has it
 
     @property
     def nbytes(self) -> int:
@@ -39,21 +46,51 @@ class Shelf:
         """The keys of what is decoded, the least recently used first."""
         return list(self._hot)
 
-    def get(self, key: Hashable, decode: Callable[[], Decoded]) -> Decoded:
+    def get(self, key: Hashable, decode: Callable[[], Decoded], expected: Callable[[], int] = lambda: 0) -> Decoded:
         """Return what is kept under a key, or decode it, and keep it where the limit allows.
 
         What alone is larger than the limit is decoded every time.
+
+        Args:
+            key: tells what is kept from other things.
+            decode: makes what is not kept, in memory from `empty` where it can.
+            expected: tells how many bytes that will be, so that others go before it comes.
         """
         if key in self._hot:
             self._hot.move_to_end(key)
             return self._hot[key]
+        if (size := expected()) <= self.limit_bytes:
+            self._make_room(size)
         found = decode()
         if found.nbytes <= self.limit_bytes:
             self._hot[key] = found
-            while self.nbytes > self.limit_bytes:
-                self._hot.popitem(last=False)
+            self._make_room(0)
+            self._lent = [one for one in self._lent if one[1]() is not None]
+        else:
+            self._lent = []  # what is not kept shall leave no memory behind
         return found
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return a tensor to decode into: in memory of what has left the shelf and is used by nobody, else in new.
+
+        Only memory of processors is lent again: PyTorch does so itself with a GPU's.
+        """
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
+        nbytes = math.prod(shape) * dtype.itemsize
+        free = (i for i, (memory, user) in enumerate(self._lent) if memory.nbytes == nbytes and user() is None)
+        place = next(free, None)
+        memory = torch.empty(nbytes, dtype=torch.uint8).numpy() if place is None else self._lent.pop(place)[0]
+        user = memory[:]  # lives as long as any tensor in it
+        self._lent.append((memory, ref(user)))
+        return torch.from_numpy(user).view(dtype).reshape(tuple(shape))
 
     def drop(self, key: Hashable) -> None:
         """Forget what is kept under a key, if anything is."""
         self._hot.pop(key, None)
+        self._lent = [one for one in self._lent if one[1]() is not None]
+
+    def _make_room(self, nbytes: int) -> None:
+        """Let go what was used least recently until so many bytes are left within the limit."""
+        while self._hot and self.nbytes + nbytes > self.limit_bytes:
+            self._hot.popitem(last=False)

@@ -128,4 +128,4 @@ def one_tensor(how: LowRank | Factored | Hybrid, payload: np.ndarray, shape: tup
     entry = header.tensors["w"].model_copy(
         update={"how": how, "shape": shape, "nbytes": payload.nbytes, "payload_digest": digest}
     )
-    return SkillPack(header.model_copy(update={"tensors": {"w": entry}}), "toy", lambda _: payload)
+    return SkillPack(header.model_copy(update={"tensors": {"w": entry}}), "toy", lambda *_: payload)

@@ -41,7 +41,7 @@ from graftllm.delta import Delta
 from graftllm.fusion.beside import Beside
 from graftllm.fusion.branches import decode_branches
 from graftllm.fusion.grafting import decode, decoded_bytes
-from graftllm.fusion.shelf import Shelf
+from graftllm.fusion.shelf import Shelf, kept_replacement
 from graftllm.generation import resolve_device
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
@@ -206,12 +206,7 @@ def switching(size: Size, home: Path, device: torch.device) -> dict[str, Any]:
         turn[0] = 1 - turn[0]
         pack = packs[turn[0]]
         graft.unplug()
-        made = shelf.get(
-            turn[0],
-            lambda: decode(model, pack, check=False, empty=shelf.empty),
-            lambda: decoded_bytes(model, pack),
-        )
-        graft = made.plug(model)
+        graft = kept_replacement(shelf, turn[0], model, [(pack, 1.0)], check=False).plug(model)
 
     def floor() -> None:
         files[0].read_bytes()

@@ -13,11 +13,11 @@ from graftllm.errors import FusionError
 from graftllm.fusion.beside import Beside, Mix, mixed
 from graftllm.fusion.branches import why_merged_only
 from graftllm.fusion.directory import AUTO, base_location, open_packs, open_router, read_manifest
-from graftllm.fusion.grafting import Graft, decode, decoded_bytes
+from graftllm.fusion.grafting import Graft
 from graftllm.fusion.names import unknown_pack
 from graftllm.fusion.routing import BASE, Route, Router, prompt_features, ruled
 from graftllm.fusion.rules import Rule, first_fitting
-from graftllm.fusion.shelf import Shelf
+from graftllm.fusion.shelf import Shelf, kept_replacement
 from graftllm.fusion.turns import Turn
 from graftllm.generation import GREEDY, generate, load_model, load_tokenizer, stream
 from graftllm.recipe import SamplingOptions
@@ -264,13 +264,8 @@ class GraftedModel:
         if mix:
             packs = [(self.packs[name], weight) for name, weight in mix]
             check = any(name not in self._checked for name, _ in mix)
-            shelf = self.shelf
-            assert shelf is not None
-            merged = shelf.get(
-                ("merged", mix),
-                lambda: decode(self.model, *packs, check=check, empty=shelf.empty),
-                lambda: decoded_bytes(self.model, *packs),
-            )
+            assert self.shelf is not None
+            merged = kept_replacement(self.shelf, mix, self.model, packs, check=check)
             self._checked |= {name for name, _ in mix}
             self._graft, self._mix = merged.plug(self.model), mix
 

@@ -12,7 +12,9 @@ from weakref import ReferenceType, ref
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from graftllm.fusion.grafting import Replacement, Weighted, decode, decoded_bytes
 
 
 class Sized(Protocol):
@@ -94,3 +96,14 @@ class Shelf:
         """Let go what was used least recently until so many bytes are left within the limit."""
         while self._hot and self.nbytes + nbytes > self.limit_bytes:
             self._hot.popitem(last=False)
+
+
+def kept_replacement(
+    shelf: Shelf, mix: Hashable, model: nn.Module, packs: Sequence[Weighted], *, check: bool
+) -> Replacement:
+    """Return the parameters that packs make, from the shelf under `mix` or decoded into its memory; see `decode`."""
+    return shelf.get(
+        ("merged", mix),
+        lambda: decode(model, *packs, check=check, empty=shelf.empty),
+        lambda: decoded_bytes(model, *packs),
+    )

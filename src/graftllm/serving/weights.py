@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from graftllm.fusion.beside import Beside, Mix
 from graftllm.fusion.branches import kept_branches, why_merged_only
-from graftllm.fusion.grafting import Graft, decode, decoded_bytes
-from graftllm.fusion.shelf import Shelf
+from graftllm.fusion.grafting import Graft
+from graftllm.fusion.shelf import Shelf, kept_replacement
 from graftllm.skillpack import SkillPack
 
 
@@ -96,10 +96,6 @@ class Weights:
         if mix:
             packs = [(self.packs[digest], weight) for digest, weight in mix]
             check = any(digest not in self._checked for digest, _ in mix)
-            replacement = self.shelf.get(
-                ("merged", mix),
-                lambda: decode(self.model, *packs, check=check, empty=self.shelf.empty),
-                lambda: decoded_bytes(self.model, *packs),
-            )
+            replacement = kept_replacement(self.shelf, mix, self.model, packs, check=check)
             self._checked.update(digest for digest, _ in mix)
             self._graft, self._plugged = replacement.plug(self.model), mix

@@ -1,5 +1,6 @@
 """A second reader, written from docs/skillpack-format.md with nothing but NumPy; its packs are small."""
 
+from collections.abc import Callable
 from functools import cache
 from math import isqrt, prod
 
@@ -95,38 +96,55 @@ class Codes:
         size = int.from_bytes(data[:2], "little")
         self.head, self.ans = list(data[2 : 2 + size]), _Ans(data[2 + size :])
 
-    def run(self, count: int, frequencies: list[int], classes: int) -> np.ndarray:
-        values = np.array(self.ans.take(count, [f * 256 for f in frequencies]), np.int64)
-        numbers = values.copy()
-        for c in range(8, classes):
-            here, bits = np.flatnonzero(numbers == c), c // 4 - 1
-            values[here] = (4 + c % 4) << bits
-            for place in range(0, bits, 16):
-                b = min(16, bits - place)
-                piece = self.ans.take(len(here), [1 << 24 - b] * (1 << b))
-                values[here] |= np.array(piece, np.int64) << place
+    def take(self, size: int) -> bytes:
+        taken, self.head = bytes(self.head[:size]), self.head[size:]
+        return taken
+
+    def run(self, tables: np.ndarray, frequencies: Callable[[int], list[int]]) -> np.ndarray:
+        """One integer for each table."""
+        values = np.zeros(len(tables), np.int64)
+        for table in range(1, 64):
+            here = np.flatnonzero(tables == table)
+            if len(here):
+                values[here] = self.ans.take(len(here), [f * 256 for f in frequencies(table)])
+        here, classes = np.flatnonzero(values >= 8), values[values >= 8]
+        values[here] = (4 + classes % 4 << classes // 4 - 1) | self.bounded(1 << classes // 4 - 1)
         return values >> 1 ^ -(values & 1)
 
     def vector(self, count: int) -> np.ndarray:
-        family, table, classes = (self.head.pop(0) for _ in range(3))
-        if family < 2:
-            return (
-                self.run(count, _frequencies(family, table, classes), classes) if table else np.zeros(count, np.int64)
-            )
-        own, self.head = bytes(self.head[: 2 * classes]), self.head[2 * classes :]
-        return self.run(count, np.frombuffer(own, "<u2").tolist(), classes)
+        k, table, classes = self.take(3)
+        own = np.frombuffer(self.take(2 * classes if k % 4 == 2 else 0), "<u2").tolist()
+        a = int.from_bytes(self.take(2 if k // 4 else 0), "little", signed=True)
+        b = int.from_bytes(self.take(1 if k // 4 == 1 else 0), "little", signed=True)
+        rest = self.run(np.full(count, table), lambda t: own or _frequencies(k % 4, t, classes))
+        if k // 4 == 2:
+            return a + np.cumsum(rest)
+        return rest + (a * count + 4 * b * np.arange(count) + 8 * count) // (16 * count) if k // 4 else rest
 
-    def matrix(self, rows: int, columns: int, shifts: np.ndarray | int = 0) -> np.ndarray:
-        """One chunk, as these matrices are small."""
-        family, first, classes = (self.head.pop(0) for _ in range(3))
-        of_rows = (first + np.cumsum(self.vector(rows)))[:, None]
-        tables = np.where(of_rows == 0, 0, np.clip(of_rows + shifts, 1, 63)) + np.zeros((rows, columns), np.int64)
-        values = np.zeros((rows, columns), np.int64)
-        for table in range(1, 64):
-            here = tables == table
-            if here.any():
-                values[here] = self.run(int(here.sum()), _frequencies(family, table, classes), classes)
+    def matrix(self, rows: int, columns: int, shifts: np.ndarray | None = None) -> np.ndarray:
+        """These matrices are too small for chunks, but for those that follow the columns."""
+        k, classes = self.take(2)
+        of_rows, values = self.vector(rows), np.zeros((rows, columns), np.int64)
+        shifts, start = np.zeros(columns, np.int64) if shifts is None else shifts, 0
+        while start < rows:
+            stop = min(rows, start + max(1, start // 2)) if k // 4 else rows
+            named = of_rows[start:stop, None]
+            tables = np.where(named == 0, 0, np.clip(named + shifts, 1, 63))
+            found = self.run(tables.reshape(-1), lambda t: _frequencies(k % 4, t, classes))
+            values[start:stop], start = found.reshape(-1, columns), stop
+            if k // 4:
+                shifts = self.followed(values[:start], of_rows[:start])
         return values
+
+    @staticmethod
+    def followed(codes: np.ndarray, tables: np.ndarray) -> np.ndarray:
+        m, energies = 3, np.full(codes.shape[1], 3 << 8)
+        for row, t in zip(codes, tables.tolist(), strict=True):
+            if t:
+                most, scale = isqrt(isqrt(1 << t - 1)) + 1, isqrt(1 << 81 - t)
+                m, energies = m + 1, energies + (np.minimum(abs(row), most) ** 2 * scale >> 24)
+        least = [isqrt(isqrt((m << 8) ** 4 << 2 * shift + 63)) >> 16 for shift in range(-23, 25)]
+        return np.array([sum(energy >= each for each in least) - 24 for energy in energies.tolist()])
 
     def bounded(self, limits: np.ndarray) -> np.ndarray:
         values = np.zeros(len(limits), np.int64)

@@ -67,7 +67,7 @@ def test_bytes_and_cost_are_foreseen(kind: str, calibrated: bool, share: float) 
             assert choice.cost == pytest.approx(metric.cost(matrix))
             continue
         size, cost = _real(matrix, metric, choice, step)
-        assert size / 1.3 < choice.bits / 8 < 1.3 * size
+        assert size / 1.35 < choice.bits / 8 < 1.35 * size
         if choice.kind == "elementwise" or (choice.kind == "factored" and choice.rank < 20):
             assert cost / 1.35 < choice.cost < 1.35 * cost
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from graftllm.compression import codes as codes_module
-from graftllm.compression.codes import LOUDEST, CodeReader, CodeWriter, code_bits, table_frequencies
+from graftllm.compression.codes import CodeReader, CodeWriter, code_bits
+from graftllm.compression.tables import LOUDEST, table_frequencies
 
 MOST = (1 << 22) - 1
 INTEGERS = st.integers(-2, 2) | st.integers(-300, 300) | st.integers(-MOST, MOST)
@@ -90,7 +91,7 @@ def test_chunks_of_rows_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_silence_costs_nothing() -> None:
-    assert _coded(np.zeros((10_000, 64), np.int32)).nbytes == 2 + 6
+    assert _coded(np.zeros((10_000, 64), np.int32)).nbytes == 2 + 5
     assert _written(lambda writer: writer.vector(np.zeros(10_000, np.int32))).nbytes == 2 + 3
 
 
@@ -120,7 +121,37 @@ def test_shifts_let_columns_of_many_spreads_take_their_own_entropies() -> None:
     codes = _gaussian((400, 32), 2.0 ** (shifts / 4))
     expected = 400 * sum(_entropy(2.0 ** (shift / 4)) for shift in shifts)
     assert 0.99 * expected < 8 * _coded(codes, shifts).nbytes < 1.02 * expected
-    assert _coded(codes).nbytes > 1.1 * _coded(codes, shifts).nbytes
+    assert _coded(codes, np.zeros(32, np.int32)).nbytes > 1.1 * _coded(codes, shifts).nbytes
+
+
+def test_tables_follow_columns_of_many_spreads_that_nobody_told() -> None:
+    spreads = 2.0 ** np.linspace(-1, 3, 400)
+    codes = _gaussian((60, 400), spreads * 2.0 ** np.linspace(3, 0, 60)[:, None])
+    expected = sum(_entropy(spread * row) for spread in spreads for row in 2.0 ** np.linspace(3, 0, 60))
+    bits = 8 * _coded(codes).nbytes
+    assert expected < bits < 1.05 * expected
+    assert bits < 0.95 * 8 * _coded(codes, np.zeros(400, np.int32)).nbytes
+
+
+def test_columns_that_are_alike_are_not_followed() -> None:
+    alike = _gaussian((60, 400), 3.0)
+    assert np.array_equal(_coded(alike), _coded(alike, np.zeros(400, np.int32)))
+
+
+@pytest.mark.parametrize("count", [100, 3000])
+def test_vectors_along_a_line_cost_what_is_off_it(count: int) -> None:
+    off = _gaussian((1, count), 0.6)[0]
+    flat, rising = (
+        _written(lambda writer, values=values: writer.vector(values)).nbytes
+        for values in (off, off + np.rint(np.linspace(-9, 12, count)).astype(np.int32))
+    )
+    assert rising < flat + 0.1 * count / 8 + 8
+
+
+def test_vectors_that_wander_cost_their_steps() -> None:
+    steps = _gaussian((1, 3000), 0.6)[0]
+    wandering = _written(lambda writer: writer.vector(np.cumsum(steps).astype(np.int32)))
+    assert wandering.nbytes < _written(lambda writer: writer.vector(steps)).nbytes + 6
 
 
 def test_laplacian_codes_have_tables_of_their_own() -> None:
@@ -132,8 +163,10 @@ def test_laplacian_codes_have_tables_of_their_own() -> None:
 @given(hnp.arrays(np.int32, SHAPES, elements=INTEGERS))
 def test_bits_are_foreseen(codes: np.ndarray) -> None:
     beside = _written(lambda writer: writer.matrix(np.zeros_like(codes))).nbytes
-    # An index in the head of at most 63 takes a row a byte or so; words are of four bytes.
-    assert code_bits(codes) / 8 - 1 <= _coded(codes).nbytes - beside <= code_bits(codes) / 8 + 2 * len(codes) + 8
+    # Every row's table takes two bytes or less; words are of four bytes.
+    assert _coded(codes).nbytes - beside <= code_bits(codes) / 8 + 2 * len(codes) + 10
+    unmoved = np.zeros(codes.shape[1], np.int32)  # with these nothing follows the columns
+    assert _coded(codes, unmoved).nbytes - beside >= code_bits(codes) / 8 - 4
 
 
 @given(st.integers(0, 1), st.integers(1, LOUDEST), st.integers(2, 120))
@@ -169,9 +202,9 @@ def test_tables_never_change(key: tuple[int, int, int]) -> None:
     assert table_frequencies(*key).tolist() == GOLDEN[key]
 
 
-def _read(payload: np.ndarray, shape: tuple[int, int]) -> None:
+def _read(payload: np.ndarray, shape: tuple[int, int], *, shifted: bool = True) -> None:
     """Read what may be anything: the shapes are right, or it is a ValueError."""
-    shifts = np.arange(shape[1]) - 2
+    shifts = np.arange(shape[1]) - 2 if shifted else None
     try:
         reader = CodeReader(payload)
         vector, matrix = reader.vector(shape[1]), reader.matrix(*shape, shifts)
@@ -187,12 +220,15 @@ def test_random_bytes_are_codes_or_are_refused(data: bytes, shape: tuple[int, in
     _read(np.frombuffer(data, np.uint8), shape)
 
 
-@given(st.lists(st.integers(0, 127), min_size=9, max_size=9), st.binary(max_size=40), SHAPES)
+@given(st.lists(st.integers(0, 63), min_size=11, max_size=11), st.binary(max_size=40), SHAPES, st.booleans())
 @settings(max_examples=300)
-def test_random_heads_are_codes_or_are_refused(head: list[int], words: bytes, shape: tuple[int, int]) -> None:
-    head[0::3] = [family % 2 for family in head[0::3]]
+def test_random_heads_are_codes_or_are_refused(
+    head: list[int], words: bytes, shape: tuple[int, int], shifted: bool
+) -> None:
+    # A vector along a line, then a matrix, whose rows' tables are told one from the other.
+    head[0], head[6], head[8] = 4 + head[0] % 2, head[6] % 2 + 4 * (not shifted), 8 + head[8] % 2
     words = words[: len(words) // 4 * 4]
-    _read(np.frombuffer(bytes([9, 0, *head]) + words, np.uint8), shape)
+    _read(np.frombuffer(bytes([13, 0, *head, 20, 0]) + words, np.uint8), shape, shifted=shifted)
 
 
 @given(st.integers(0, 10_000), st.integers(0, 255), st.integers(0, 9))
@@ -211,7 +247,10 @@ def test_a_changed_byte_gives_other_codes_or_is_refused(place: int, value: int, 
     [
         ([], "expected a head of 0 bytes and whole words, found 0 bytes"),
         ([3, 0, 0, 0], "expected a head of 3 bytes and whole words, found 4 bytes"),
-        ([0, 0], "expected a family, a table and a number of classes, found -1, -1, -1"),
+        ([0, 0], "expected 3 bytes more of the head, found 0"),
+        ([3, 0, 4, 1, 2], "expected 3 bytes more of the head, found 0"),
+        ([5, 0, 8, 1, 2, 0], "expected a head of 5 bytes and whole words, found 6 bytes"),
+        ([3, 0, 12, 1, 2], "found 12, 1, 2"),
         ([3, 0, 3, 1, 2], "expected a family, a table and a number of classes, found 3, 1, 2"),
         ([3, 0, 0, 64, 2], "found 0, 64, 2"),
         ([3, 0, 0, 1, 1], "found 0, 1, 1"),
@@ -235,8 +274,13 @@ def test_a_table_of_its_own_that_is_none_is_refused() -> None:
 
 
 def test_tables_beyond_the_last_are_refused() -> None:
-    payload = _coded(np.array([[0, 1, -1, 0], [900, -800, 700, -1000]], np.int32)).copy()
-    first = payload[3]
-    payload[3] += 30  # the first row's table, from which the others are counted
-    with pytest.raises(ValueError, match=f"expected tables from 0 to 63, found {first + 30} to "):
+    payload = np.array([7, 0, 0, 2, 8, 0, 2, 100, 0], np.uint8)  # two rows whose tables are 100 and the same
+    with pytest.raises(ValueError, match="expected tables from 0 to 63, found 100 to 100"):
         CodeReader(payload).matrix(2, 4)
+
+
+def test_a_matrix_that_follows_columns_that_are_told_is_refused() -> None:
+    payload = _coded(_gaussian((60, 400), 2.0 ** np.linspace(-1, 3, 400)))
+    assert payload[2] // 4 == 1
+    with pytest.raises(ValueError, match=r"expected a family and a number of classes, found \d, \d+"):
+        CodeReader(payload).matrix(60, 400, np.zeros(400, np.int32))

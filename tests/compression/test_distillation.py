@@ -83,13 +83,13 @@ def test_distilled_packs_are_closer_on_prompts_that_they_never_saw_and_not_large
     learnt, unseen = read_prompts(tuned / "sft.jsonl"), read_prompts(home / "zoo" / "prompts" / "double.test.jsonl")
     found, sizes = [], []
     for steps in (None, 100):
-        pack = compress(delta, PackOptions(budget="4%", distill=steps), calibration=learnt, device="cpu")
+        pack = compress(delta, PackOptions(budget="3%", distill=steps), calibration=learnt, device="cpu")
         found.append(measure_fidelity(delta.base, pack, delta.tuned, unseen).kl)
         pack.save(tmp_path / "pack.safetensors")
         sizes.append((tmp_path / "pack.safetensors").stat().st_size)
     assert found[1] < 0.9 * found[0]
     assert sizes[1] <= 1.002 * sizes[0]  # headers differ by a few bytes
-    assert sizes[1] <= 0.04 * delta.tuned.nbytes
+    assert sizes[1] <= 0.03 * delta.tuned.nbytes
 
 
 def test_the_header_tells_the_steps_and_the_errors_that_are(tiny: Delta, distilled: SkillPack) -> None:

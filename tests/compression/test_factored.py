@@ -142,7 +142,7 @@ def test_restoring_adds_the_delta_to_the_base(kind: str, shape: tuple[int, ...],
 def test_payloads_of_another_shape_are_refused() -> None:
     for kind in ("factored", "hybrid"):
         operator, payload = _encode(kind, torch.randn(6, 4).double(), 0.01)
-        for shape in ((4, 6), (6, 5), (7, 4), (3, 4), (0, 0)):
+        for shape in ((4, 6), (6, 5), (5, 4), (3, 4), (0, 0)):
             with pytest.raises(ValueError, match="expected"):
                 operator.matrix(payload, shape)
         for changed in (payload[:-1], np.append(payload, payload[:1]), payload[:0]):

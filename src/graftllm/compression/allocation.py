@@ -24,7 +24,7 @@ from graftllm.compression.metric import Metric, row_squares
 
 Kind = Literal["zero", "elementwise", "factored", "hybrid"]
 BITS_WORTH = 2 * math.log(2) / 12  # lambda a bit, in squared steps: the slope of an entropy-coded uniform quantiser
-_SIDE_BITS = 2.5  # a row, column or direction costs about this much side information
+_SIDE_BITS = 2.0  # a row, column or direction costs about this much side information
 _SAMPLED_ROWS = 32
 _SAMPLED_OCTAVES = 10  # of steps, down from where nearly all entries round to zero
 _FINEST = 14  # octaves of the step below the mean entry of the loudest matrix: finer codes would not fit into float32

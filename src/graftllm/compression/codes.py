@@ -1,32 +1,38 @@
 """Quantiser codes as bytes: integers under tables that the format fixes, in one ANS stream.
 
 Every row of a matrix names the table that fits it best, so that strong and silent directions share a
-stream without paying for each other. There are two families of tables, Gaussian and Laplacian, of 63
-spreads each, a fourth of an octave apart. They are computed with whole numbers only: every platform
-has the same. Values are folded and classed as in `entropy`.
+stream without paying for each other. Where some columns are louder than others, tables follow what was
+read of each column before. Values are folded and classed as in `entropy`.
 """
 
-from collections.abc import Iterator, Sequence
-from functools import cache
+import math
+import struct
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from math import isqrt
 from typing import Any
 
 import constriction
 import numpy as np
 
-from graftllm.compression.entropy import FREQUENCIES, class_of, fold, low_bits, perfect_model, scaled, unfold
+from graftllm.compression.entropy import FREQUENCIES, class_of, fold, perfect_model, scaled, unfold
+from graftllm.compression.tables import CLASSES, FAMILIES, LOUDEST, SILENT, open_bits, table_bits, table_model
 
-SILENT = 0  # the table of a row that is all zeros: nothing is coded
-LOUDEST = 63
 LARGEST = 1 << 30  # codes are below this in magnitude
-_FAMILIES = 2
 _OWN = 2  # in place of a family: the table follows
-_CLASSES = 4 * 31 - 4  # those of folded values below 2 ** 31
+_ALONE, _LINE, _STEPS = range(3)  # what the integers of a vector are told from: nothing, a line, the one before
+_LONGEST, _HIGHEST = 1 << 14, 2000  # of vectors that are told from something: their length and magnitude
 _BLOCK = 1 << 22  # values that are put in order at a time; bounds the memory of coding
-_ONE = 1 << 64
-# 2 ** 64 * 2 ** -(2 ** (i / 4)) for i = 0 to 3, rounded
-_ROOTS = (9223372036854775808, 8089705464700925726, 6921480822830546630, 5749758898252946309)
+_WIDE = 1 << 16  # limits above this take two symbols
+_WEIGHT = 3  # rows as loud as their tables say that every column begins with
+_FARTHEST = 24  # tables that a column may be from its row's
+_PAYING = 0.99  # following the columns takes longer to read, so it has to take fewer bits than this share
 _STREAM: Any = getattr(constriction, "stream")  # noqa: B009 - its stubs do not name the submodules
+_FIELDS = ("", "hb", "h")  # of that in the head: height and rise of the line, the first
+_NUMBERS = np.arange(CLASSES, dtype=np.int32)
+_SIZES = np.where(_NUMBERS < 8, 1, 1 << np.maximum(0, (_NUMBERS >> 2) - 1)).astype(np.int32)  # values in each class
+_STARTS = np.where(_NUMBERS < 8, _NUMBERS, (4 + (_NUMBERS & 3)) * _SIZES).astype(np.int32)  # the least of them
+_Models = Callable[[int], Any]  # the coder's model of a table, by its number
 
 
 class CodeWriter:
@@ -38,42 +44,46 @@ class CodeWriter:
         self._steps: list[tuple[np.ndarray, Any]] = []  # symbols and their model or limits, in the order of decoding
 
     def vector(self, values: np.ndarray) -> None:
-        """Add integers that are alike, shape (count,), int32: one table for all of them, or one of their own."""
-        classes = _classes(values)
-        counts = np.bincount(class_of(fold(values.astype(np.int32))), minlength=classes)
-        own, bits = scaled(counts), _free_bits(classes)
-        costs = [_costs(values[None], None, family)[0] for family in range(_FAMILIES)]
-        family = int(np.argmin([cost.min() for cost in costs]))
-        index = int(costs[family].argmin())
-        if 16 * classes + float(counts @ (np.log2(FREQUENCIES) - np.log2(own) + bits)) < costs[family][index]:
-            self._head.append(bytes([_OWN, LOUDEST, classes]) + own.astype("<u2").tobytes())
-            self._add(values[None], np.array([LOUDEST]), perfect_model(own), classes, None)
-        else:
-            self._head.append(bytes([family, index, classes]))
-            self._add(values[None], np.array([index]), family, classes, None)
+        """Add integers that are alike, shape (count,), int32: one table for all of them, or one of their own.
+
+        Where that takes fewer bytes they are told from a straight line, or each from the one before.
+        """
+        told: list[tuple[int, tuple[int, ...], np.ndarray]] = [(_ALONE, (), values)]
+        if 1 < len(values) <= _LONGEST and np.abs(values).max() <= _HIGHEST:
+            line = _line_through(values)
+            told.append((_LINE, line, values - _line(len(values), *line)))
+            told.append((_STEPS, (int(values[0]),), np.diff(values, prepend=values[0])))
+        _, head, table, models, rest = min((_told(*one) for one in told), key=lambda one: one[0])
+        self._head.append(head)
+        self._add(rest[None], np.array([table]), models)
 
     def matrix(self, codes: np.ndarray, shifts: np.ndarray | None = None) -> None:
         """Add codes of shape (rows, columns), int32.
 
         Args:
             codes: below `LARGEST` in magnitude.
-            shifts: shape (columns,); how many tables up from its row's a column is, as the decoder knows it.
+            shifts: shape (columns,); how many tables up from its row's a column is, as the decoder knows it. Without
+                them tables may follow the columns.
         """
-        family, index = _best_table(codes, shifts)
-        first = int(index[0]) if len(index) else 0
-        self._head.append(bytes([family, first, _classes(codes)]))
-        self.vector(np.diff(index, prepend=first).astype(np.int32))
-        for start, stop in _row_blocks(codes.shape):
-            self._add(codes[start:stop], index[start:stop], family, _classes(codes), shifts)
+        classes, (bits, family, index) = _classes(codes), _cheapest(codes, shifts)
+        shifted: _Fixed = _Fixed(codes.shape, shifts)
+        if shifts is None:
+            fewer, of_rows = _followed(codes, family, classes)
+            if fewer < _PAYING * bits:
+                shifted, index = _Following(codes.shape), of_rows
+        self._head.append(bytes([family + 4 * isinstance(shifted, _Following), classes]))
+        self.vector(index)
+        for part in shifted.parts():
+            self._add(codes[part], shifted.tables(index[part]), partial(table_model, family, classes=classes))
+            shifted.saw(codes[part], index[part])
 
     def below(self, values: np.ndarray, limits: np.ndarray) -> None:
         """Add values of which nothing is known but that each is below its limit (at least 1), as the decoder knows."""
         values, limits = values[limits > 1].astype(np.int64), limits[limits > 1].astype(np.int64)
-        wide = limits > 1 << 16
+        wide = limits > _WIDE
         high = limits[wide] - 1 >> 16
         self._steps.append(((values[wide] >> 16).astype(np.int32), (high + 1).astype(np.int32)))
-        rest = np.where(wide, 1 << 16, limits)
-        self._steps.append(((values & 0xFFFF).astype(np.int32), rest.astype(np.int32)))
+        self._steps.append(((values & 0xFFFF).astype(np.int32), np.where(wide, _WIDE, limits).astype(np.int32)))
 
     def payload(self) -> np.ndarray:
         """Return all that was added as bytes: length of the head (u16), the head, the ANS words (u32 each)."""
@@ -87,22 +97,14 @@ class CodeWriter:
         words = coder.get_compressed().astype("<u4").tobytes()
         return np.frombuffer(len(head).to_bytes(2, "little") + head + words, np.uint8)
 
-    def _add(self, values: np.ndarray, index: np.ndarray, family: int, classes: int, shifts: np.ndarray | None) -> None:
-        folded = fold(values.astype(np.int32))
-        for table, chosen in _groups(values.shape, index, shifts):
-            part = folded[chosen].ravel()
-            numbers = class_of(part)
-            self._steps.append((numbers, _model(family, table, classes) if isinstance(family, int) else family))
-            for number in range(8, classes):
-                here = numbers == number
-                if bool(here.any()):
-                    self._bits(part[here] & ((1 << low_bits(number)) - 1), low_bits(number))
-
-    def _bits(self, values: np.ndarray, width: int) -> None:
-        """Add values of `width` bits as they are, the low 16 first."""
-        for place in range(0, width, 16):
-            symbols = values >> place & ((1 << min(16, width - place)) - 1)
-            self._steps.append((symbols.astype(np.int32), _uniform(min(16, width - place))))
+    def _add(self, values: np.ndarray, tables: np.ndarray, models: _Models) -> None:
+        """Add values, each under its table or that of its row."""
+        folded = fold(values.astype(np.int32)).ravel()
+        numbers = class_of(folded)
+        by_table = numbers if tables.size == numbers.size else numbers.reshape(len(tables), -1)
+        for table, chosen in _groups(tables):
+            self._steps.append((by_table[chosen].ravel(), models(table)))
+        self.below(folded - _STARTS[numbers], _SIZES[numbers])
 
 
 class CodeReader:
@@ -118,99 +120,200 @@ class CodeReader:
         words = len(payload) - 2 - size
         if words < 0 or words % 4:
             raise ValueError(f"expected a head of {size} bytes and whole words, found {len(payload)} bytes")
-        self._head = iter(payload[2 : 2 + size].tolist())
+        self._head = payload[2 : 2 + size].tobytes()
         self._coder = _STREAM.stack.AnsCoder(payload[2 + size :].copy().view("<u4").astype(np.uint32))
 
     def vector(self, count: int) -> np.ndarray:
         """Return `count` integers, int32."""
-        family, index, classes = self._described(_OWN)
-        model: Any = family
+        told, table, classes = self._take("BBB")
+        kind, family = divmod(told, 4)
+        if kind > _STEPS or family > _OWN or table > LOUDEST or not 2 <= classes <= CLASSES:
+            raise ValueError(f"expected a family, a table and a number of classes, found {told}, {table}, {classes}")
+        models: _Models = partial(table_model, family, classes=classes)
         if family == _OWN:
-            own = np.frombuffer(bytes(next(self._head, 0) for _ in range(2 * classes)), "<u2").astype(np.int64)
-            if own.sum() != FREQUENCIES or own.min() < 1:
-                raise ValueError(f"expected frequencies above 0 that sum to {FREQUENCIES}, found {own.sum()}")
-            model = perfect_model(own)
-        return self._read((1, count), np.array([index]), model, classes, None)[0]
+            own = perfect_model(self._frequencies(classes))
+            models = lambda _: own  # noqa: E731
+        line = self._take(_FIELDS[kind])
+        rest = self._read((1, count), np.array([table]), models)[0]
+        if kind == _LINE:
+            rest = rest + _line(count, *line)
+        elif kind == _STEPS:
+            rest = line[0] + np.cumsum(rest, dtype=np.int64)
+        return rest.astype(np.int32)
 
     def matrix(self, rows: int, columns: int, shifts: np.ndarray | None = None) -> np.ndarray:
         """Return codes of shape (rows, columns), int32."""
-        family, first, classes = self._described()
-        index = first + np.cumsum(self.vector(rows), dtype=np.int64)
+        told, classes = self._take("BB")
+        follows, family = divmod(told, 4)
+        if follows > (shifts is None) or family >= FAMILIES or not 2 <= classes <= CLASSES:
+            raise ValueError(f"expected a family and a number of classes, found {told}, {classes}")
+        index = self.vector(rows)
         if rows and not SILENT <= index.min() <= index.max() <= LOUDEST:
             raise ValueError(f"expected tables from {SILENT} to {LOUDEST}, found {index.min()} to {index.max()}")
-        codes = np.zeros((rows, columns), np.int32)
-        for start, stop in _row_blocks(codes.shape):
-            part = self._read((stop - start, columns), index[start:stop], family, classes, shifts)
-            codes[start:stop] = part
+        codes, models = np.zeros((rows, columns), np.int32), partial(table_model, family, classes=classes)
+        shifted = _Following(codes.shape) if follows else _Fixed(codes.shape, shifts)
+        for part in shifted.parts():
+            codes[part] = self._read(codes[part].shape, shifted.tables(index[part]), models)
+            shifted.saw(codes[part], index[part])
         return codes
 
     def below(self, limits: np.ndarray) -> np.ndarray:
         """Return a value below each limit, int64; limits are at least 1 and at most 2 ** 32."""
         values = np.zeros(len(limits), np.int64)
         known, limits = np.flatnonzero(limits > 1), limits[limits > 1].astype(np.int64)
-        wide = limits > 1 << 16
+        wide = limits > _WIDE
         high = (limits[wide] - 1 >> 16) + 1
         values[known[wide]] = self._coder.decode(_STREAM.model.Uniform(), high.astype(np.int32)).astype(np.int64) << 16
-        rest = np.where(wide, 1 << 16, limits).astype(np.int32)
+        rest = np.where(wide, _WIDE, limits).astype(np.int32)
         values[known] |= self._coder.decode(_STREAM.model.Uniform(), rest)
         return values
 
     def finish(self) -> None:
         """Check that nothing is left over."""
-        if next(self._head, None) is not None or not self._coder.is_empty():
+        if self._head or not self._coder.is_empty():
             raise ValueError("expected the end of the codes, found more")
 
-    def _described(self, families: int = _FAMILIES - 1) -> tuple[int, int, int]:
-        family, index, classes = (next(self._head, -1) for _ in range(3))
-        if not (0 <= family <= families and 0 <= index <= LOUDEST and 2 <= classes <= _CLASSES):
-            raise ValueError(f"expected a family, a table and a number of classes, found {family}, {index}, {classes}")
-        return family, index, classes
+    def _take(self, fields: str) -> tuple[int, ...]:
+        """Return the next numbers of the head."""
+        size = struct.calcsize(f"<{fields}")
+        if len(self._head) < size:
+            raise ValueError(f"expected {size} bytes more of the head, found {len(self._head)}")
+        found, self._head = struct.unpack(f"<{fields}", self._head[:size]), self._head[size:]
+        return found
 
-    def _read(
-        self, shape: tuple[int, int], index: np.ndarray, family: Any, classes: int, shifts: np.ndarray | None
-    ) -> np.ndarray:
-        folded = np.zeros(shape, np.uint32)
-        for table, chosen in _groups(shape, index, shifts):
-            place = folded[chosen]
-            model = _model(family, table, classes) if isinstance(family, int) else family
-            numbers = self._coder.decode(model, place.size)
-            part = numbers.astype(np.uint32)
-            wide = np.flatnonzero(numbers >= 8)  # their low bits follow, class by class
-            wide = wide[np.argsort(numbers[wide].astype(np.uint8), kind="stable")]
-            for here in np.split(wide, np.flatnonzero(np.diff(numbers[wide])) + 1) if len(wide) else ():
-                number = int(numbers[here[0]])
-                rest = self._bits(len(here), low_bits(number))
-                part[here] = rest | np.uint32((4 + number % 4) << low_bits(number))
-            folded[chosen] = part.reshape(place.shape)
-        return unfold(folded)
+    def _frequencies(self, classes: int) -> np.ndarray:
+        own = np.array(self._take(f"{classes}H"), np.int64)
+        if own.sum() != FREQUENCIES or own.min() < 1:
+            raise ValueError(f"expected frequencies above 0 that sum to {FREQUENCIES}, found {own.sum()}")
+        return own
 
-    def _bits(self, count: int, width: int) -> np.ndarray:
-        values = np.zeros(count, np.uint32)
-        for place in range(0, width, 16):
-            symbols = self._coder.decode(_uniform(min(16, width - place)), count)
-            values |= symbols.astype(np.uint32) << np.uint32(place)
-        return values
+    def _read(self, shape: tuple[int, ...], tables: np.ndarray, models: _Models) -> np.ndarray:
+        """Return values, each under its table or that of its row."""
+        numbers = np.zeros(shape, np.int32)
+        by_table = numbers.reshape(-1) if tables.shape == shape else numbers
+        for table, chosen in _groups(tables):
+            place = (len(chosen), *by_table.shape[1:])
+            by_table[chosen] = self._coder.decode(models(table), math.prod(place)).reshape(place)
+        values = numbers.reshape(-1)
+        wide = np.flatnonzero(values >= 8)  # their low bits follow
+        if len(wide):
+            classes = values[wide]
+            limits = _SIZES[classes]
+            if limits.max() <= _WIDE:
+                rest = self._coder.decode(_STREAM.model.Uniform(), limits)
+            else:
+                rest = self.below(limits).astype(np.int32)
+            values[wide] = _STARTS[classes] + rest
+        return unfold(numbers.view(np.uint32))
 
 
 def code_bits(codes: np.ndarray, shifts: np.ndarray | None = None) -> float:
-    """Return how many bits `CodeWriter.matrix` will take for these codes, without its few bytes of side information."""
-    return float(min(_costs(codes, shifts, family).min(axis=1).sum() for family in range(_FAMILIES)))
+    """Return how many bits `CodeWriter.matrix` will take at most, without its few bytes of side information."""
+    return _cheapest(codes, shifts)[0]
 
 
-def _groups(shape: tuple[int, int], index: np.ndarray, shifts: np.ndarray | None) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the tables in use, ascending, and which values each of them codes (whole rows, or a mask of `shape`)."""
-    if shifts is None:
-        for table in np.unique(index[index != SILENT]):
-            yield int(table), np.flatnonzero(index == table)
-        return
-    tables = np.where(index[:, None] == SILENT, SILENT, np.clip(index[:, None] + shifts, 1, LOUDEST)).astype(np.uint8)
-    for table in np.flatnonzero(np.bincount(tables.ravel(), minlength=2)[1:]) + 1 if tables.size else ():
-        yield int(table), tables == table
+class _Fixed:
+    """Tables of a matrix: those of its rows, moved by what is known of its columns."""
+
+    def __init__(self, shape: tuple[int, int], shifts: np.ndarray | None) -> None:
+        self.shape, self.shifts = shape, shifts
+
+    def parts(self) -> Iterator[slice]:
+        """Yield the rows that are coded together."""
+        height = _height(self.shape[1])
+        return (slice(start, start + height) for start in range(0, self.shape[0], height))
+
+    def tables(self, index: np.ndarray) -> np.ndarray:
+        """Return the table of each row, or of each value, from the tables that rows name."""
+        if self.shifts is None:
+            return index.astype(np.uint8)
+        moved = np.clip(index[:, None].astype(np.int64) + self.shifts, 1, LOUDEST)
+        return np.where(index[:, None] == SILENT, SILENT, moved).astype(np.uint8)
+
+    def saw(self, codes: np.ndarray, index: np.ndarray) -> None:
+        """Learn from some rows and the tables that they named: nothing here."""
 
 
-def _row_blocks(shape: tuple[int, int]) -> Sequence[tuple[int, int]]:
-    height = max(1, _BLOCK // max(1, shape[1]))
-    return [(start, min(start + height, shape[0])) for start in range(0, shape[0], height)]
+class _Following(_Fixed):
+    """Tables that follow the columns, up to a part of all rows before at a time; whole numbers, the same everywhere."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__(shape, np.zeros(shape[1], np.int64))
+        self._rows = _WEIGHT
+        self._energy = np.full(shape[1], _WEIGHT << 8, np.int64)  # squares of codes over their tables', in 2 ** -8
+
+    def parts(self) -> Iterator[slice]:
+        """Yield the rows that are coded together: one, then half as many as there were."""
+        start, height = 0, _height(self.shape[1])
+        while start < self.shape[0]:
+            stop = start + min(height, max(1, start // 2))
+            yield slice(start, stop)
+            start = stop
+
+    def saw(self, codes: np.ndarray, index: np.ndarray) -> None:
+        """Learn from some rows and the tables that they named."""
+        codes, index = codes[index != SILENT], index[index != SILENT]
+        most, scale = (np.array(one)[index, None] for one in _scales())
+        self._energy += (np.minimum(np.abs(codes.astype(np.int64)), most) ** 2 * scale >> 24).sum(axis=0)
+        self._rows += len(index)
+        self.shifts = np.searchsorted(_thresholds(self._rows), self._energy, side="right") - _FARTHEST
+
+
+@cache
+def _scales() -> tuple[list[int], list[int]]:
+    """Return for each table the magnitude that counts at most, 16 spreads, and 2 ** 32 over its squared spread."""
+    tables = range(LOUDEST + 1)
+    return [isqrt(isqrt(1 << max(0, table - 1))) + 1 for table in tables], [isqrt(1 << 81 - table) for table in tables]
+
+
+def _thresholds(rows: int) -> list[int]:
+    """Return from which energy on a column is one table more from its rows'; 2 ** ((2 shift - 1) / 4) for each row."""
+    steps = range(1 - _FARTHEST, _FARTHEST + 1)
+    return [isqrt(isqrt((rows << 8) ** 4 << 2 * step - 1 + 64)) >> 16 for step in steps]
+
+
+def _groups(tables: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the tables in use but silence, ascending, and which of all are of them, in row-major order."""
+    flat = tables.reshape(-1).astype(np.uint8)
+    order, ends = np.argsort(flat, kind="stable"), np.bincount(flat, minlength=LOUDEST + 1).cumsum()
+    for table in range(1, LOUDEST + 1):
+        if ends[table] > ends[table - 1]:
+            yield table, order[ends[table - 1] : ends[table]]
+
+
+def _told(kind: int, line: tuple[int, ...], rest: np.ndarray) -> tuple[float, bytes, int, _Models, np.ndarray]:
+    """Return the bits that a vector takes, head and all, its head, table and models, and what is left to tell."""
+    rest = rest.astype(np.int32)
+    classes, after = _classes(rest), struct.pack(f"<{_FIELDS[kind]}", *line)
+    counts = np.bincount(class_of(fold(rest)), minlength=classes)
+    own, costs = scaled(counts), [table_bits(family, classes) @ counts for family in range(FAMILIES)]
+    own_bits = 16 * classes + float(counts @ (np.log2(FREQUENCIES) - np.log2(own) + open_bits(classes)))
+    family = int(np.argmin([cost.min() for cost in costs]))
+    bits, table = float(costs[family].min()), int(costs[family].argmin()) + 1
+    if not rest.any():
+        bits, table = 0.0, SILENT
+    if own_bits < bits:
+        head = bytes([_OWN + 4 * kind, LOUDEST, classes]) + own.astype("<u2").tobytes() + after
+        model = perfect_model(own)
+        return own_bits + 8 * len(after), head, LOUDEST, lambda _: model, rest
+    head = bytes([family + 4 * kind, table, classes]) + after
+    return bits + 8 * len(after), head, table, partial(table_model, family, classes=classes), rest
+
+
+def _line_through(values: np.ndarray) -> tuple[int, int]:
+    """Return height, in sixteenths, and rise, in fourths, of the line that is nearest to integers."""
+    rise, height = np.polyfit(np.arange(len(values)) / len(values), values, 1)
+    return int(np.rint(16 * height)), int(np.clip(np.rint(4 * rise), -128, 127))
+
+
+def _line(count: int, height: int, rise: int) -> np.ndarray:
+    """Return whole numbers along a line, int64: height / 16 + rise / 4 * i / count, rounded."""
+    return (height * count + 4 * rise * np.arange(count) + 8 * count) // (16 * count)
+
+
+def _height(columns: int) -> int:
+    """Return how many rows are coded together at most."""
+    return max(1, _BLOCK // max(1, columns))
 
 
 def _classes(values: np.ndarray) -> int:
@@ -219,98 +322,34 @@ def _classes(values: np.ndarray) -> int:
     return max(2, int(class_of(np.array([largest]))[0]) + 1)
 
 
-def _best_table(codes: np.ndarray, shifts: np.ndarray | None = None) -> tuple[int, np.ndarray]:
-    """Return the family and, for each row, the table that codes it in the fewest bits."""
-    costs = [_costs(codes, shifts, family) for family in range(_FAMILIES)]
-    family = int(np.argmin([cost.min(axis=1).sum() for cost in costs]))
-    return family, costs[family].argmin(axis=1)
+def _cheapest(codes: np.ndarray, shifts: np.ndarray | None) -> tuple[float, int, np.ndarray]:
+    """Return the bits, the family and, for each row, the table that codes it in the fewest of them."""
+    classes, found = _classes(codes), []
+    for family in range(FAMILIES):
+        parts = [_costs(codes[part], shifts, family, classes) for part in _Fixed(codes.shape, shifts).parts()]
+        costs = np.concatenate(parts) if parts else np.zeros((0, LOUDEST + 1))
+        found.append((float(costs.min(axis=1).sum()), family, costs.argmin(axis=1)))
+    return min(found, key=lambda one: one[0])
 
 
-def _costs(codes: np.ndarray, shifts: np.ndarray | None, family: int) -> np.ndarray:
+def _followed(codes: np.ndarray, family: int, classes: int) -> tuple[float, np.ndarray]:
+    """Return the bits and the tables of rows where tables follow the columns."""
+    following, bits, index = _Following(codes.shape), 0.0, np.zeros(len(codes), np.int64)
+    for part in following.parts():
+        costs = _costs(codes[part], following.shifts, family, classes)
+        bits, index[part] = bits + float(costs.min(axis=1).sum()), costs.argmin(axis=1)
+        following.saw(codes[part], index[part])
+    return bits, index
+
+
+def _costs(codes: np.ndarray, shifts: np.ndarray | None, family: int, classes: int) -> np.ndarray:
     """Return the bits that each row takes under each table, shape (rows, 64)."""
-    rows, classes = len(codes), _classes(codes)
-    bits = np.stack([_bits(family, table, classes) for table in range(1, LOUDEST + 1)], axis=1)  # (classes, 63)
+    rows, bits = len(codes), table_bits(family, classes)
+    steps, of_columns = (np.zeros(1, np.int64), 0) if shifts is None else np.unique(shifts, return_inverse=True)
+    place = class_of(fold(codes.astype(np.int32))) + classes * (of_columns + len(steps) * np.arange(rows)[:, None])
+    counts = np.bincount(place.ravel(), minlength=rows * len(steps) * classes).reshape(rows, -1)
+    moved = np.clip(np.arange(1, LOUDEST + 1) + steps[:, None], 1, LOUDEST) - 1  # (steps, 63)
     costs = np.zeros((rows, LOUDEST + 1))
-    for shift in np.unique(shifts) if shifts is not None else [0]:
-        columns = codes if shifts is None else codes[:, shifts == shift]
-        counts = np.zeros((rows, classes))
-        for start, stop in _row_blocks(columns.shape):
-            numbers = class_of(fold(columns[start:stop].astype(np.int32)))
-            flat = numbers + classes * np.arange(stop - start)[:, None]
-            counts[start:stop] = np.bincount(flat.ravel(), minlength=(stop - start) * classes).reshape(-1, classes)
-        shifted = np.clip(np.arange(1, LOUDEST + 1) + shift, 1, LOUDEST) - 1
-        costs[:, 1:] += counts @ bits[:, shifted]
+    costs[:, 1:] = counts @ bits[moved].transpose(0, 2, 1).reshape(-1, LOUDEST)
     costs[:, SILENT] = np.where((codes != 0).any(axis=1), np.inf, 0)
     return costs
-
-
-@cache
-def _bits(family: int, table: int, classes: int) -> np.ndarray:
-    """Return the information content of each class and its low bits."""
-    return np.log2(FREQUENCIES) - np.log2(table_frequencies(family, table, classes)) + _free_bits(classes)
-
-
-def _free_bits(classes: int) -> np.ndarray:
-    return np.array([low_bits(number) if number >= 8 else 0 for number in range(classes)])
-
-
-@cache
-def _model(family: int, table: int, classes: int) -> Any:
-    return perfect_model(table_frequencies(family, table, classes))
-
-
-@cache
-def _uniform(width: int) -> Any:
-    """Return the coder's model of values of `width` bits that are all equally probable."""
-    return _STREAM.model.Uniform(1 << width)
-
-
-def table_frequencies(family: int, table: int, classes: int) -> np.ndarray:
-    """Return a table's frequencies: whole numbers of at least 1 that sum to 2 ** 16.
-
-    With magnitude q and spread s, class weights are its number of values times exp(-q^2 / 2 s^2) (family 0)
-    or exp(-sqrt(2) q / s) (family 1), s close to 2 ** ((table - 17) / 4).
-
-    Args:
-        family: 0 or 1.
-        table: 1 to 63.
-        classes: how many of the first classes there are.
-    """
-    weights = np.array(_weights(family, table, classes), dtype=object)
-    frequencies = np.maximum(1, weights * FREQUENCIES // weights.sum()).astype(np.int64)
-    frequencies[np.argmax(frequencies)] += FREQUENCIES - frequencies.sum()
-    return frequencies
-
-
-@cache
-def _weights(family: int, table: int, classes: int) -> list[int]:
-    """Return class weights in units of 2 ** -64; w = rho ** (m ** 2) or rho ** m, m four times the magnitude."""
-    rho = _root(16 - 2 * table) if family == 0 else _root(13 - table)
-    weights = []
-    for number in range(classes):
-        low = number if number < 8 else (4 + number % 4) << low_bits(number)
-        width = 1 if number < 8 else 1 << low_bits(number)
-        m = 4 * ((number + 1) // 2) if number < 8 else 2 * low + width
-        weights.append(width * _power(rho, m * m if family == 0 else m))
-    return weights
-
-
-@cache
-def _root(quarters: int) -> int:
-    """Return 2 ** -(2 ** (quarters / 4)) in units of 2 ** -64: four constants, squared or their whole square roots."""
-    if quarters > 3:
-        return _root(quarters - 4) ** 2 >> 64
-    if quarters < 0:
-        return isqrt(_root(quarters + 4) << 64)
-    return _ROOTS[quarters]
-
-
-def _power(rho: int, exponent: int) -> int:
-    """Return rho ** exponent, both in units of 2 ** -64, truncated at every step."""
-    power = _ONE
-    while exponent and power:
-        if exponent & 1:
-            power = power * rho >> 64
-        rho = rho * rho >> 64
-        exponent >>= 1
-    return power

@@ -19,7 +19,7 @@ def bound(delta: Delta, width: int, workers: int, device: str) -> dict[str, floa
     Args:
         delta: of the pair.
         width: of the square matrix whose product with a range finder's sketch is timed.
-        workers: processes of one core each that share the products.
+        workers: threads of one core each that share the products.
         device: where they are.
     """
     shards = [path for part in (delta.base, delta.tuned) for path in part.files if path.suffix == ".safetensors"]

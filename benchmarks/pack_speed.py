@@ -79,7 +79,7 @@ def pack(directory: Path, device: str, options: PackOptions) -> dict[str, float]
     """Pack the layer with the library, from files to a file."""
     started = time.monotonic()
     delta = open_pair(directory)
-    made = compress(delta, options, device=device, workers=1)  # for one layer a second process does not pay
+    made = compress(delta, options, device=device)
     made.save(directory / "layer.safetensors")
     found = {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory_bytes()}
     norms = {name: frobenius(delta[name]) for name in delta}

@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--size", choices=list(SIZES), default="large", help="of each layer and of the vocabulary")
     parser.add_argument("--vocabulary", type=int, help="instead of the size's")
     parser.add_argument("--device", default="auto", help="where it is packed")
-    parser.add_argument("--workers", type=int, default=0, help="processes that pack  [default: what the library takes]")
+    parser.add_argument("--workers", type=int, default=0, help="threads that pack  [default: what the library takes]")
     parser.add_argument(
         "--dir", type=Path, default=Path("runs/scale"), help="scratch; what is made in it goes at the end"
     )

@@ -63,7 +63,7 @@ def pack(
         int | None,
         typer.Option(
             min=1,
-            help="Processes that share the work; the file is the same for any number.  [default: one a core for a "
+            help="Threads that share the work; the file is the same for any number.  [default: one a core for a "
             "large model on CPU, else one]",
         ),
     ] = None,

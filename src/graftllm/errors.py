@@ -50,7 +50,7 @@ class BudgetError(CompressionError):
 
 
 class WorkerError(CompressionError):
-    """A process that compresses died or cannot be started; what is finished is kept."""
+    """What shall compress cannot be started; what is finished is kept."""
 
 
 class FusionError(GraftError):

@@ -57,11 +57,11 @@ def compress(
         device: where matrices are decomposed; `auto` takes a GPU when there is one.
         spool: directory for finished work; the pack's payloads stay there, so delete it when the pack is saved.
             Work that was stopped goes on from what it holds. By default one that goes with the pack.
-        workers: processes; by default one for a small model, one a core for a large one.
+        workers: threads; by default one for a small model, one a core for a large one.
         engine: `ray` does the work on a Ray cluster, that of RAY_ADDRESS or one that is started here.
 
     Raises:
-        CompressionError: the budget cannot be met, or a worker died.
+        CompressionError: the budget cannot be met.
         CheckpointError: the delta holds NaN, infinity or values above 2 ** 48.
         StorageError: the spool is in use, or holds something else.
     """

@@ -1,7 +1,6 @@
-import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from graftllm.checkpoint import Checkpoint, TensorSpec
 from graftllm.compression import crew
 from graftllm.compression.crew import default_workers
+from graftllm.compression.units import Job, Unit, carry_out
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError, CompressionError
 from graftllm.packer import compress
@@ -33,7 +33,6 @@ def test_any_number_of_workers_gives_the_same_bytes(
         made.save(tmp_path / str(workers))
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
     assert torch.get_num_threads() == threads
-    assert not multiprocessing.active_children()
 
 
 def test_an_error_in_a_worker_is_told_as_it_is(base_dir: Path, base: Checkpoint, tmp_path: Path) -> None:
@@ -43,43 +42,45 @@ def test_an_error_in_a_worker_is_told_as_it_is(base_dir: Path, base: Checkpoint,
     save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="'model.layers.0.mlp.up_proj.weight': 1 of 2048 differences"):
         compress(Delta(base, Checkpoint.open(tuned)), workers=2)
-    assert not multiprocessing.active_children()
+    assert not _workers()
 
 
-def _first(monkeypatch: pytest.MonkeyPatch, happens: str) -> None:
-    """Let something happen when work has been given to the workers."""
-
-    def follow(finished: Iterator[None], count: int, label: str) -> None:
-        assert multiprocessing.active_children()
-        if happens == "interrupt":
-            raise KeyboardInterrupt
-        for worker in multiprocessing.active_children():
-            os.kill(worker.pid or 0, signal.SIGKILL)
-        list(finished)
-
-    monkeypatch.setattr(crew, "_follow", follow)
+def _workers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("packing")]
 
 
-def test_a_killed_worker_ends_packing_with_a_way_on(delta: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
-    _first(monkeypatch, "kill")
-    with pytest.raises(CompressionError, match="a worker process died, perhaps of too little memory for 2 of them"):
-        compress(delta, workers=2)
+def test_an_interrupt_does_not_wait_and_begins_nothing_more(delta: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+    go_on = threading.Event()
 
+    def slow(job: Job, unit: Unit) -> None:
+        begun.append(unit.name)
+        if len(begun) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        go_on.wait()
+        carry_out(job, unit)
 
-def test_an_interrupt_leaves_no_worker_behind(delta: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
-    _first(monkeypatch, "interrupt")
+    monkeypatch.setattr(crew, "carry_out", slow)
     with pytest.raises(KeyboardInterrupt):
         compress(delta, workers=2)
-    assert not multiprocessing.active_children()
+    left = _workers()
+    assert len(left) == 2
+    go_on.set()
+    for thread in left:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert len(begun) == 2
 
 
-def test_small_models_are_packed_in_one_process(delta: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3), raising=False)
-    assert default_workers(delta, "cpu") == 1
+def test_large_models_have_a_worker_for_each_core_with_memory(delta: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
     grown = replace(delta.tuned, specs={**delta.tuned.specs, "more": TensorSpec("BF16", (60_000, 1_000))})
     large = object.__new__(Delta)
     object.__setattr__(large, "tuned", grown)
-    assert default_workers(large, "cpu") == min(3, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 31)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3), raising=False)
+    for memory, expected in ((1 << 40, 3), (5 << 30, 2), (1 << 30, 1)):
+        monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.__getitem__)
+        assert default_workers(large, "cpu") == expected
+        assert default_workers(delta, "cpu") == 1
 
 
 @pytest.mark.filterwarnings("ignore")

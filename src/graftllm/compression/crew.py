@@ -1,14 +1,11 @@
-"""Who does the units of a packing: this process, several, or a Ray cluster; the same bytes come of it."""
+"""Who does the units of a packing: a thread or some, or a Ray cluster; the same bytes come of it."""
 
 import importlib
-import multiprocessing
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any, Literal
 
 import torch
@@ -22,12 +19,12 @@ from graftllm.threads import one_thread
 
 Engine = Literal["local", "ray"]
 Crew = Callable[[Sequence[Unit], str], None]  # does units under a progress bar of that label
-_SMALL = 50_000_000  # parameters up to which starting processes takes longer than packing
+_SMALL = 50_000_000  # parameters up to which matrices are so small that threads wait for each other
 _WORKER_BYTES = 2 << 30  # of memory, with room to spare
 
 
 def default_workers(delta: Delta, device: str) -> int:
-    """Return how many processes pack best: one a core, for large models on CPU, as far as memory goes."""
+    """Return how many threads pack best: one a core, for large models on CPU, as far as memory goes."""
     if delta.tuned.parameters < _SMALL or resolve_device(device).type != "cpu":
         return 1
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -41,77 +38,61 @@ def open_crew(job: Job, workers: int, engine: Engine = "local") -> Iterator[Crew
 
     Args:
         job: what the units share.
-        workers: processes; with Ray, the size of the cluster that is started where none is given.
+        workers: threads; with Ray, the size of the cluster that is started where none is given.
         engine: `ray` takes the cluster of RAY_ADDRESS; all its machines must see the same files.
 
     Raises:
-        CompressionError: a worker was killed, or Ray is not installed.
+        CompressionError: Ray is not installed.
     """
     if engine == "ray":
         with _ray(job, workers) as crew:
             yield crew
-    elif workers == 1:
-        yield lambda units, label: _follow(_here(job, units), len(units), label)
     else:
-        with _processes(job, workers) as crew:
-            yield crew
+
+        def threaded(units: Sequence[Unit], label: str) -> None:
+            with closing(_here(job, units, workers)) as finished:
+                _follow(finished, len(units), label)
+
+        yield threaded
 
 
-def _here(job: Job, units: Sequence[Unit]) -> Iterator[None]:
-    with one_thread():  # small matrices gain nothing by more
-        for unit in units:
-            yield carry_out(job, unit)
+def _here(job: Job, units: Sequence[Unit], workers: int) -> Generator[None]:
+    """Do units in threads of one core each; what takes long, such as products, leaves the interpreter to others."""
+    todo: SimpleQueue[Unit] = SimpleQueue()
+    done: SimpleQueue[BaseException | None] = SimpleQueue()
+    for unit in _largest_first(job, units):
+        todo.put(unit)
 
+    def work() -> None:
+        while True:
+            try:
+                unit = todo.get_nowait()
+            except Empty:
+                return
+            try:
+                carry_out(job, unit)
+                done.put(None)
+            except BaseException as error:
+                done.put(error)
 
-@contextmanager
-def _processes(job: Job, workers: int) -> Iterator[Crew]:
-    """Yield a crew of processes; when this one is interrupted or killed they leave at once."""
-    context = multiprocessing.get_context("spawn")
-    watched, held = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_join, initargs=(job, watched))
-
-    def crew(units: Sequence[Unit], label: str) -> None:
-        todo = [unit for unit in units if not unit.file(job).exists()]
-        done = as_completed([pool.submit(_do, unit) for unit in _largest_first(job, todo)])
-        _follow((future.result() for future in done), len(todo), label)
-
-    try:
-        yield crew
-    except BrokenProcessPool as error:
-        raise WorkerError(
-            f"packing: a worker process died, perhaps of too little memory for {workers} of them. What is finished is "
-            "kept; run the same command again with fewer --workers. "
-            "(A Python script must guard its start with `if __name__ == '__main__':`, or use workers=1.)"
-        ) from error
-    except BaseException:
-        held.close()  # the workers leave
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-        held.close()
-        watched.close()
-
-
-_JOB: list[Job] = []  # of this worker process
-
-
-def _join(job: Job, watched: Any) -> None:
-    """Make this process a worker that leaves with the one that started it, whose end of the pipe then closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with, args=(watched,), daemon=True).start()
-    torch.set_num_threads(1)
-    _JOB[:] = [job]
-
-
-def _leave_with(watched: Any) -> None:
-    try:
-        watched.recv_bytes()
-    except (EOFError, OSError):
-        os._exit(1)
-
-
-def _do(unit: Unit) -> None:
-    carry_out(_JOB[0], unit)
+    with one_thread():  # those that are started here have this number, too
+        threads = [Thread(target=work, name=f"packing-{i}", daemon=True) for i in range(min(workers, len(units)))]
+        try:
+            for thread in threads:
+                thread.start()
+            for _ in units:
+                if (error := done.get()) is not None:
+                    raise error
+                yield
+        except (KeyboardInterrupt, GeneratorExit):
+            threads = []  # who interrupts does not want to wait for what is begun
+            raise
+        finally:
+            with suppress(Empty):
+                while True:
+                    todo.get_nowait()
+            for thread in threads:
+                thread.join()
 
 
 @contextmanager

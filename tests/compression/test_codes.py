@@ -148,6 +148,12 @@ def test_vectors_along_a_line_cost_what_is_off_it(count: int) -> None:
     assert rising < flat + 0.1 * count / 8 + 8
 
 
+@pytest.mark.parametrize("values", [[2000, 2000, 2000, -2000], [-2000] * 3 + [2000] * 6, [-1, 1], [0, -3], [2001, 0]])
+def test_steep_vectors_come_back(values: list[int]) -> None:
+    payload = _written(lambda writer: writer.vector(np.array(values, np.int32)))
+    assert CodeReader(payload).vector(len(values)).tolist() == values
+
+
 def test_vectors_that_wander_cost_their_steps() -> None:
     steps = _gaussian((1, 3000), 0.6)[0]
     wandering = _written(lambda writer: writer.vector(np.cumsum(steps).astype(np.int32)))

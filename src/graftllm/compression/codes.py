@@ -7,7 +7,7 @@ read of each column before. Values are folded and classed as in `entropy`.
 
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from math import isqrt
 from typing import Any
@@ -131,8 +131,7 @@ class CodeReader:
             raise ValueError(f"expected a family, a table and a number of classes, found {told}, {table}, {classes}")
         models: _Models = partial(table_model, family, classes=classes)
         if family == _OWN:
-            own = perfect_model(self._frequencies(classes))
-            models = lambda _: own  # noqa: E731
+            models = partial(_same, perfect_model(self._frequencies(classes)))
         line = self._take(_FIELDS[kind])
         rest = self._read((1, count), np.array([table]), models)[0]
         if kind == _LINE:
@@ -281,8 +280,12 @@ def _groups(tables: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
             yield table, order[ends[table - 1] : ends[table]]
 
 
+def _same(model: Any, _: int) -> Any:
+    return model
+
+
 def _told(kind: int, line: tuple[int, ...], rest: np.ndarray) -> tuple[float, bytes, int, _Models, np.ndarray]:
-    """Return the bits that a vector takes, head and all, its head, table and models, and what is left to tell."""
+    """Return the bits that a vector takes, its head, table and models, and what is left to tell."""
     rest = rest.astype(np.int32)
     classes, after = _classes(rest), struct.pack(f"<{_FIELDS[kind]}", *line)
     counts = np.bincount(class_of(fold(rest)), minlength=classes)
@@ -294,8 +297,7 @@ def _told(kind: int, line: tuple[int, ...], rest: np.ndarray) -> tuple[float, by
         bits, table = 0.0, SILENT
     if own_bits < bits:
         head = bytes([_OWN + 4 * kind, LOUDEST, classes]) + own.astype("<u2").tobytes() + after
-        model = perfect_model(own)
-        return own_bits + 8 * len(after), head, LOUDEST, lambda _: model, rest
+        return own_bits + 8 * len(after), head, LOUDEST, partial(_same, perfect_model(own)), rest
     head = bytes([family + 4 * kind, table, classes]) + after
     return bits + 8 * len(after), head, table, partial(table_model, family, classes=classes), rest
 
@@ -303,7 +305,7 @@ def _told(kind: int, line: tuple[int, ...], rest: np.ndarray) -> tuple[float, by
 def _line_through(values: np.ndarray) -> tuple[int, int]:
     """Return height, in sixteenths, and rise, in fourths, of the line that is nearest to integers."""
     rise, height = np.polyfit(np.arange(len(values)) / len(values), values, 1)
-    return int(np.rint(16 * height)), int(np.clip(np.rint(4 * rise), -128, 127))
+    return int(np.clip(np.rint(16 * height), -32768, 32767)), int(np.clip(np.rint(4 * rise), -128, 127))
 
 
 def _line(count: int, height: int, rise: int) -> np.ndarray:
@@ -324,32 +326,33 @@ def _classes(values: np.ndarray) -> int:
 
 def _cheapest(codes: np.ndarray, shifts: np.ndarray | None) -> tuple[float, int, np.ndarray]:
     """Return the bits, the family and, for each row, the table that codes it in the fewest of them."""
-    classes, found = _classes(codes), []
-    for family in range(FAMILIES):
-        parts = [_costs(codes[part], shifts, family, classes) for part in _Fixed(codes.shape, shifts).parts()]
-        costs = np.concatenate(parts) if parts else np.zeros((0, LOUDEST + 1))
-        found.append((float(costs.min(axis=1).sum()), family, costs.argmin(axis=1)))
-    return min(found, key=lambda one: one[0])
+    classes, families = _classes(codes), range(FAMILIES)
+    bits, index = np.zeros((FAMILIES, len(codes))), np.zeros((FAMILIES, len(codes)), np.int64)
+    for part in _Fixed(codes.shape, shifts).parts():
+        for family, costs in enumerate(_costs(codes[part], shifts, families, classes)):
+            bits[family, part], index[family, part] = costs.min(axis=1), costs.argmin(axis=1)
+    family = int(bits.sum(axis=1).argmin())
+    return float(bits[family].sum()), family, index[family]
 
 
 def _followed(codes: np.ndarray, family: int, classes: int) -> tuple[float, np.ndarray]:
     """Return the bits and the tables of rows where tables follow the columns."""
     following, bits, index = _Following(codes.shape), 0.0, np.zeros(len(codes), np.int64)
     for part in following.parts():
-        costs = _costs(codes[part], following.shifts, family, classes)
+        costs = next(_costs(codes[part], following.shifts, [family], classes))
         bits, index[part] = bits + float(costs.min(axis=1).sum()), costs.argmin(axis=1)
         following.saw(codes[part], index[part])
     return bits, index
 
 
-def _costs(codes: np.ndarray, shifts: np.ndarray | None, family: int, classes: int) -> np.ndarray:
-    """Return the bits that each row takes under each table, shape (rows, 64)."""
-    rows, bits = len(codes), table_bits(family, classes)
+def _costs(codes: np.ndarray, shifts: np.ndarray | None, families: Iterable[int], classes: int) -> Iterator[np.ndarray]:
+    """Yield for each family the bits that each row takes under each table, shape (rows, 64)."""
+    rows, silent = len(codes), ~codes.any(axis=1)
     steps, of_columns = (np.zeros(1, np.int64), 0) if shifts is None else np.unique(shifts, return_inverse=True)
     place = class_of(fold(codes.astype(np.int32))) + classes * (of_columns + len(steps) * np.arange(rows)[:, None])
     counts = np.bincount(place.ravel(), minlength=rows * len(steps) * classes).reshape(rows, -1)
     moved = np.clip(np.arange(1, LOUDEST + 1) + steps[:, None], 1, LOUDEST) - 1  # (steps, 63)
-    costs = np.zeros((rows, LOUDEST + 1))
-    costs[:, 1:] = counts @ bits[moved].transpose(0, 2, 1).reshape(-1, LOUDEST)
-    costs[:, SILENT] = np.where((codes != 0).any(axis=1), np.inf, 0)
-    return costs
+    for family in families:
+        costs = np.where(silent, 0, np.inf)[:, None].repeat(LOUDEST + 1, axis=1)
+        costs[:, 1:] = counts @ table_bits(family, classes)[moved].transpose(0, 2, 1).reshape(-1, LOUDEST)
+        yield costs

@@ -105,6 +105,31 @@ def test_the_page_is_enough_to_read_low_ranks_of_transposes() -> None:
     assert np.allclose(found, delta.numpy(), atol=0.1)
 
 
+def test_the_page_is_enough_to_read_every_kind_of_codes() -> None:
+    draw, writer = np.random.default_rng(0), CodeWriter()
+    alone, off = draw.integers(-2, 3, 300), draw.normal(0, 0.6, 300).round().astype(np.int32)
+    line, steps = off + np.rint(np.linspace(-9, 12, 300)).astype(np.int32), np.cumsum(off)
+    own = draw.choice([-3, 0, 2], 2000)
+    loud = 2.0 ** np.linspace(-1, 9, 200) * 2.0 ** np.linspace(2, -2, 23)[:, None]
+    followed = (draw.normal(0, 1, loud.shape) * loud).round().astype(np.int32)
+    followed[[4, 11]] = 0
+    for vector in (alone, line, steps, own):
+        writer.vector(vector.astype(np.int32))
+    writer.matrix(followed)
+    writer.matrix(followed, np.arange(200) - 100)
+    codes = Codes(writer.payload().tobytes())
+    kinds = []
+    for vector in (alone, line, steps, own):
+        kinds.append(divmod(codes.head[0], 4))
+        assert np.array_equal(codes.vector(len(vector)), vector)
+    assert [kind for kind, _ in kinds] == [0, 1, 2, 0]
+    assert kinds[-1] == (0, 2)
+    assert codes.head[0] // 4 == 1
+    assert np.array_equal(codes.matrix(*followed.shape), followed)
+    assert np.array_equal(codes.matrix(*followed.shape, np.arange(200) - 100), followed)
+    codes.end()
+
+
 def test_the_page_is_enough_to_read_bounded_numbers() -> None:
     draw = np.random.default_rng(0)
     limits = np.concatenate(

@@ -5,9 +5,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression.workspace import packing_key
@@ -20,6 +23,7 @@ from tests.models import rows
 _BUDGET = "40%"
 _PACK = """
 import sys
+from contextlib import suppress
 from pathlib import Path
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression import crew
@@ -113,6 +117,27 @@ def test_a_packing_by_some_workers_goes_on_too(delta: Delta, tmp_path: Path) -> 
     for name in ("killed", "undisturbed"):
         compress_to(tmp_path / f"{name}.safetensors", delta, PackOptions(budget=_BUDGET), device="cpu")
     assert (tmp_path / "killed.safetensors").read_bytes() == (tmp_path / "undisturbed.safetensors").read_bytes()
+
+
+def test_ctrl_c_in_the_middle_of_decompositions_is_one_line(tmp_path: Path) -> None:
+    for seed, part in enumerate(("base", "tuned")):
+        draw = torch.Generator().manual_seed(seed)
+        home = tmp_path / part
+        home.mkdir()
+        (home / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+        values = {f"layers.{i}.weight": torch.randn(1200, 1200, generator=draw) for i in range(12)}
+        save_file(values, home / "model.safetensors", metadata={"format": "pt"})
+    command = [sys.executable, "-m", "graftllm", "pack", "--base", tmp_path / "base", "--tuned", tmp_path / "tuned"]
+    command += ["--out", tmp_path / "pack.safetensors", "--workers", "2"]
+    spool = tmp_path / ".pack.safetensors.packing"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as packing:
+        while packing.poll() is None and not (spool.exists() and list(spool.glob("*.look"))):
+            with suppress(subprocess.TimeoutExpired):
+                packing.wait(timeout=0.02)
+        packing.send_signal(signal.SIGINT)
+        _, stderr = packing.communicate(timeout=300)
+    assert packing.returncode == 130, stderr
+    assert stderr.endswith("graftllm: interrupted; run the same command again to go on where it was.\n")
 
 
 def test_work_for_other_options_or_another_model_is_not_taken(delta: Delta, base: Checkpoint, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ answers at once.
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,7 +69,12 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as stop:
         if stop.code == 130:
-            print("graftllm: interrupted; run the same command again to go on where it was.", file=sys.stderr)
+            print(
+                "graftllm: interrupted; run the same command again to go on where it was.", file=sys.stderr, flush=True
+            )
+            with suppress(OSError):
+                sys.stdout.flush()
+            os._exit(130)  # threads that pack would be waited for; what they write appears whole or not at all
         raise
 
 

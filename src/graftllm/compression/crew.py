@@ -76,7 +76,7 @@ def _here(job: Job, units: Sequence[Unit], workers: int) -> Generator[None]:
                 done.put(error)
 
     with one_thread():  # those that are started here have this number, too
-        threads = [Thread(target=work, name=f"packing-{i}", daemon=True) for i in range(min(workers, len(units)))]
+        threads = [Thread(target=work, name=f"packing-{i}") for i in range(min(workers, len(units)))]
         try:
             for thread in threads:
                 thread.start()

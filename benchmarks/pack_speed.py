@@ -27,6 +27,7 @@ import torch
 from bounds import bound
 
 from graftllm.checkpoint import Checkpoint, TensorSpec, raw_bytes, write_safetensors
+from graftllm.compression.crew import default_workers
 from graftllm.compression.lowrank import rank_for_energy, whole_bands
 from graftllm.compression.metric import frobenius
 from graftllm.compression.quantization import factor_nbytes, quantize_factor
@@ -141,7 +142,8 @@ def main() -> None:
         for way in ("paper", "auto"):
             ratios = {figure: found["plain"][figure] / found[way][figure] for figure in found["plain"]}
             found[f"plain / {way}"] = ratios
-    found["bound"] = bound(open_pair(home), SIZES[given.size][_WIDTH][1], 1, device)
+    delta = open_pair(home)
+    found["bound"] = bound(delta, SIZES[given.size][_WIDTH][1], default_workers(delta, device), device)
     print(json.dumps(found, indent=1))
 
 

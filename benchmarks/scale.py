@@ -10,8 +10,8 @@ rows of the vocabulary moved, as training moves those it reads. Packing is uncal
 `auto`. Tensors stream by, so peak memory should not grow with the layers; two depths show whether that
 is so. The real model has 32: 32 GB for the pair, and half as much again for what is applied.
 
-Each step runs in a process of its own, and its memory is the largest sum over it and its workers
-(proportional set size, mapped files included: what processes share counts once).
+Each step runs in a process of its own, whose memory at its largest is told (proportional set size, mapped files
+included).
 
 The bound is the time to read both checkpoints from disk, and the time that the range finders' products take at
 the rate measured for such a product on the device (one core of a CPU), divided by the workers.
@@ -111,7 +111,7 @@ def apply(directory: Path) -> None:
 
 
 def measured(step: str, directory: Path, workers: int, device: str) -> dict[str, float]:
-    """Run a step in a process of its own; return its seconds, those of the cores, and its peak memory, with workers."""
+    """Run a step in a process of its own; return its seconds, those of the cores, and its peak memory."""
     started, used, peak = time.monotonic(), _core_seconds(), 0
     command = [sys.executable, __file__, "--step", step, "--dir", str(directory), "--workers", str(workers)]
     command += ["--device", device]
@@ -136,13 +136,11 @@ def _core_seconds() -> float:
 
 
 def _memory_bytes(pid: int, least: int) -> int:
-    """Return the memory of a process and all that it started; 0 where that is surely not above `least`."""
+    """Return the memory of a process; 0 where that is surely not above `least`."""
     try:
-        family = [found := psutil.Process(pid), *found.children(recursive=True)]
-        if sum(process.memory_info().rss for process in family) <= least:  # what is shared counts twice; quick
-            return 0
-        return sum(process.memory_full_info().pss for process in family)
-    except psutil.Error:  # one of them has just ended
+        process = psutil.Process(pid)
+        return process.memory_full_info().pss if process.memory_info().rss > least else 0  # the latter is quick
+    except psutil.Error:  # it has just ended
         return 0
 
 

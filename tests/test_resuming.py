@@ -23,7 +23,6 @@ from tests.models import rows
 _BUDGET = "40%"
 _PACK = """
 import sys
-from contextlib import suppress
 from pathlib import Path
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression import crew

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from graftllm.compression import codes as codes_module
-from graftllm.compression.codes import CodeReader, CodeWriter, code_bits
+from graftllm.compression import columns
+from graftllm.compression.codes import CodeReader, CodeWriter
+from graftllm.compression.columns import code_bits
 from graftllm.compression.tables import LOUDEST, table_frequencies
 
 MOST = (1 << 22) - 1
@@ -84,7 +85,7 @@ def test_vectors_unlike_any_table_bring_their_own() -> None:
 
 
 def test_chunks_of_rows_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codes_module, "_BLOCK", 100)
+    monkeypatch.setattr(columns, "_BLOCK", 100)
     codes = _gaussian((31, 30), 2.0 ** np.linspace(-3, 6, 30))
     for shifts in (None, np.arange(30)):
         assert np.array_equal(CodeReader(_coded(codes, shifts)).matrix(31, 30, shifts), codes)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graftllm.compression.codes import code_bits
+from graftllm.compression.columns import code_bits
 from graftllm.compression.elementwise import encode_elementwise, grid_for
 from graftllm.compression.factored import MatrixCode, encode_factored, encode_hybrid, weighted_svd
 from graftllm.compression.matrix import BLOCK, Source

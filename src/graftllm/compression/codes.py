@@ -7,31 +7,34 @@ read of each column before. Values are folded and classed as in `entropy`.
 
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from functools import cache, partial
-from math import isqrt
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import constriction
 import numpy as np
 
+from graftllm.compression.columns import Fixed, Following, cheapest, followed, needed_classes
 from graftllm.compression.entropy import FREQUENCIES, class_of, fold, perfect_model, scaled, unfold
-from graftllm.compression.tables import CLASSES, FAMILIES, LOUDEST, SILENT, open_bits, table_bits, table_model
+from graftllm.compression.tables import (
+    CLASSES,
+    FAMILIES,
+    LOUDEST,
+    SILENT,
+    SIZES,
+    STARTS,
+    table_bits,
+    table_model,
+)
 
 LARGEST = 1 << 30  # codes are below this in magnitude
 _OWN = 2  # in place of a family: the table follows
 _ALONE, _LINE, _STEPS = range(3)  # what the integers of a vector are told from: nothing, a line, the one before
 _LONGEST, _HIGHEST = 1 << 14, 2000  # of vectors that are told from something: their length and magnitude
-_BLOCK = 1 << 22  # values that are put in order at a time; bounds the memory of coding
 _WIDE = 1 << 16  # limits above this take two symbols
-_WEIGHT = 3  # rows as loud as their tables say that every column begins with
-_FARTHEST = 24  # tables that a column may be from its row's
 _PAYING = 0.99  # following the columns takes longer to read, so it has to take fewer bits than this share
 _STREAM: Any = getattr(constriction, "stream")  # noqa: B009 - its stubs do not name the submodules
 _FIELDS = ("", "hb", "h")  # of that in the head: height and rise of the line, the first
-_NUMBERS = np.arange(CLASSES, dtype=np.int32)
-_SIZES = np.where(_NUMBERS < 8, 1, 1 << np.maximum(0, (_NUMBERS >> 2) - 1)).astype(np.int32)  # values in each class
-_STARTS = np.where(_NUMBERS < 8, _NUMBERS, (4 + (_NUMBERS & 3)) * _SIZES).astype(np.int32)  # the least of them
 _Models = Callable[[int], Any]  # the coder's model of a table, by its number
 
 
@@ -65,13 +68,13 @@ class CodeWriter:
             shifts: shape (columns,); how many tables up from its row's a column is, as the decoder knows it. Without
                 them tables may follow the columns.
         """
-        classes, (bits, family, index) = _classes(codes), _cheapest(codes, shifts)
-        shifted: _Fixed = _Fixed(codes.shape, shifts)
+        classes, (bits, family, index) = needed_classes(codes), cheapest(codes, shifts)
+        shifted: Fixed = Fixed(codes.shape, shifts)
         if shifts is None:
-            fewer, of_rows = _followed(codes, family, classes)
+            fewer, of_rows = followed(codes, family, classes)
             if fewer < _PAYING * bits:
-                shifted, index = _Following(codes.shape), of_rows
-        self._head.append(bytes([family + 4 * isinstance(shifted, _Following), classes]))
+                shifted, index = Following(codes.shape), of_rows
+        self._head.append(bytes([family + 4 * isinstance(shifted, Following), classes]))
         self.vector(index)
         for part in shifted.parts():
             self._add(codes[part], shifted.tables(index[part]), partial(table_model, family, classes=classes))
@@ -104,7 +107,7 @@ class CodeWriter:
         by_table = numbers if tables.size == numbers.size else numbers.reshape(len(tables), -1)
         for table, chosen in _groups(tables):
             self._steps.append((by_table[chosen].ravel(), models(table)))
-        self.below(folded - _STARTS[numbers], _SIZES[numbers])
+        self.below(folded - STARTS[numbers], SIZES[numbers])
 
 
 class CodeReader:
@@ -150,7 +153,7 @@ class CodeReader:
         if rows and not SILENT <= index.min() <= index.max() <= LOUDEST:
             raise ValueError(f"expected tables from {SILENT} to {LOUDEST}, found {index.min()} to {index.max()}")
         codes, models = np.zeros((rows, columns), np.int32), partial(table_model, family, classes=classes)
-        shifted = _Following(codes.shape) if follows else _Fixed(codes.shape, shifts)
+        shifted = Following(codes.shape) if follows else Fixed(codes.shape, shifts)
         for part in shifted.parts():
             codes[part] = self._read(codes[part].shape, shifted.tables(index[part]), models)
             shifted.saw(codes[part], index[part])
@@ -197,78 +200,13 @@ class CodeReader:
         wide = np.flatnonzero(values >= 8)  # their low bits follow
         if len(wide):
             classes = values[wide]
-            limits = _SIZES[classes]
+            limits = SIZES[classes]
             if limits.max() <= _WIDE:
                 rest = self._coder.decode(_STREAM.model.Uniform(), limits)
             else:
                 rest = self.below(limits).astype(np.int32)
-            values[wide] = _STARTS[classes] + rest
+            values[wide] = STARTS[classes] + rest
         return unfold(numbers.view(np.uint32))
-
-
-def code_bits(codes: np.ndarray, shifts: np.ndarray | None = None) -> float:
-    """Return how many bits `CodeWriter.matrix` will take at most, without its few bytes of side information."""
-    return _cheapest(codes, shifts)[0]
-
-
-class _Fixed:
-    """Tables of a matrix: those of its rows, moved by what is known of its columns."""
-
-    def __init__(self, shape: tuple[int, int], shifts: np.ndarray | None) -> None:
-        self.shape, self.shifts = shape, shifts
-
-    def parts(self) -> Iterator[slice]:
-        """Yield the rows that are coded together."""
-        height = _height(self.shape[1])
-        return (slice(start, start + height) for start in range(0, self.shape[0], height))
-
-    def tables(self, index: np.ndarray) -> np.ndarray:
-        """Return the table of each row, or of each value, from the tables that rows name."""
-        if self.shifts is None:
-            return index.astype(np.uint8)
-        moved = np.clip(index[:, None].astype(np.int64) + self.shifts, 1, LOUDEST)
-        return np.where(index[:, None] == SILENT, SILENT, moved).astype(np.uint8)
-
-    def saw(self, codes: np.ndarray, index: np.ndarray) -> None:
-        """Learn from some rows and the tables that they named: nothing here."""
-
-
-class _Following(_Fixed):
-    """Tables that follow the columns, up to a part of all rows before at a time; whole numbers, the same everywhere."""
-
-    def __init__(self, shape: tuple[int, int]) -> None:
-        super().__init__(shape, np.zeros(shape[1], np.int64))
-        self._rows = _WEIGHT
-        self._energy = np.full(shape[1], _WEIGHT << 8, np.int64)  # squares of codes over their tables', in 2 ** -8
-
-    def parts(self) -> Iterator[slice]:
-        """Yield the rows that are coded together: one, then half as many as there were."""
-        start, height = 0, _height(self.shape[1])
-        while start < self.shape[0]:
-            stop = start + min(height, max(1, start // 2))
-            yield slice(start, stop)
-            start = stop
-
-    def saw(self, codes: np.ndarray, index: np.ndarray) -> None:
-        """Learn from some rows and the tables that they named."""
-        codes, index = codes[index != SILENT], index[index != SILENT]
-        most, scale = (np.array(one)[index, None] for one in _scales())
-        self._energy += (np.minimum(np.abs(codes.astype(np.int64)), most) ** 2 * scale >> 24).sum(axis=0)
-        self._rows += len(index)
-        self.shifts = np.searchsorted(_thresholds(self._rows), self._energy, side="right") - _FARTHEST
-
-
-@cache
-def _scales() -> tuple[list[int], list[int]]:
-    """Return for each table the magnitude that counts at most, 16 spreads, and 2 ** 32 over its squared spread."""
-    tables = range(LOUDEST + 1)
-    return [isqrt(isqrt(1 << max(0, table - 1))) + 1 for table in tables], [isqrt(1 << 81 - table) for table in tables]
-
-
-def _thresholds(rows: int) -> list[int]:
-    """Return from which energy on a column is one table more from its rows'; 2 ** ((2 shift - 1) / 4) for each row."""
-    steps = range(1 - _FARTHEST, _FARTHEST + 1)
-    return [isqrt(isqrt((rows << 8) ** 4 << 2 * step - 1 + 64)) >> 16 for step in steps]
 
 
 def _groups(tables: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -287,10 +225,10 @@ def _same(model: Any, _: int) -> Any:
 def _told(kind: int, line: tuple[int, ...], rest: np.ndarray) -> tuple[float, bytes, int, _Models, np.ndarray]:
     """Return the bits that a vector takes, its head, table and models, and what is left to tell."""
     rest = rest.astype(np.int32)
-    classes, after = _classes(rest), struct.pack(f"<{_FIELDS[kind]}", *line)
+    classes, after = needed_classes(rest), struct.pack(f"<{_FIELDS[kind]}", *line)
     counts = np.bincount(class_of(fold(rest)), minlength=classes)
     own, costs = scaled(counts), [table_bits(family, classes) @ counts for family in range(FAMILIES)]
-    own_bits = 16 * classes + float(counts @ (np.log2(FREQUENCIES) - np.log2(own) + open_bits(classes)))
+    own_bits = 16 * classes + float(counts @ (np.log2(FREQUENCIES) - np.log2(own) + np.log2(SIZES[:classes])))
     family = int(np.argmin([cost.min() for cost in costs]))
     bits, table = float(costs[family].min()), int(costs[family].argmin()) + 1
     if not rest.any():
@@ -311,48 +249,3 @@ def _line_through(values: np.ndarray) -> tuple[int, int]:
 def _line(count: int, height: int, rise: int) -> np.ndarray:
     """Return whole numbers along a line, int64: height / 16 + rise / 4 * i / count, rounded."""
     return (height * count + 4 * rise * np.arange(count) + 8 * count) // (16 * count)
-
-
-def _height(columns: int) -> int:
-    """Return how many rows are coded together at most."""
-    return max(1, _BLOCK // max(1, columns))
-
-
-def _classes(values: np.ndarray) -> int:
-    """Return how many classes the values need, at least 2."""
-    largest = fold(np.array([values.min(initial=0), values.max(initial=0)], np.int32)).max()
-    return max(2, int(class_of(np.array([largest]))[0]) + 1)
-
-
-def _cheapest(codes: np.ndarray, shifts: np.ndarray | None) -> tuple[float, int, np.ndarray]:
-    """Return the bits, the family and, for each row, the table that codes it in the fewest of them."""
-    classes, families = _classes(codes), range(FAMILIES)
-    bits, index = np.zeros((FAMILIES, len(codes))), np.zeros((FAMILIES, len(codes)), np.int64)
-    for part in _Fixed(codes.shape, shifts).parts():
-        for family, costs in enumerate(_costs(codes[part], shifts, families, classes)):
-            bits[family, part], index[family, part] = costs.min(axis=1), costs.argmin(axis=1)
-    family = int(bits.sum(axis=1).argmin())
-    return float(bits[family].sum()), family, index[family]
-
-
-def _followed(codes: np.ndarray, family: int, classes: int) -> tuple[float, np.ndarray]:
-    """Return the bits and the tables of rows where tables follow the columns."""
-    following, bits, index = _Following(codes.shape), 0.0, np.zeros(len(codes), np.int64)
-    for part in following.parts():
-        costs = next(_costs(codes[part], following.shifts, [family], classes))
-        bits, index[part] = bits + float(costs.min(axis=1).sum()), costs.argmin(axis=1)
-        following.saw(codes[part], index[part])
-    return bits, index
-
-
-def _costs(codes: np.ndarray, shifts: np.ndarray | None, families: Iterable[int], classes: int) -> Iterator[np.ndarray]:
-    """Yield for each family the bits that each row takes under each table, shape (rows, 64)."""
-    rows, silent = len(codes), ~codes.any(axis=1)
-    steps, of_columns = (np.zeros(1, np.int64), 0) if shifts is None else np.unique(shifts, return_inverse=True)
-    place = class_of(fold(codes.astype(np.int32))) + classes * (of_columns + len(steps) * np.arange(rows)[:, None])
-    counts = np.bincount(place.ravel(), minlength=rows * len(steps) * classes).reshape(rows, -1)
-    moved = np.clip(np.arange(1, LOUDEST + 1) + steps[:, None], 1, LOUDEST) - 1  # (steps, 63)
-    for family in families:
-        costs = np.where(silent, 0, np.inf)[:, None].repeat(LOUDEST + 1, axis=1)
-        costs[:, 1:] = counts @ table_bits(family, classes)[moved].transpose(0, 2, 1).reshape(-1, LOUDEST)
-        yield costs

@@ -13,7 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from graftllm.compression.codes import CodeReader, CodeWriter, code_bits
+from graftllm.compression.codes import CodeReader, CodeWriter
+from graftllm.compression.columns import code_bits
 from graftllm.compression.matrix import BLOCK, Levels, MatrixOperator
 from graftllm.compression.metric import Metric, from_half_octaves, half_octaves, quantize
 

@@ -16,6 +16,10 @@ LOUDEST = 63
 FAMILIES = 2
 CLASSES = 4 * 31 - 4  # those of folded values below 2 ** 31
 _ONE = 1 << 64
+_NUMBERS = np.arange(CLASSES)
+_OPEN = np.array([low_bits(number) if number >= 8 else 0 for number in range(CLASSES)])  # bits that a class leaves open
+SIZES = (1 << _OPEN).astype(np.int32)  # how many folded values each class holds
+STARTS = np.where(_NUMBERS < 8, _NUMBERS, 4 + _NUMBERS % 4 << _OPEN).astype(np.int32)  # the least of them
 # 2 ** 64 * 2 ** -(2 ** (i / 4)) for i = 0 to 3, rounded
 _ROOTS = (9223372036854775808, 8089705464700925726, 6921480822830546630, 5749758898252946309)
 
@@ -47,12 +51,7 @@ def table_model(family: int, table: int, classes: int) -> Any:
 def table_bits(family: int, classes: int) -> np.ndarray:
     """Return the bits that a value of each class takes under each table but silence, shape (63, classes)."""
     frequencies = [table_frequencies(family, table, classes) for table in range(1, LOUDEST + 1)]
-    return np.log2(FREQUENCIES) - np.log2(np.stack(frequencies)) + open_bits(classes)
-
-
-def open_bits(classes: int) -> np.ndarray:
-    """Return how many bits of its values each class leaves open."""
-    return np.array([low_bits(number) if number >= 8 else 0 for number in range(classes)])
+    return np.log2(FREQUENCIES) - np.log2(np.stack(frequencies)) + _OPEN[:classes]
 
 
 @cache
@@ -61,8 +60,7 @@ def _weights(family: int, table: int, classes: int) -> list[int]:
     rho = _root(16 - 2 * table) if family == 0 else _root(13 - table)
     weights = []
     for number in range(classes):
-        low = number if number < 8 else (4 + number % 4) << low_bits(number)
-        width = 1 if number < 8 else 1 << low_bits(number)
+        low, width = int(STARTS[number]), int(SIZES[number])
         m = 4 * ((number + 1) // 2) if number < 8 else 2 * low + width
         weights.append(width * _power(rho, m * m if family == 0 else m))
     return weights

@@ -58,7 +58,7 @@ def _samples() -> dict[str, Sample]:
     infinite[0, 0] = float("inf")
     inputs = random(20, 8) * torch.logspace(-1, 1, 8)
     metric, matrix = Metric(right=(inputs.T @ inputs).double()), change.double()
-    directions, few = weighted_svd(matrix, metric, 6), weighted_svd(matrix, metric, 2)
+    directions, few = (weighted_svd(matrix, metric, rank)[1:] for rank in (6, 2))
     by_entry = encode_elementwise(lambda start, stop: matrix[start:stop], (6, 8), 0.3, metric)
     product, both = (
         encode_factored(matrix, 0.1, metric, directions),

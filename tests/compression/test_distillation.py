@@ -47,7 +47,7 @@ def distilled(tiny: Delta) -> SkillPack:
 def _coded() -> list[tuple[MatrixCode, np.ndarray]]:
     torch.manual_seed(0)
     delta, metric = torch.randn(24, 4) @ torch.randn(4, 40) + 0.3 * torch.randn(24, 40), Metric()
-    directions = weighted_svd(delta, metric, 6)
+    directions = weighted_svd(delta, metric, 6)[1:]
     factored, hybrid = (encode(delta, 0.5, metric, directions) for encode in (encode_factored, encode_hybrid))
     assert factored is not None
     assert hybrid is not None

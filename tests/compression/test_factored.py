@@ -32,7 +32,7 @@ def _encode(kind: str, matrix: Tensor, step: float, metric: Metric = PLAIN, rank
     shape = (matrix.shape[0], matrix.shape[1])
     if kind == "elementwise":
         return encode_elementwise(lambda start, stop: matrix[start:stop], shape, step, metric)
-    directions = weighted_svd(matrix, metric, min(shape) if rank is None else rank)
+    directions = weighted_svd(matrix, metric, min(shape) if rank is None else rank)[1:]
     found = (encode_factored if kind == "factored" else encode_hybrid)(matrix, step, metric, directions)
     assert found is not None
     return found
@@ -68,7 +68,7 @@ def test_fine_steps_give_the_matrix_back(kind: str, calibrated: bool) -> None:
 def test_it_decodes_to_the_product_of_its_factors(rows: int, columns: int, step: float, calibrated: bool) -> None:
     matrix = 4 * torch.randn(rows, columns).double()
     metric = _metric(rows, columns) if calibrated else PLAIN
-    directions = weighted_svd(matrix, metric, min(rows, columns))
+    directions = weighted_svd(matrix, metric, min(rows, columns))[1:]
     encoded = encode_factored(matrix, step, metric, directions)
     if encoded is None:
         return
@@ -120,7 +120,7 @@ def test_the_metric_lowers_the_cost_at_the_same_size() -> None:
 def test_directions_that_round_to_zero_are_left_out() -> None:
     strong, weak = _low_rank(30, 20, 2), 1e-3 * torch.randn(30, 20).double()
     assert _encode("factored", strong + weak, 0.5)[0].rank == 2
-    directions = weighted_svd(weak, PLAIN, 20)
+    directions = weighted_svd(weak, PLAIN, 20)[1:]
     assert encode_factored(weak, 0.5, PLAIN, directions) is None
     assert encode_hybrid(weak, 0.5, PLAIN, directions) is None
 

@@ -11,12 +11,14 @@ from safetensors.torch import load_file, save_file
 from graftllm import packer
 from graftllm.checkpoint import Checkpoint, digest
 from graftllm.compression import strategy
+from graftllm.compression.allocation import Outlook
 from graftllm.compression.calibration import collect_moments
 from graftllm.compression.crew import open_crew
+from graftllm.compression.factored import Factored
 from graftllm.compression.measures import Measures, save_measures
 from graftllm.compression.sensitivity import measure_sensitivity
 from graftllm.compression.strategy import Compressed, encode_job
-from graftllm.compression.units import Job
+from graftllm.compression.units import Job, Unit
 from graftllm.compression.workspace import Workspace
 from graftllm.delta import Delta
 from graftllm.errors import BudgetError, CheckpointError, CompressionError
@@ -320,3 +322,31 @@ def test_where_nothing_fits_the_default_share_the_smallest_is_kept(
     parts = _encoded(delta, PackOptions())
     assert {part.unit.at for part in parts.values() if part.unit.kind == "code"} == {3e-2}
     assert _bytes(parts) > 0.05 * delta.tuned.nbytes
+
+
+def test_a_small_budget_looks_at_few_directions_and_closer_where_more_are_worth_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(1100, 80, generator=draw)).Q for _ in range(2))
+    ranks = {"few.weight": 10, "many.weight": 80}
+    for directory, size in (("base", 0), ("tuned", 1)):
+        (tmp_path / directory).mkdir()
+        values = {name: size / rank**0.5 * left[:, :rank] @ right[:, :rank].T for name, rank in ranks.items()}
+        save_file(values, tmp_path / directory / "model.safetensors")
+        (tmp_path / directory / "config.json").write_text("{}")
+    looks: list[tuple[str, int | None]] = []
+    original = strategy.found_outlook
+
+    def noted(job: Job, look: Unit) -> Outlook | None:
+        looks.append((look.name, look.directions))
+        return original(job, look)
+
+    monkeypatch.setattr(strategy, "found_outlook", noted)
+    delta = Delta(Checkpoint.open(tmp_path / "base"), Checkpoint.open(tmp_path / "tuned"))
+    parts = _encoded(delta, PackOptions(), payload_budget=62_000)
+    assert looks == [("few.weight", 64), ("many.weight", 64), ("many.weight", 128)]
+    for name, rank in ranks.items():
+        operator = parts[name].facts.operator
+        assert isinstance(operator, Factored)
+        assert operator.rank == rank

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,16 +19,39 @@ from torch import Tensor
 from graftllm.compression.columns import code_bits
 from graftllm.compression.elementwise import encode_elementwise, grid_for
 from graftllm.compression.factored import MatrixCode, encode_factored, encode_hybrid, weighted_svd
-from graftllm.compression.matrix import BLOCK, Source
-from graftllm.compression.metric import Metric, row_squares
+from graftllm.compression.matrix import CACHED, Source
+from graftllm.compression.metric import Metric, rounded, row_squares
 
 Kind = Literal["zero", "elementwise", "factored", "hybrid"]
 BITS_WORTH = 2 * math.log(2) / 12  # lambda a bit, in squared steps: the slope of an entropy-coded uniform quantiser
 _SIDE_BITS = 2.0  # a row, column or direction costs about this much side information
+_LEARNED_BITS = 1.0  # and so much until it is known how loud a row or column of a factor is
 _SAMPLED_ROWS = 32
 _SAMPLED_OCTAVES = 10  # of steps, down from where nearly all entries round to zero
 _FINEST = 14  # octaves of the step below the mean entry of the loudest matrix: finer codes would not fit into float32
+_ALL = 1024  # rows or columns up to which all directions are looked for
+_LEFT_OUT = 0.5  # how much more than noise of the same cost a direction that is left out does: it leads to the base
+_GROUPS = 8  # of rows or columns that are foreseen together
+_DRAWN = 16  # errors, to see how they spread
+_FEW = 64  # directions that every look takes
 _WORTH_TRYING = 1.15  # operators foreseen to be this close to the best are coded for real
+
+
+class Sides(NamedTuple):
+    """How the entries of both factors differ, A by rows and B by columns, in groups of these of like energies.
+
+    Attributes:
+        rows: mean energies of rows of A, with mean 1.
+        columns: those of columns of B, in steps of the columns.
+        echoes: by the same groups of columns, how much energy errors of the columns before bring to a code, as a
+            multiple of an error's.
+        norms: of each direction of B in steps of the columns, for 1 in the metric; shape (directions,).
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    echoes: np.ndarray
+    norms: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -39,9 +62,12 @@ class Outlook:
         shape: (rows, columns).
         sampled: log2 of some steps, and the bits and cost an entry that rows of the matrix take at them.
         strengths: leading singular values of the weighted matrix, descending; all of them, or as many as are kept.
+        sides: how the entries of the factors differ.
         energy: squared norm of the weighted matrix: what it costs to leave it out.
         changed: rows that are not zero; the others take next to nothing.
+        stepped: how many rows and how many columns have steps of their own, which have to be told.
         servable: whether only a product of two factors will do, as an adapter is one.
+        partial: whether another look could find more directions.
         directions: V^T that belongs to `strengths`, (directions, columns), float32 or float64; empty where
             the matrix is only to be foreseen.
     """
@@ -49,9 +75,12 @@ class Outlook:
     shape: tuple[int, int]
     sampled: tuple[np.ndarray, np.ndarray, np.ndarray]
     strengths: np.ndarray
+    sides: "Sides"
     energy: float
     changed: int
+    stepped: tuple[int, int] = (0, 0)
     servable: bool = False
+    partial: bool = False
     directions: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False, compare=False)
 
     def elementwise(self, step: float, share: float = 1.0) -> tuple[float, float]:
@@ -68,6 +97,9 @@ class Outlook:
         return count * float(bits_each), count * float(cost_each) * share
 
 
+_NO_SIDES = Sides(*[np.zeros(0)] * 4)
+
+
 @dataclass(frozen=True)
 class Choice:
     """How a matrix is coded, and the bits and cost foreseen for it."""
@@ -82,13 +114,14 @@ class Choice:
         return self.cost + BITS_WORTH * step**2 * self.bits
 
 
-def outlook(source: Source, metric: Metric, max_rank: int | None = None) -> Outlook:
+def outlook(source: Source, metric: Metric, max_rank: int | None = None, directions: int | None = None) -> Outlook:
     """Look at a matrix once.
 
     Args:
         source: where its rows are.
         metric: what errors cost.
         max_rank: the matrix must be a product of factors of at most this rank.
+        directions: how many are looked for at most; by default as many as that takes bearable time.
     """
     rows, columns = source.shape
     decomposed = not source.large or max_rank is not None
@@ -96,15 +129,67 @@ def outlook(source: Source, metric: Metric, max_rank: int | None = None) -> Outl
     row_energies = torch.cat([metric.of_rows(numbers).row_costs(part).cpu() for numbers, part in source.parts()])
     energy = float(row_energies.sum())
     if energy == 0:
-        return Outlook(source.shape, (np.zeros(1), np.zeros(1), np.zeros(1)), np.zeros(0), 0.0, 0)
-    strengths, directions = torch.empty(0), torch.empty(0, 0)
+        return Outlook(source.shape, (np.zeros(1), np.zeros(1), np.zeros(1)), np.zeros(0), _NO_SIDES, 0.0, 0)
+    strengths, found, sides, partial = torch.empty(0), torch.empty(0, 0), _NO_SIDES, False
     if decomposed:
-        rank = _affordable(min(rows, columns) if max_rank is None else max_rank, rows, columns)
-        strengths, directions = weighted_svd(source.whole(), metric, rank)
-    found = (strengths.double() * metric.scale**0.5).cpu().numpy()
+        rank = most = _affordable(min(rows, columns) if max_rank is None else max_rank, rows, columns)
+        if directions is not None:
+            rank = min(most, directions)
+        partial = rank < most
+        left, strengths, found = weighted_svd(source.whole(), metric, rank)
+        sides = _sides(left, found, metric)
+    scaled = (strengths.double() * metric.scale**0.5).cpu().numpy()
     changed = int((row_energies > 0).sum())
     sampled = _sample(source, metric, row_energies)
-    return Outlook(source.shape, sampled, found, energy, changed, max_rank is not None, directions)
+    stepped = (0 if metric.rows is None else rows, 0 if metric.right is None else columns)
+    return Outlook(source.shape, sampled, scaled, sides, energy, changed, stepped, max_rank is not None, partial, found)
+
+
+def _sides(left: Tensor, right: Tensor, metric: Metric) -> Sides:
+    """Return how the entries of factors will differ, from U and V^T."""
+    echoes = torch.zeros(right.shape[1]).to(right)
+    if metric.lower is not None:
+        lower = metric.lower.to(right)
+        drawn = torch.randn(_DRAWN, len(lower), generator=torch.Generator().manual_seed(0)).to(right)
+        solved = torch.linalg.solve_triangular(lower, torch.cat([right, drawn]), upper=False, left=False)
+        solved *= lower.diagonal()
+        right, echoes = solved[:-_DRAWN], (drawn - solved[-_DRAWN:]).square().mean(dim=0)
+    norms = right.norm(dim=1)
+    columns = (right / norms.clamp(min=torch.finfo(right.dtype).tiny)[:, None]).square().mean(dim=0)
+    order = columns.argsort()
+    rows, columns, echoes = (
+        np.array([part.mean() for part in np.array_split(one.double().cpu().numpy(), _GROUPS) if len(part)])
+        for one in (left.square().mean(dim=1).sort().values, columns[order], echoes[order])
+    )
+    return Sides(rows / rows.mean(), columns / columns.mean(), echoes, norms.double().cpu().numpy())
+
+
+def directions_for(shape: tuple[int, int], rate: float) -> int | None:
+    """Return how many directions a first look takes: what `rate` bits an entry pay at a bit a number, in octaves.
+
+    None stands for as many as `outlook` takes by default.
+
+    >>> directions_for((4096, 14336), 0.05), directions_for((4096, 14336), 0.8), directions_for((512, 512), 0.05)
+    (128, None, None)
+    """
+    rows, columns = shape
+    paid = rate * rows * columns / (rows + columns)
+    return _fewer_than_all(_FEW << max(0, math.floor(math.log2(max(paid, 1) / _FEW))), shape)
+
+
+def twice_as_many(directions: int | None, shape: tuple[int, int]) -> int | None:
+    """Return how many directions the look takes that comes after one that took so many."""
+    return None if directions is None else _fewer_than_all(2 * directions, shape)
+
+
+def _fewer_than_all(directions: int, shape: tuple[int, int]) -> int | None:
+    return directions if min(shape) > _ALL and directions < _affordable(min(shape), *shape) else None
+
+
+def falls_short(known: Outlook, step: float) -> bool:
+    """Return whether all directions that were found are worth their bits at a step, so that more may be."""
+    ranks = (choice.rank for choice in choices(known, step) if choice.kind == "factored")
+    return known.partial and next(ranks) == len(known.strengths)
 
 
 def _sample(source: Source, metric: Metric, row_energies: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -136,26 +221,34 @@ def choices(known: Outlook, step: float) -> list[Choice]:
         step: in units of the square root of cost.
     """
     rows, columns = known.shape
+    side_bits = _SIDE_BITS * (known.changed + known.stepped[1])  # of entries that are coded one by one
     found = [Choice("zero", 0, 0.0, known.energy)]
     if not known.servable:
         bits, cost = known.elementwise(step)
-        found.append(Choice("elementwise", 0, bits + _SIDE_BITS * (known.changed + columns), cost))
+        found.append(Choice("elementwise", 0, bits + side_bits, cost))
     if len(known.strengths):
-        left_bits, left_cost = _coded(known.strengths / (rows**0.5 * step))
-        right_bits, right_cost = _coded(known.strengths / (columns**0.5 * step))
-        bits = np.cumsum(rows * left_bits + columns * right_bits + 3 * _SIDE_BITS) + _SIDE_BITS * (rows + columns)
+        sides, whitened = known.sides, known.strengths**2 / (columns * step**2)
+        echoes = np.minimum(1 / 12, whitened)[:, None] * sides.echoes
+        right_bits, right_cost = _coded((whitened * sides.norms**2)[:, None] * sides.columns + echoes)
+        # A is solved for what B became, which points a little elsewhere: its share of the direction is a cosine.
+        missed = np.minimum(1, right_cost / whitened.clip(min=1e-300))
+        left_bits, left_cost = _coded((whitened * (1 - missed) * columns / rows)[:, None] * sides.rows)
+        shared = _SIDE_BITS * sum(known.stepped) + _LEARNED_BITS * (rows + columns)
+        bits = np.cumsum(rows * left_bits + columns * right_bits + 3 * _SIDE_BITS) + shared
         # What one factor got wrong the other cannot mend: errors add up, but never above the direction itself.
         kept = np.minimum(known.strengths**2, (rows * left_cost + columns * right_cost) * step**2)
-        cost = np.cumsum(kept) + np.maximum(known.energy - np.cumsum(known.strengths**2), 0)
-        best = int(np.argmin(cost + BITS_WORTH * step**2 * bits))
+        left_out = np.maximum(known.energy - np.cumsum(known.strengths**2), 0)
+        cost = np.cumsum(kept) + left_out
+        best = int(np.argmin(cost + _LEFT_OUT * left_out + BITS_WORTH * step**2 * bits))
         found.append(Choice("factored", best + 1, float(bits[best]), float(cost[best])))
         if not known.servable and (few := _spikes(known)):
             # What the strong part got wrong is part of the rest.
             left = known.energy - float((known.strengths[:few] ** 2).sum()) + float(kept[:few].sum())
             share = min(max(left / known.energy, 1e-9), 1.0)
             rest_bits, rest_cost = known.elementwise(step, share)
-            side = _SIDE_BITS * (known.changed + columns)
-            found.append(Choice("hybrid", few, float(bits[few - 1]) + rest_bits + side, rest_cost))
+            rest_bits += side_bits
+            if rest_cost + BITS_WORTH * step**2 * rest_bits < left:
+                found.append(Choice("hybrid", few, float(bits[few - 1]) + rest_bits, rest_cost))
     return sorted(found, key=lambda choice: choice.price(step))
 
 
@@ -193,7 +286,7 @@ def encode_cheapest(source: Source, metric: Metric, known: Outlook, step: float)
 def _measured(source: Source, metric: Metric, operator: MatrixCode, payload: np.ndarray) -> Coded:
     """Measure what an encoding loses, some rows at a time."""
     cost = missed = norm = 0.0
-    height = max(1, BLOCK // source.shape[1])
+    height = max(1, CACHED // source.shape[1])
     for first, block in operator.blocks(payload, source.shape):
         for start, part in enumerate(block.split(height)):
             at = first + start * height
@@ -246,15 +339,20 @@ def _spikes(known: Outlook) -> int:
 def _affordable(rank: int, rows: int, columns: int) -> int:
     """Return the rank that is looked at: all of a small matrix, what a range finder gives cheaply of a large one."""
     smaller = min(rows, columns)
-    return rank if smaller <= 1024 else min(rank, smaller // 8)
+    return rank if smaller <= _ALL else min(rank, smaller // 8)
 
 
-def _coded(spreads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return bits and mean squared error, in squared steps, of Gaussian values by their spread in steps."""
+def _coded(energies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return bits and squared error, in squared steps, of Gaussian values, as means over groups.
+
+    Args:
+        energies: of the values in squared steps, shape (directions, groups).
+    """
     at, bits, cost = _quantizer()
-    place = np.log2(np.clip(spreads, 2.0 ** at[0], 2.0 ** at[-1]))
-    squared = np.where(spreads < 2.0 ** at[0], spreads**2, np.interp(place, at, cost))
-    return np.where(spreads < 2.0 ** at[0], 0, np.interp(place, at, bits)), squared
+    place = np.log2(energies.clip(4.0 ** at[0], 4.0 ** at[-1])) / 2
+    silent = energies < 4.0 ** at[0]
+    squared = np.where(silent, energies, np.interp(place, at, cost))
+    return np.where(silent, 0, np.interp(place, at, bits)).mean(axis=1), squared.mean(axis=1)
 
 
 @cache
@@ -271,7 +369,7 @@ def _quantizer() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             cost.append(1 / 12)
             continue
         values = x * 2.0**place
-        codes = values.round()
+        codes = rounded(values)
         chances = torch.zeros(2 * int(codes.abs().max()) + 1, dtype=torch.float64)
         chances.index_add_(0, (codes - codes.min()).long(), mass)
         chances = chances[chances > 0]

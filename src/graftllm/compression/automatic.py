@@ -22,6 +22,7 @@ from graftllm.delta import Delta, difference
 
 _DOUBLE = 2048  # columns up to which matrices are calculated with in float64
 _FULL = 0.985  # a budget filled to this share is met
+AIM = (1 + _FULL) / 2  # share of a budget that is aimed at
 _EXACT_AT = 2.0  # bits an entry from which on a matrix may be cheaper bit for bit
 _FEW_CHANGES = 0.25  # share of changed entries below which it may be, too
 
@@ -88,7 +89,7 @@ def next_step(
         room: bytes that all may take.
         steps: at which they took them.
     """
-    taken, aim = sum(coded.values()), room * (1 + _FULL) / 2
+    taken, aim = sum(coded.values()), room * AIM
     rest = [outlooks[name] for name in outlooks if name not in coded]
     if not rest and _FULL * room <= taken <= room:
         return None

@@ -33,7 +33,7 @@ from graftllm.compression.factored import MatrixCode
 from graftllm.compression.matrix import matrix_shape
 from graftllm.compression.metric import frobenius
 from graftllm.compression.sensitivity import answered, fits_in_memory, predicting
-from graftllm.compression.units import Compressed, Job, Unit, found_code, overflows, write_code
+from graftllm.compression.units import Compressed, Job, found_code, overflows, write_code
 from graftllm.errors import CompressionError
 from graftllm.generation import load_model, load_tokenizer, pad, resolve_device
 from graftllm.live import Binding, bindings, named_values
@@ -71,7 +71,7 @@ def distill_job(job: Job, parts: Sequence[Compressed], rows: Sequence[Prompt]) -
         CompressionError: there are no rows, the model is too large to be trained, or the steps are too few.
         CheckpointError: transformers cannot load the model or its tokenizer.
     """
-    units = {part.name: Unit(part.name, "distill", part.unit.at) for part in parts if _is_coded(part)}
+    units = {part.name: replace(part.unit, kind="distill") for part in parts if _is_coded(part)}
     if any(not unit.file(job).exists() for unit in units.values()):
         codes = _trained(job, parts, rows)
         for part in parts:

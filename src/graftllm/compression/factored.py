@@ -16,7 +16,7 @@ from torch import Tensor
 from graftllm.compression.codes import CodeReader, CodeWriter
 from graftllm.compression.elementwise import Elementwise, encode_elementwise
 from graftllm.compression.lowrank import truncated_svd
-from graftllm.compression.matrix import Levels, MatrixOperator
+from graftllm.compression.matrix import CACHED, Levels, MatrixOperator
 from graftllm.compression.metric import Metric, damped_cholesky, from_half_octaves, half_octaves, quantize
 
 
@@ -33,13 +33,15 @@ class Factored(MatrixOperator):
     step: float = Field(gt=0, allow_inf_nan=False)
 
     def blocks(self, payload: np.ndarray, shape: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
-        """Yield 0 and the product in float32.
+        """Yield the first row and the entries, float32, of each block of rows.
 
         Raises:
             ValueError: the payload is not an encoding of that shape.
         """
         left, right = self.factors(payload, shape)
-        yield 0, left @ right
+        height = max(1, CACHED // shape[1])
+        for start in range(0, shape[0], height):
+            yield start, left[start : start + height] @ right
 
     def factors(self, payload: np.ndarray, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return A, shape (rows, rank), and B, shape (rank, columns), in float32.
@@ -166,7 +168,7 @@ def encode_factored(
         delta: shape (rows, columns).
         step: as for `encode_elementwise`.
         metric: what errors cost.
-        directions: S and V^T of the weighted delta, strongest first, as `weighted_svd` gives them.
+        directions: S and V^T of the weighted delta, strongest first; see `weighted_svd`.
     """
     s, vh = directions
     lower, step = metric.lower, float(f"{step / metric.scale**0.5:.4g}")
@@ -207,12 +209,11 @@ def encode_hybrid(
     return Hybrid(strong=strong[0], rest=rest, split=len(strong[1])), np.concatenate([strong[1], payload])
 
 
-def weighted_svd(delta: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor]:
-    """Return S, shape (rank,), and V^T, shape (rank, columns), of diag(rows)^(1/2) delta L."""
+def weighted_svd(delta: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, shape (rows, rank), S, shape (rank,), and V^T, (rank, columns), of diag(rows)^(1/2) delta L."""
     weighted = delta if metric.rows is None else delta * metric.rows.sqrt().to(delta)[:, None]
     weighted = weighted if metric.lower is None else weighted @ metric.lower.to(weighted)
-    _, s, vh = truncated_svd(weighted, rank)
-    return s, vh
+    return truncated_svd(weighted, rank)
 
 
 def _whole(codes: Tensor) -> np.ndarray:

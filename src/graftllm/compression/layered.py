@@ -37,7 +37,7 @@ def encode_closest(base: Tensor, tuned: Tensor, device: torch.device) -> tuple[E
     if source is None or (found := _promising(source)) is None:
         return direct
     (step, rank), delta = found, source.whole()
-    coded = encode_factored(delta, step, Metric(), weighted_svd(delta, Metric(), rank))
+    coded = encode_factored(delta, step, Metric(), weighted_svd(delta, Metric(), rank)[1:])
     if coded is None:
         return direct
     product, first = coded

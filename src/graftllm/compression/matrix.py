@@ -14,6 +14,7 @@ from torch import Tensor
 from graftllm.checkpoint import LARGE
 
 BLOCK = 1 << 24  # entries that are coded at a time; bounds the memory
+CACHED = 1 << 18  # numbers that stay in a core's cache from one step to the next
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ is done to a tensor is a unit of `units`, and a `crew` does them.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
-from graftllm.compression.allocation import Outlook, step_for
-from graftllm.compression.automatic import next_step
+from graftllm.compression.allocation import Outlook, directions_for, falls_short, step_for, twice_as_many
+from graftllm.compression.automatic import AIM, next_step
 from graftllm.compression.crew import Crew
 from graftllm.compression.lowrank import rank_for_energy
+from graftllm.compression.matrix import matrix_shape
 from graftllm.compression.units import Compressed, Job, Unit, found_code, found_outlook, found_sizes
 from graftllm.errors import BudgetError
 from graftllm.packing_options import DEFAULT_SHARE
@@ -45,16 +47,16 @@ def encode_job(job: Job, crew: Crew, *, payload_budget: int | None) -> list[Comp
 def refine_job(job: Job, crew: Crew, parts: Sequence[Compressed]) -> list[Compressed]:
     """Return parts that `encode_job` gave, with an exact layer on all that are not exact yet."""
     lossy = [part for part in parts if part.unit.kind == "code" and part.facts.operator.operator != "exact"]
-    units = {part.name: Unit(part.name, "refine", part.unit.at) for part in lossy}
+    units = {part.name: replace(part.unit, kind="refine") for part in lossy}
     crew(list(units.values()), "refining")
     return [found_code(job, units[part.name]) if part.name in units else part for part in parts]
 
 
 def _automatic(job: Job, crew: Crew, payload_budget: int | None) -> list[Compressed]:
     """Return every parameter in compressed form at the step that fills the budget."""
-    looks = {name: Unit(name, "look") for name in job.delta}
+    looks = _first_looks(job, payload_budget)
     crew(list(looks.values()), "looking")
-    found = {name: found_outlook(job, name) for name in looks}
+    found = {name: found_outlook(job, look) for name, look in looks.items()}
     outlooks = {name: one for name, one in found.items() if one is not None}
     parts = {name: found_code(job, looks[name]) for name, one in found.items() if one is None}
     fixed = sum(part.facts.nbytes for part in parts.values())
@@ -62,7 +64,8 @@ def _automatic(job: Job, crew: Crew, payload_budget: int | None) -> list[Compres
         room = round(DEFAULT_SHARE * sum(job.delta.tuned.specs[name].nbytes for name in outlooks))
     else:
         room = payload_budget - fixed
-    step: float | None = step_for(outlooks.values(), 8 * max(room, 0)) if outlooks else None
+    step = _first_step(job, crew, looks, outlooks, room)
+    codes = {name: replace(looks[name], kind="code") for name in outlooks}
     fullest, least, smallest = -1, 0, None
     for number in range(_MOST):
         if step is None or (number >= _PASSES and fullest >= 0):
@@ -70,9 +73,9 @@ def _automatic(job: Job, crew: Crew, payload_budget: int | None) -> list[Compres
         if number >= _PASSES:
             step *= 2 ** (_COARSER * 2.0 ** (number - _PASSES))  # what is foreseen corrects too little here
         if number == 0 and len(outlooks) > _MANY:
-            tried = _in_parts(job, crew, outlooks, room, step)
+            tried = _in_parts(job, crew, codes, outlooks, room, step)
         else:
-            tried = _coded(job, crew, [Unit(name, "code", step) for name in outlooks])
+            tried = _coded(job, crew, [replace(unit, at=step) for unit in codes.values()])
         sizes = _sizes(tried)
         total = sum(sizes.values())
         if smallest is None or total < least:
@@ -93,7 +96,36 @@ def _automatic(job: Job, crew: Crew, payload_budget: int | None) -> list[Compres
     return [parts[name] for name in job.delta]
 
 
-def _in_parts(job: Job, crew: Crew, outlooks: Mapping[str, Outlook], room: int, step: float) -> list[Compressed]:
+def _first_looks(job: Job, payload_budget: int | None) -> dict[str, Unit]:
+    """Return looks that take as many directions as the budget is likely to pay."""
+    specs = job.delta.tuned.specs
+    nbytes = DEFAULT_SHARE * job.delta.tuned.nbytes if payload_budget is None else max(payload_budget, 0)
+    rate = 8 * nbytes / max(1, job.delta.tuned.parameters)
+    return {
+        name: Unit(name, "look", directions=directions_for(matrix_shape(specs[name].shape), rate)) for name in job.delta
+    }
+
+
+def _first_step(job: Job, crew: Crew, looks: dict[str, Unit], outlooks: dict[str, Outlook], room: int) -> float | None:
+    """Return the step that is foreseen to fill the room.
+
+    Matrices of which all directions that were found are worth their bytes are looked at again, for twice as many.
+    """
+    while outlooks:
+        step = step_for(outlooks.values(), 8 * max(room, 0) * AIM)
+        short = [name for name, one in outlooks.items() if falls_short(one, step)]
+        if not short:
+            return step
+        for name in short:
+            looks[name] = replace(looks[name], directions=twice_as_many(looks[name].directions, outlooks[name].shape))
+        crew([looks[name] for name in short], "looking closer")
+        outlooks |= {name: one for name in short if (one := found_outlook(job, looks[name])) is not None}
+    return None
+
+
+def _in_parts(
+    job: Job, crew: Crew, codes: Mapping[str, Unit], outlooks: Mapping[str, Outlook], room: int, step: float
+) -> list[Compressed]:
     """Return all matrices, coded a part at a time: each at the step that is to fill what the others leave of the room.
 
     The largest come first, and are spread over the parts, so the last part has little left to miss. If it does miss,
@@ -107,7 +139,7 @@ def _in_parts(job: Job, crew: Crew, outlooks: Mapping[str, Outlook], room: int, 
             break
         if others := [one for one in found if one.name not in part]:
             step = next_step(outlooks, _sizes(others), room, _steps(others)) or step
-        units = [Unit(name, "code", step) for name in part]
+        units = [replace(codes[name], at=step) for name in part]
         coded |= {one.name: one for one in _coded(job, crew, units, f"packing {number % _PARTS + 1}/{_PARTS}")}
     return list(coded.values())
 

@@ -7,7 +7,7 @@ twice. Which units there are, and what is made of them, is for `strategy` to say
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from graftllm.checkpoint import DTYPE_NAMES, DTYPES, TensorSpec, raw_bytes, write_safetensors
-from graftllm.compression.allocation import Outlook, outlook
+from graftllm.compression.allocation import Outlook, Sides, outlook
 from graftllm.compression.automatic import encode_matrix, source_of
 from graftllm.compression.encoded import EncodedTensor, ExactLayer, Operator, Refinement, Unchanged
 from graftllm.compression.exact import Exact, encode_exact
@@ -33,6 +33,7 @@ from graftllm.delta import Delta, check_difference, difference
 from graftllm.generation import resolve_device
 from graftllm.packing_options import PackOptions
 
+_FOUND = ("places", "bits", "cost", "strengths", *Sides._fields)  # arrays of an outlook
 SERVED: tuple[Role, ...] = ("attention", "mlp", "expert")
 
 
@@ -64,15 +65,18 @@ class Unit:
         kind: `look` and `code` for the strategy `auto`, `refine` for an exact layer on what `code` made,
             `distill` for what training makes of that, `spectrum` and `publish` for the other strategies.
         at: the step that `code`, `refine` and `distill` use, or the rank of `publish`.
+        directions: how many a `look` takes at most; of what is coded, those of the look that it goes by.
     """
 
     name: str
     kind: Literal["look", "code", "refine", "distill", "spectrum", "publish"]
     at: float | None = None
+    directions: int | None = None
 
     def file(self, job: Job) -> Path:
         """Return where the result is, or will be."""
-        place = "" if self.at is None else f".{float(self.at).hex()}"
+        place = "" if self.directions is None else f".{self.directions}"
+        place += "" if self.at is None else f".{float(self.at).hex()}"
         return job.workspace.directory / f"{hashlib.sha256(self.name.encode()).hexdigest()[:24]}.{self.kind}{place}"
 
 
@@ -132,18 +136,16 @@ class Compressed:
             return file.get_tensor(part) if nbytes else np.empty(0, np.uint8)
 
 
-def found_outlook(job: Job, name: str, *, directions: bool = False) -> Outlook | None:
-    """Return what the look at a tensor found, if asked for with its directions; None where it settled the matter."""
-    with safe_open(Unit(name, "look").file(job), framework="pt") as file:
+def found_outlook(job: Job, look: Unit, *, directions: bool = False) -> Outlook | None:
+    """Return what a look found, if asked for with the directions; None where it settled the matter."""
+    with safe_open(look.file(job), framework="pt") as file:
         facts = json.loads((file.metadata() or {}).get("outlook", "null"))
         if facts is None:
             return None
-        places, bits, cost, strengths = (
-            file.get_tensor(part).numpy() for part in ("places", "bits", "cost", "strengths")
-        )
-        known = facts["known"] | {"shape": tuple(facts["known"]["shape"])}
+        places, bits, cost, strengths, *sides = (file.get_tensor(part).numpy() for part in _FOUND)
+        known = facts["known"] | {part: tuple(facts["known"][part]) for part in ("shape", "stepped")}
         known |= {"directions": file.get_tensor("directions")} if directions else {}
-    return Outlook(sampled=(places, bits, cost), strengths=strengths, **known)
+    return Outlook(sampled=(places, bits, cost), strengths=strengths, sides=Sides(*sides), **known)
 
 
 def found_sizes(job: Job, name: str) -> Sizes:
@@ -174,12 +176,13 @@ def _look(job: Job, unit: Unit) -> None:
         served = role_of(name, spec.shape) in SERVED and len(spec.shape) == 2
         measures = job.measures()
         rank = job.options.servable if served else None
-        _write_outlook(job, unit, outlook(_source(job, name, measures), measures.metric(name, spec.shape), rank))
+        found = outlook(_source(job, name, measures), measures.metric(name, spec.shape), rank, unit.directions)
+        _write_outlook(job, unit, found)
 
 
 def _code(job: Job, unit: Unit) -> None:
     """Code a matrix at a step."""
-    known, measures = found_outlook(job, unit.name, directions=True), job.measures()
+    known, measures = found_outlook(job, _look_of(unit), directions=True), job.measures()
     assert known is not None and unit.at is not None
     source, metric = (
         _source(job, unit.name, measures),
@@ -195,7 +198,7 @@ def _code(job: Job, unit: Unit) -> None:
 
 def _refine(job: Job, unit: Unit) -> None:
     """Put an exact layer on a coded matrix."""
-    lossy = found_code(job, Unit(unit.name, "code", unit.at))
+    lossy = found_code(job, replace(unit, kind="code"))
     encoded = refine(lossy.encoded, *job.delta.pair(unit.name), resolve_device(job.device))
     _write_encoded(job, unit, encoded, lossy.facts.error)
 
@@ -305,14 +308,18 @@ def _base_digest(job: Job, unit: Unit) -> str:
     """Return the digest of the base value; the look at a matrix has found it already."""
     if unit.kind not in ("code", "refine", "distill"):
         return job.delta.base_digest(unit.name)
-    with safe_open(Unit(unit.name, "look").file(job), framework="np") as file:
+    with safe_open(_look_of(unit).file(job), framework="np") as file:
         return json.loads((file.metadata() or {})["outlook"])["base_digest"]
 
 
+def _look_of(unit: Unit) -> Unit:
+    """Return the look that what is coded goes by."""
+    return replace(unit, kind="look", at=None)
+
+
 def _write_outlook(job: Job, unit: Unit, found: Outlook) -> None:
-    places, bits, cost = found.sampled
-    arrays = {"places": places, "bits": bits, "cost": cost, "strengths": found.strengths}
-    known = {name: getattr(found, name) for name in ("shape", "energy", "changed", "servable")}
+    arrays = dict(zip(_FOUND, (*found.sampled, found.strengths, *found.sides), strict=True))
+    known = {name: getattr(found, name) for name in ("shape", "energy", "changed", "stepped", "servable", "partial")}
     facts = {"known": known, "base_digest": job.delta.base_digest(unit.name)}
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
     tensors["directions"] = found.directions.cpu().contiguous()

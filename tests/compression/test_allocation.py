@@ -10,16 +10,15 @@ from torch import Tensor
 from graftllm.compression.allocation import (
     BITS_WORTH,
     Choice,
-    Outlook,
     choices,
     encode_cheapest,
-    outlook,
     step_for,
 )
 from graftllm.compression.elementwise import encode_elementwise
 from graftllm.compression.factored import encode_factored, encode_hybrid, weighted_svd
 from graftllm.compression.matrix import Source
 from graftllm.compression.metric import Metric
+from graftllm.compression.outlook import Outlook, outlook
 
 PLAIN = Metric()
 

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from graftllm import packer
 from graftllm.checkpoint import Checkpoint, digest
 from graftllm.compression import strategy
-from graftllm.compression.allocation import Outlook
 from graftllm.compression.calibration import collect_moments
 from graftllm.compression.crew import open_crew
 from graftllm.compression.factored import Factored
 from graftllm.compression.measures import Measures, save_measures
+from graftllm.compression.outlook import Outlook
 from graftllm.compression.sensitivity import measure_sensitivity
 from graftllm.compression.strategy import Compressed, encode_job
 from graftllm.compression.units import Job, Unit

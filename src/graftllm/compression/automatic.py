@@ -1,6 +1,6 @@
 """The strategy `auto`: per matrix the cheapest operator, one step for the whole model, a budget met.
 
-Every matrix is looked at once (`allocation.outlook`). The step that is foreseen to fill the budget is then
+Every matrix is looked at (`outlook`). The step that is foreseen to fill the budget is then
 used for real, and corrected by what came out until the budget is nearly full. Looks and codes are
 pure functions of their inputs, kept by name when they are done: work that was stopped goes on from
 there, and any number of workers gives the same bytes.
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from graftllm.checkpoint import LARGE
-from graftllm.compression.allocation import BITS_WORTH, Outlook, choices, encode_cheapest, step_for
+from graftllm.compression.allocation import BITS_WORTH, choices, encode_cheapest, step_for
 from graftllm.compression.encoded import Operator, Unchanged
 from graftllm.compression.layered import encode_closest
 from graftllm.compression.matrix import BLOCK, Source, matrix_shape
 from graftllm.compression.metric import Metric
+from graftllm.compression.outlook import Outlook
 from graftllm.delta import Delta, difference
 
 _DOUBLE = 2048  # columns up to which matrices are calculated with in float64

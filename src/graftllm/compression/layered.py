@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graftllm.compression.allocation import Choice, choices, outlook
+from graftllm.compression.allocation import Choice, choices
 from graftllm.compression.encoded import EncodedTensor, ExactLayer
 from graftllm.compression.exact import Exact, encode_exact
 from graftllm.compression.factored import encode_factored, weighted_svd
 from graftllm.compression.matrix import Source, matrix_shape
 from graftllm.compression.metric import Metric
+from graftllm.compression.outlook import outlook
 from graftllm.compression.prediction import is_predicting, predicted
 
 _STEPS = [2 ** (quarter / 4) for quarter in range(-4, 9)]  # in spreads of the delta

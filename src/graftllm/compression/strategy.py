@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
-from graftllm.compression.allocation import Outlook, directions_for, falls_short, step_for, twice_as_many
+from graftllm.compression.allocation import falls_short, step_for
 from graftllm.compression.automatic import AIM, next_step
 from graftllm.compression.crew import Crew
 from graftllm.compression.lowrank import rank_for_energy
 from graftllm.compression.matrix import matrix_shape
+from graftllm.compression.outlook import Outlook, directions_for, twice_as_many
 from graftllm.compression.units import Compressed, Job, Unit, found_code, found_outlook, found_sizes
 from graftllm.errors import BudgetError
 from graftllm.packing_options import DEFAULT_SHARE

@@ -18,7 +18,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from graftllm.checkpoint import DTYPE_NAMES, DTYPES, TensorSpec, raw_bytes, write_safetensors
-from graftllm.compression.allocation import Outlook, Sides, outlook
 from graftllm.compression.automatic import encode_matrix, source_of
 from graftllm.compression.encoded import EncodedTensor, ExactLayer, Operator, Refinement, Unchanged
 from graftllm.compression.exact import Exact, encode_exact
@@ -26,6 +25,7 @@ from graftllm.compression.layered import encode_closest, refine
 from graftllm.compression.matrix import MatrixOperator, Source, matrix_shape
 from graftllm.compression.measures import Measures, load_measures
 from graftllm.compression.metric import frobenius
+from graftllm.compression.outlook import Outlook, Sides, outlook
 from graftllm.compression.published import Sizes, encode_published, sizes
 from graftllm.compression.roles import Role, role_of
 from graftllm.compression.workspace import Workspace

@@ -7,17 +7,20 @@ from pathlib import Path
 import torch
 
 from graftllm.checkpoint import LARGE
+from graftllm.compression.matrix import matrix_shape
+from graftllm.compression.outlook import directions_for
 from graftllm.delta import Delta
 
 _PRODUCTS = 6  # with the whole matrix in a range finder: a sketch, two power iterations of two, the rest
-_SHARE = 8  # the rank that is looked at is the smaller side divided by this
+_SHARE = 8  # the largest rank that is looked at is the smaller side divided by this
 
 
-def bound(delta: Delta, width: int, workers: int, device: str) -> dict[str, float]:
-    """Return what reading both checkpoints and the range finders' products take at the least.
+def bound(delta: Delta, rate: float, width: int, workers: int, device: str) -> dict[str, float]:
+    """Return what reading both checkpoints and the range finders' products of a first look take at the least.
 
     Args:
         delta: of the pair.
+        rate: bits a parameter that the pack takes.
         width: of the square matrix whose product with a range finder's sketch is timed.
         workers: threads of one core each that share the products.
         device: where they are.
@@ -25,7 +28,7 @@ def bound(delta: Delta, width: int, workers: int, device: str) -> dict[str, floa
     shards = [path for part in (delta.base, delta.tuned) for path in part.files if path.suffix == ".safetensors"]
     size, disk, rate = sum(path.stat().st_size for path in shards), _read_rate(shards[0]), _product_rate(width, device)
     flops = sum(
-        2 * _PRODUCTS * spec.parameters * (min(spec.shape) // _SHARE)
+        2 * _PRODUCTS * spec.parameters * (directions_for(matrix_shape(spec.shape), rate) or min(spec.shape) // _SHARE)
         for spec in delta.base.specs.values()
         if spec.parameters <= LARGE  # larger ones are coded by rows alone
     )

@@ -143,7 +143,8 @@ def main() -> None:
             ratios = {figure: found["plain"][figure] / found[way][figure] for figure in found["plain"]}
             found[f"plain / {way}"] = ratios
     delta = open_pair(home)
-    found["bound"] = bound(delta, SIZES[given.size][_WIDTH][1], default_workers(delta, device), device)
+    rate = 8 * found["auto"]["bytes"] / delta.tuned.parameters
+    found["bound"] = bound(delta, rate, SIZES[given.size][_WIDTH][1], default_workers(delta, device), device)
     print(json.dumps(found, indent=1))
 
 

@@ -169,7 +169,8 @@ def main() -> None:
         found["pack"] = measured("pack", given.dir, workers, device)
         found["file_bytes"] = (given.dir / "pack.safetensors").stat().st_size
         found["apply"] = measured("apply", given.dir, workers, device)
-        found["bound"] = bound(delta, _width(shapes), workers, device)
+        rate = 8 * found["file_bytes"] / delta.tuned.parameters
+        found["bound"] = bound(delta, rate, _width(shapes), workers, device)
     finally:
         for made in (given.dir / name for name in _MADE):
             shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)

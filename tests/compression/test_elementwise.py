@@ -39,11 +39,11 @@ def test_it_decodes_to_the_multiples_that_the_encoder_chose(
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.floats(1e-4, 10))
-def test_no_entry_is_off_by_more_than_half_a_step(rows: int, columns: int, step: float) -> None:
+def test_no_entry_is_off_by_more_than_half_a_step_and_what_is_rounded_outward(rows: int, columns: int, step: float) -> None:
     matrix = torch.randn(rows, columns)
     operator, payload = _encode(matrix, step)
     off = (operator.matrix(payload, (rows, columns)) - matrix).abs()
-    assert float(off.max()) <= operator.step * 0.5001 + 1e-6
+    assert float(off.max()) <= operator.step * 0.5501 + 1e-6
 
 
 def test_every_row_and_column_costs_a_twelfth_of_the_squared_step() -> None:

@@ -82,7 +82,7 @@ def test_distilled_packs_are_closer_on_prompts_that_they_never_saw_and_not_large
     delta = Delta(Checkpoint.open(home / "zoo" / "target"), Checkpoint.open(tuned / "tuned"))
     learnt, unseen = read_prompts(tuned / "sft.jsonl"), read_prompts(home / "zoo" / "prompts" / "double.test.jsonl")
     found, sizes = [], []
-    for steps in (None, 100):
+    for steps in (None, 250):
         pack = compress(delta, PackOptions(budget="3%", distill=steps), calibration=learnt, device="cpu")
         found.append(measure_fidelity(delta.base, pack, delta.tuned, unseen).kl)
         pack.save(tmp_path / "pack.safetensors")

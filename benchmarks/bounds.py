@@ -26,7 +26,8 @@ def bound(delta: Delta, rate: float, width: int, workers: int, device: str) -> d
         device: where they are.
     """
     shards = [path for part in (delta.base, delta.tuned) for path in part.files if path.suffix == ".safetensors"]
-    size, disk, rate = sum(path.stat().st_size for path in shards), _read_rate(shards[0]), _product_rate(width, device)
+    size, disk = sum(path.stat().st_size for path in shards), _read_rate(shards[0])
+    products = _product_rate(width, device)
     flops = sum(
         2 * _PRODUCTS * spec.parameters * (directions_for(matrix_shape(spec.shape), rate) or min(spec.shape) // _SHARE)
         for spec in delta.base.specs.values()
@@ -37,8 +38,8 @@ def bound(delta: Delta, rate: float, width: int, workers: int, device: str) -> d
         "disk_bytes_per_second": round(disk),
         "reading_seconds": round(size / disk, 1),
         "range_finder_flops": flops,
-        "flops_per_second_and_core": round(rate),
-        "range_finder_seconds": round(flops / rate / workers, 1),
+        "flops_per_second_and_core": round(products),
+        "range_finder_seconds": round(flops / products / workers, 1),
     }
 
 

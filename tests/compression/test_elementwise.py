@@ -39,7 +39,7 @@ def test_it_decodes_to_the_multiples_that_the_encoder_chose(
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.floats(1e-4, 10))
-def test_no_entry_is_off_by_more_than_half_a_step_and_what_is_rounded_outward(rows: int, columns: int, step: float) -> None:
+def test_no_entry_is_off_by_more_than_is_rounded_outward(rows: int, columns: int, step: float) -> None:
     matrix = torch.randn(rows, columns)
     operator, payload = _encode(matrix, step)
     off = (operator.matrix(payload, (rows, columns)) - matrix).abs()

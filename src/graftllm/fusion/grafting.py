@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graftllm.checkpoint import DTYPES, TensorSpec
+from graftllm.compression.matrix import CACHED
 from graftllm.delta import align
 from graftllm.errors import FusionError
 from graftllm.live import Binding, bindings, named_values
@@ -29,7 +30,6 @@ class Empty(Protocol):
         ...
 
 
-_CACHED = 1 << 18  # numbers that a thread of a processor multiplies out in one step
 _BLOCK = 1 << 26
 
 
@@ -205,7 +205,7 @@ def _products(name: str, packs: Sequence[Weighted]) -> tuple[Tensor, Tensor] | N
 def _with_products(base: Tensor, products: tuple[Tensor, Tensor], made: Tensor) -> Tensor:
     """Return `made` with base + left right, in one pass over the base; it is where the base is."""
     left, right = (factor.to(base.device) for factor in products)
-    step = _CACHED * torch.get_num_threads() if base.device.type == "cpu" else _BLOCK
+    step = CACHED * torch.get_num_threads() if base.device.type == "cpu" else _BLOCK
     height = max(1, step // base.shape[1])
     room = torch.empty(min(height, len(base)), base.shape[1], device=base.device)  # float32
     for start in range(0, len(base), height):

@@ -1,6 +1,7 @@
 """No network, no GPU, seeds everywhere; and the tiny models that many tests share."""
 
 import os
+import signal
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -9,6 +10,9 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",  # a test process a core: more threads only wait for each other
 }
+
+# What a shell starts in the background ignores Ctrl-C, and so does what that starts: tests that interrupt would wait.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,6 @@
 """No network, no GPU, seeds everywhere; and the tiny models that many tests share."""
 
 import os
-import signal
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -11,9 +10,7 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",  # a test process a core: more threads only wait for each other
 }
 
-# What a shell starts in the background ignores Ctrl-C, and so does what that starts: tests that interrupt would wait.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +29,8 @@ from graftllm.records import Prompt
 from tests.models import perturb, rows, save_llama
 from tests.zoo import RECIPE, TINY
 
+# What a shell starts in the background ignores Ctrl-C, and so does what that starts: tests that interrupt would wait.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("graftllm", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("graftllm")
 

@@ -10,8 +10,12 @@ from torch import Tensor
 from graftllm.compression.allocation import (
     BITS_WORTH,
     Choice,
+    Coded,
+    Offer,
     choices,
-    encode_cheapest,
+    encode_as,
+    likely,
+    select,
     step_for,
 )
 from graftllm.compression.elementwise import encode_elementwise
@@ -83,7 +87,7 @@ def test_a_larger_step_is_hardly_ever_foreseen_to_take_more_bits(kind: str, cali
 @given(st.floats(2_000, 200_000))
 def test_the_step_for_some_bits_takes_just_these(bits: float) -> None:
     outlooks = _outlooks()
-    step = step_for(outlooks, bits)
+    step = step_for([(one, None) for one in outlooks], bits)
     taken = [sum(choices(one, at)[0].bits for one in outlooks) for at in (step, step / 1.01)]
     assert taken[0] <= bits < taken[1]
 
@@ -104,13 +108,22 @@ def test_strong_directions_are_told_from_noise() -> None:
         matrix = _matrix(kind)
         known = outlook(_source(matrix), PLAIN)
         assert choices(known, 0.1)[0].kind == best
-        found = encode_cheapest(_source(matrix), PLAIN, known, 0.1)
+        found = _cheapest(matrix, PLAIN, known, 0.1)
         assert found is not None
         assert found.operator.operator == best
     low = _matrix("low rank")
-    found = encode_cheapest(_source(low), PLAIN, outlook(_source(low), PLAIN), 0.3)
+    found = _cheapest(low, PLAIN, outlook(_source(low), PLAIN), 0.3)
     assert found is not None
     assert found.operator.operator == "factored"
+
+
+def _cheapest(matrix: Tensor, metric: Metric, known: Outlook, step: float) -> Coded | None:
+    """Return the best of what is tried; None where the matrix is better left out."""
+    found = [encode_as(kind, _source(matrix), metric, known, step) for kind in likely(known, step)]
+    worth = 8 * BITS_WORTH * step**2
+    priced = [(one.cost + worth * len(one.payload), number) for number, one in enumerate(found) if one is not None]
+    price, number = min(priced, default=(math.inf, 0))
+    return found[number] if price < known.energy else None
 
 
 @pytest.mark.parametrize("kind", ["noise", "low rank", "both"])
@@ -121,7 +134,7 @@ def test_what_is_coded_is_worth_its_bytes(kind: str, calibrated: bool) -> None:
     known = outlook(_source(matrix), metric)
     for place in range(-6, 6):
         step = 2.0**place
-        found = encode_cheapest(_source(matrix), metric, known, step)
+        found = _cheapest(matrix, metric, known, step)
         if found is None:
             continue
         decoded = found.operator.matrix(found.payload, (96, 128)).double()
@@ -133,7 +146,7 @@ def test_what_is_coded_is_worth_its_bytes(kind: str, calibrated: bool) -> None:
 def test_what_did_not_change_is_left_out() -> None:
     known = outlook(_source(torch.zeros(8, 8)), PLAIN)
     assert known.energy == 0
-    assert encode_cheapest(_source(torch.zeros(8, 8)), PLAIN, known, 0.1) is None
+    assert _cheapest(torch.zeros(8, 8), PLAIN, known, 0.1) is None
 
 
 def test_a_few_changed_rows_are_foreseen() -> None:
@@ -145,4 +158,30 @@ def test_a_few_changed_rows_are_foreseen() -> None:
         size, cost = _real(matrix, PLAIN, choice, step)
         assert size / 1.5 < (choice.bits / 8) < 3 * size
         assert cost / 2 < choice.cost < 2 * cost
-    assert encode_cheapest(_source(matrix), PLAIN, known, 1.0) is not None  # at two bits an entry, of 40 rows
+    assert _cheapest(matrix, PLAIN, known, 1.0) is not None  # at two bits an entry, of 40 rows
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.integers(1, 30), st.floats(0, 0.9)), max_size=3), min_size=1, max_size=3),
+    st.floats(0.001, 1),
+)
+def test_where_every_byte_saves_as_much_what_is_selected_costs_least(
+    coded: list[list[tuple[int, float]]], worth: float
+) -> None:
+    offers = [[Offer(0, 1.0), *(Offer(*one) for one in some)] for some in coded]
+    best = [min(some, key=lambda one: (one.cost + worth * one.nbytes, one.nbytes)) for some in offers]
+    room, least = sum(one.nbytes for one in best), sum(one.cost for one in best)
+    numbers, saved = select(offers, room)
+    chosen = [some[at] for some, at in zip(offers, numbers, strict=True)]
+    assert sum(one.nbytes for one in chosen) <= room
+    assert sum(one.cost for one in chosen) == pytest.approx(least)
+    assert saved <= worth * (1 + 1e-9)
+
+
+def test_what_saves_most_a_byte_is_selected_first() -> None:
+    offers = [[Offer(0, 9.0), Offer(10, 4.0), Offer(30, 1.0)], [Offer(0, 9.0), Offer(10, 1.0), Offer(12, 0.9)]]
+    assert select(offers, 9) == ([0, 0], 0.8)
+    assert select(offers, 10) == ([0, 1], 0.5)
+    assert select(offers, 20) == ([1, 1], 0.15)
+    assert select(offers, 22) == ([1, 2], 0.15)
+    assert select(offers, 42) == ([2, 2], 0.0)

@@ -55,6 +55,21 @@ def test_error_falls_with_the_step(kind: str, calibrated: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ["elementwise", "factored", "hybrid"])
+def test_matrix_and_metric_may_differ_in_precision(kind: str) -> None:
+    """A matrix of many rows is calculated with in float32, the moments of a few columns in float64; GPT-2 has both."""
+    matrix, metric = _low_rank(40, 30, 4), _metric(40, 30)
+    rows, right = metric.rows, metric.right
+    assert rows is not None
+    assert right is not None
+    coarse = Metric(metric.scale, rows.float(), right.float())
+    costs = [
+        _cost(_encode(kind, matrix.to(dtype), 0.1, given, 4), matrix, metric)
+        for dtype, given in ((torch.float64, metric), (torch.float32, metric), (torch.float64, coarse))
+    ]
+    assert costs[1:] == pytest.approx([costs[0]] * 2, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["elementwise", "factored", "hybrid"])
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_fine_steps_give_the_matrix_back(kind: str, calibrated: bool) -> None:
     matrix = _low_rank(24, 16, 3)

@@ -6,7 +6,7 @@ same rate, lambda = -dD/dR. Bytes and cost at any step are foreseen from what th
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -98,25 +98,73 @@ class Coded:
     error: float
 
 
-def encode_cheapest(source: Source, metric: Metric, known: Outlook, step: float) -> Coded | None:
-    """Return what is cheapest by cost + lambda * real bits; None where leaving the matrix out is.
+def likely(known: Outlook, step: float) -> list[Kind]:
+    """Return which operators may turn out to be the cheapest at a step."""
+    found = choices(known, step)
+    return [choice.kind for choice in found if choice.price(step) <= _WORTH_TRYING * found[0].price(step)]
+
+
+def foreseen(known: Outlook, step: float, kind: Kind | None = None) -> Choice:
+    """Return what an operator, or the best, is foreseen to take at a step; the best, too, where that one cannot be."""
+    found = choices(known, step)
+    return next((choice for choice in found if choice.kind == kind), found[0])
+
+
+def encode_as(kind: Kind, source: Source, metric: Metric, known: Outlook, step: float) -> Coded | None:
+    """Return a matrix coded by an operator; None where nothing is left of it.
 
     Arguments as for `outlook.outlook` and `choices`.
     """
-    foreseen = choices(known, step)
-    likely = [choice for choice in foreseen if choice.price(step) <= _WORTH_TRYING * foreseen[0].price(step)]
-    if any(choice.rank for choice in likely):  # these need all rows at once
+    choice = foreseen(known, step, kind)
+    if choice.rank:  # these need all rows at once
         source = source.held()
-    best, best_price = None, known.energy
-    for choice in likely:
-        encoded = _encode(source, metric, known, choice, step)
-        if encoded is None:
-            continue
-        coded = _measured(source, metric, *encoded)
-        price = coded.cost + BITS_WORTH * step**2 * 8 * len(coded.payload)
-        if price < best_price:
-            best, best_price = coded, price
-    return best
+    encoded = _encode(source, metric, known, choice, step)
+    return None if encoded is None else _measured(source, metric, *encoded)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a coding of a matrix takes, in bytes, and what its errors cost."""
+
+    nbytes: int
+    cost: float
+
+
+def select(offers: Sequence[Sequence[Offer]], room: int) -> tuple[list[int], float]:
+    """Return which of each matrix's offers make the least cost together in so many bytes; the first is always there.
+
+    Taken are, in the order of what a byte saves, the steps along each matrix's lower convex hull that still fit.
+
+    Returns:
+        The number of each matrix's offer, and how much cost a byte saves in the best step that did not fit.
+    """
+    taken, missed = [0] * len(offers), 0.0
+    steps = [(saved, matrix, at) for matrix, some in enumerate(offers) for saved, at in _hull(some)]
+    full: set[int] = set()
+    for saved, matrix, at in sorted(steps, key=lambda step: (-step[0], step[1])):
+        more = offers[matrix][at].nbytes - offers[matrix][taken[matrix]].nbytes
+        if matrix in full or more > room:
+            full.add(matrix)
+            missed = max(missed, saved)
+        else:
+            taken[matrix], room = at, room - more
+    return taken, missed
+
+
+def _hull(offers: Sequence[Offer]) -> list[tuple[float, int]]:
+    """Return what a byte saves on the way to each offer that is on the lower convex hull, and its number."""
+    at, found = 0, []
+    while True:
+        here = offers[at]
+        ahead = [
+            ((here.cost - offer.cost) / (offer.nbytes - here.nbytes), offer.nbytes, number)
+            for number, offer in enumerate(offers)
+            if offer.nbytes > here.nbytes and offer.cost < here.cost
+        ]
+        if not ahead:
+            return found
+        saved, _, at = max(ahead)
+        found.append((saved, at))
 
 
 def _measured(source: Source, metric: Metric, operator: MatrixCode, payload: np.ndarray) -> Coded:
@@ -133,14 +181,18 @@ def _measured(source: Source, metric: Metric, operator: MatrixCode, payload: np.
     return Coded(operator, payload, cost, math.sqrt(missed / norm))
 
 
-def step_for(outlooks: Iterable[Outlook], bits: float) -> float:
-    """Return the step at which the matrices are foreseen to take `bits` bits together, by bisection."""
-    known = [one for one in outlooks if one.energy > 0]
-    loudest = max((math.sqrt(one.energy / math.prod(one.shape)) for one in known), default=1.0)
-    low, high = math.log2(loudest) - _FINEST, 20.0  # log2 of the step
+def step_for(matrices: Iterable[tuple[Outlook, Kind | None]], bits: float) -> float:
+    """Return the step at which matrices are foreseen to take `bits` bits together, by bisection.
+
+    Each goes by the operator that is named, or else by the one that is best at the step.
+    """
+    known: list[tuple[Outlook, Kind | None]] = [(one, kind) for one, kind in matrices if one.energy > 0]
+    loudest = max((math.sqrt(one.energy / math.prod(one.shape)) for one, _ in known), default=1.0)
+    low = math.log2(loudest) - _FINEST  # log2 of the step
+    high = max(20.0, math.log2(max((one.energy for one, _ in known), default=1.0)) / 2 + 1)  # all round to zero there
     while high - low > 1e-3:
         middle = (low + high) / 2
-        total = sum(choices(one, 2.0**middle)[0].bits for one in known)
+        total = sum(foreseen(one, 2.0**middle, kind).bits for one, kind in known)
         low, high = (middle, high) if total > bits else (low, middle)
     return float(2.0**high)
 

@@ -171,7 +171,7 @@ def encode_factored(
         directions: S and V^T of the weighted delta, strongest first; see `weighted_svd`.
     """
     s, vh = directions
-    lower, step = metric.lower, float(f"{step / metric.scale**0.5:.4g}")
+    lower, step = None if metric.lower is None else metric.lower.to(delta), float(f"{step / metric.scale**0.5:.4g}")
     right = s[:, None] * vh  # (rank, columns), whitened
     column_exponents = np.zeros(delta.shape[1], np.int32)
     if lower is not None:

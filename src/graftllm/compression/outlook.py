@@ -50,6 +50,7 @@ class Outlook:
         sides: how the entries of the factors differ.
         energy: squared norm of the weighted matrix: what it costs to leave it out.
         changed: rows that are not zero; the others take next to nothing.
+        altered: share of entries that are not zero.
         stepped: how many rows and how many columns have steps of their own, which have to be told.
         servable: whether only a product of two factors will do, as an adapter is one.
         partial: whether another look could find more directions.
@@ -63,6 +64,7 @@ class Outlook:
     sides: Sides
     energy: float
     changed: int
+    altered: float
     stepped: tuple[int, int] = (0, 0)
     servable: bool = False
     partial: bool = False
@@ -97,10 +99,14 @@ def outlook(source: Source, metric: Metric, max_rank: int | None = None, directi
     rows, columns = source.shape
     decomposed = not source.large or max_rank is not None
     source = source.held() if decomposed else source
-    row_energies = torch.cat([metric.of_rows(numbers).row_costs(part).cpu() for numbers, part in source.parts()])
+    costs, altered = [], 0
+    for numbers, part in source.parts():
+        costs.append(metric.of_rows(numbers).row_costs(part).cpu())
+        altered += int(part.count_nonzero())
+    row_energies, share = torch.cat(costs), altered / (rows * columns)
     energy = float(row_energies.sum())
     if energy == 0:
-        return Outlook(source.shape, (np.zeros(1), np.zeros(1), np.zeros(1)), np.zeros(0), _NO_SIDES, 0.0, 0)
+        return Outlook(source.shape, (np.zeros(1), np.zeros(1), np.zeros(1)), np.zeros(0), _NO_SIDES, 0.0, 0, share)
     strengths, found, sides, partial = torch.empty(0), torch.empty(0, 0), _NO_SIDES, False
     if decomposed:
         rank = most = _affordable(min(rows, columns) if max_rank is None else max_rank, rows, columns)
@@ -113,7 +119,8 @@ def outlook(source: Source, metric: Metric, max_rank: int | None = None, directi
     changed = int((row_energies > 0).sum())
     sampled = _sample(source, metric, row_energies)
     stepped = (0 if metric.rows is None else rows, 0 if metric.right is None else columns)
-    return Outlook(source.shape, sampled, scaled, sides, energy, changed, stepped, max_rank is not None, partial, found)
+    served = max_rank is not None
+    return Outlook(source.shape, sampled, scaled, sides, energy, changed, share, stepped, served, partial, found)
 
 
 def directions_for(shape: tuple[int, int], rate: float) -> int | None:

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from graftllm.checkpoint import DTYPE_NAMES, DTYPES, TensorSpec, raw_bytes, write_safetensors
-from graftllm.compression.automatic import encode_matrix, source_of
+from graftllm.compression.allocation import encode_as
+from graftllm.compression.automatic import Way, source_of
 from graftllm.compression.encoded import EncodedTensor, ExactLayer, Operator, Refinement, Unchanged
 from graftllm.compression.exact import Exact, encode_exact
 from graftllm.compression.layered import encode_closest, refine
@@ -34,6 +35,7 @@ from graftllm.generation import resolve_device
 from graftllm.packing_options import PackOptions
 
 _FOUND = ("places", "bits", "cost", "strengths", *Sides._fields)  # arrays of an outlook
+_KNOWN = ("shape", "energy", "changed", "altered", "stepped", "servable", "partial")  # what else is known of it
 SERVED: tuple[Role, ...] = ("attention", "mlp", "expert")
 
 
@@ -66,16 +68,19 @@ class Unit:
             `distill` for what training makes of that, `spectrum` and `publish` for the other strategies.
         at: the step that `code`, `refine` and `distill` use, or the rank of `publish`.
         directions: how many a `look` takes at most; of what is coded, those of the look that it goes by.
+        way: how `code`, `refine` and `distill` code; `zero`, which leaves the matrix out, and `exact` have no step.
     """
 
     name: str
     kind: Literal["look", "code", "refine", "distill", "spectrum", "publish"]
     at: float | None = None
     directions: int | None = None
+    way: Way | None = None
 
     def file(self, job: Job) -> Path:
         """Return where the result is, or will be."""
         place = "" if self.directions is None else f".{self.directions}"
+        place += "" if self.way is None else f".{self.way}"
         place += "" if self.at is None else f".{float(self.at).hex()}"
         return job.workspace.directory / f"{hashlib.sha256(self.name.encode()).hexdigest()[:24]}.{self.kind}{place}"
 
@@ -99,6 +104,7 @@ class Facts(BaseModel):
     nbytes: int
     payload_digest: str
     error: float  # ||decoded - delta|| / ||delta||, of the lossy layer where there is an exact one on top
+    cost: float = 0.0  # of that error, where a budget goes by it
     refinement: Refinement | None = None
     tuned_digest: str | None = None  # where the tuned bits are coded
 
@@ -181,19 +187,27 @@ def _look(job: Job, unit: Unit) -> None:
 
 
 def _code(job: Job, unit: Unit) -> None:
-    """Code a matrix at a step."""
+    """Code a matrix in a way, at a step."""
     known, measures = found_outlook(job, _look_of(unit), directions=True), job.measures()
-    assert known is not None and unit.at is not None
+    assert known is not None and unit.way is not None
+    if unit.way == "zero":
+        return write_code(job, unit, Unchanged(), np.empty(0, np.uint8), 1.0, known.energy)
+    if unit.way == "exact":
+        return write_code(job, unit, *encode_closest(*_pair(job, unit.name), resolve_device(job.device)), 0.0)
+    assert unit.at is not None
     source, metric = (
         _source(job, unit.name, measures),
         measures.metric(unit.name, job.delta.tuned.specs[unit.name].shape),
     )
-    operator, payload, error = encode_matrix(lambda: job.delta.pair(unit.name), source, metric, known, unit.at)
+    coded = encode_as(unit.way, source, metric, known, unit.at)
+    if coded is None:
+        return write_code(job, unit, Unchanged(), np.empty(0, np.uint8), 1.0, known.energy)
+    operator, payload, error, cost = coded.operator, coded.payload, coded.error, coded.cost
     if measures.transposed(unit.name) and isinstance(operator, MatrixOperator):
         operator = operator.model_copy(update={"transposed": True})
     if overflows(job, unit.name, operator, payload):
-        operator, payload, error = *encode_closest(*_pair(job, unit.name), source.device), 0.0
-    write_code(job, unit, operator, payload, error)
+        operator, payload, error, cost = *encode_closest(*_pair(job, unit.name), source.device), 0.0, 0.0
+    write_code(job, unit, operator, payload, error, cost)
 
 
 def _refine(job: Job, unit: Unit) -> None:
@@ -274,12 +288,12 @@ def _changed(job: Job, name: str) -> tuple[Tensor, Tensor, Tensor, Role]:
 _KINDS = {"look": _look, "code": _code, "refine": _refine, "spectrum": _spectrum, "publish": _publish}
 
 
-def write_code(job: Job, unit: Unit, operator: Operator, payload: np.ndarray, error: float) -> None:
+def write_code(job: Job, unit: Unit, operator: Operator, payload: np.ndarray, error: float, cost: float = 0.0) -> None:
     """Keep what a unit made of its parameter; `error` is ||decoded - delta|| / ||delta||."""
-    _write_encoded(job, unit, EncodedTensor(operator, payload), error)
+    _write_encoded(job, unit, EncodedTensor(operator, payload), error, cost)
 
 
-def _write_encoded(job: Job, unit: Unit, encoded: EncodedTensor, error: float) -> None:
+def _write_encoded(job: Job, unit: Unit, encoded: EncodedTensor, error: float, cost: float = 0.0) -> None:
     arrays, on_top = {"payload": encoded.payload}, None
     if encoded.refinement is not None:
         arrays["refinement"] = encoded.refinement.payload
@@ -296,6 +310,7 @@ def _write_encoded(job: Job, unit: Unit, encoded: EncodedTensor, error: float) -
         nbytes=encoded.payload.nbytes,
         payload_digest=payload_digest(encoded.payload),
         error=error,
+        cost=cost,
         refinement=on_top,
         tuned_digest=job.delta.tuned.digest(unit.name) if exact else None,
     )
@@ -314,12 +329,12 @@ def _base_digest(job: Job, unit: Unit) -> str:
 
 def _look_of(unit: Unit) -> Unit:
     """Return the look that what is coded goes by."""
-    return replace(unit, kind="look", at=None)
+    return replace(unit, kind="look", at=None, way=None)
 
 
 def _write_outlook(job: Job, unit: Unit, found: Outlook) -> None:
     arrays = dict(zip(_FOUND, (*found.sampled, found.strengths, *found.sides), strict=True))
-    known = {name: getattr(found, name) for name in ("shape", "energy", "changed", "stepped", "servable", "partial")}
+    known = {name: getattr(found, name) for name in _KNOWN}
     facts = {"known": known, "base_digest": job.delta.base_digest(unit.name)}
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
     tensors["directions"] = found.directions.cpu().contiguous()

@@ -1,4 +1,5 @@
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from graftllm import adapters, cli
 from graftllm.adapters import AdaptedCheckpoint, open_adapter, open_tuned, origin, tuned_model
 from graftllm.checkpoint import Checkpoint
+from graftllm.compression.workspace import packing_key
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError
 from graftllm.packer import compress
@@ -214,6 +216,19 @@ def test_an_adapter_of_a_tied_embedding_alone_is_refused(tmp_path: Path) -> None
     directory, _ = save_adapter(base, tmp_path / "adapter", target_modules=["embed_tokens"])
     with pytest.raises(CheckpointError, match="uses as the output head as well, so no checkpoint of this base does"):
         open_tuned(directory, base)
+
+
+def test_a_packing_of_an_adapter_is_known_again(base: Checkpoint, tmp_path: Path) -> None:
+    """It is merged anew, to another place, each time."""
+    adapter, _ = save_adapter(base, tmp_path / "adapter")
+    keys = set()
+    for _ in range(2):
+        with tuned_model(adapter, base, live=True) as tuned:
+            keys.add(packing_key(Delta(base, tuned), PackOptions(), [], "cpu"))
+    assert len(keys) == 1
+    os.utime(adapter / "adapter_model.safetensors", (1, 1))
+    with tuned_model(adapter, base, live=True) as tuned:
+        assert packing_key(Delta(base, tuned), PackOptions(), [], "cpu") not in keys
 
 
 def test_the_command_packs_and_verifies_an_adapter(base: Checkpoint, tmp_path: Path) -> None:

@@ -169,6 +169,17 @@ def test_a_shard_without_its_tensor_is_refused(tmp_path: Path) -> None:
         Checkpoint.open(sharded)
 
 
+def test_an_index_that_names_the_wrong_shard_is_refused(tmp_path: Path) -> None:
+    sharded = _sharded(tmp_path)
+    index = json.loads((sharded / INDEX).read_text())
+    first, last = sorted(set(index["weight_map"].values()))[:: len(set(index["weight_map"].values())) - 1]
+    name = next(name for name, file in index["weight_map"].items() if file == first)
+    index["weight_map"][name] = last
+    (sharded / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=f"says that {last} holds '{name}', but it does not"):
+        Checkpoint.open(sharded)
+
+
 @pytest.mark.parametrize(("named", "found"), [(None, "NoneType"), ([], "list")])
 def test_an_index_without_its_map_is_refused(tmp_path: Path, named: object, found: str) -> None:
     sharded = _sharded(tmp_path)

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from graftllm import header
 from graftllm.checkpoint import Checkpoint, raw_bytes
 from graftllm.compression.units import payload_digest
 from graftllm.delta import Delta
@@ -275,8 +276,11 @@ NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
         (_at("tensors", UP, "how", value={"operator": "unchanged"}), "cannot be decoded"),
         (
             _at("card", "provenance", "sources", value=[1] * 4097),
-            "expected lists and objects of at most 4096 members, found more",
+            "expected whole numbers of 64 bits and lists of at most 4096 members, found others",
         ),
+        (_at("card", "overheads", value={"SFT": {"peak_memory_bytes": 10**400}}), "expected whole numbers of 64 bits"),
+        (_at("tensors", UP, "error", value="nan"), "Input should be a finite number"),
+        (_at("card", "scores", value={"sort": "inf"}), "Input should be a finite number"),
         (_at("options", "budget", value="9" * 400), r"budget: expected less than 2 \*\* 63 bytes, found '9999"),
         (_twice_exact, "expected an exact layer over a lossy operator, found it over exact"),
         (_at("tensors", UP, "payload_digest", value="0" * 16), f"the payload of '{UP}' does not match its digest"),
@@ -337,6 +341,28 @@ def _with_text(pack_file: Path, out: Path, text: str) -> Path:
 def test_a_text_that_is_no_header_is_refused(pack_file: Path, tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(PackError, match=message):
         SkillPack.load(_with_text(pack_file, tmp_path / "x", text))
+
+
+@pytest.mark.parametrize("crowd", ['"x":"",' * 100_000, '"a":[' + "0," * 100_000 + "0],"])
+def test_a_crowd_of_values_before_the_header_is_refused_unread(
+    pack_file: Path, tmp_path: Path, crowd: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(header, "safe_open", lambda *_, **__: pytest.fail("the table was read"))
+    data = pack_file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    opening = b'{"__metadata__":{' + crowd.encode() + data[8 + len(b'{"__metadata__":{') : 8 + size]
+    (tmp_path / "x").write_bytes(len(opening).to_bytes(8, "little") + opening + data[8 + size :])
+    with pytest.raises(PackError, match=r"not a SkillPack \(it lists more than a pack's two tensors\)"):
+        SkillPack.load(tmp_path / "x")
+
+
+def test_a_pack_is_not_written_over_a_model_that_it_is_made_of(base_dir: Path, delta: Delta, tmp_path: Path) -> None:
+    home = Path(shutil.copytree(delta.tuned.path, tmp_path / "tuned"))
+    before = {file: file.read_bytes() for file in home.iterdir()}
+    for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        with pytest.raises(StorageError, match=f"{file}: expected a place apart from .*{file}, which is read"):
+            compress_to(home / file, Delta(Checkpoint.open(base_dir), Checkpoint.open(home)), PackOptions())
+    assert {file: file.read_bytes() for file in home.iterdir()} == before
 
 
 def test_what_is_written_in_a_string_does_not_crowd_a_header(pack_file: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -135,7 +135,7 @@ def tuned_model(path: str | Path, base: Checkpoint, *, live: bool) -> Iterator[C
     with TemporaryDirectory(prefix="merged-") as scratch:
         out = Path(scratch) / opened.name
         _write_merged(opened, out)
-        yield Checkpoint.open(out)
+        yield replace(Checkpoint.open(out), made_of=tuple(opened.sources))
 
 
 def open_tuned(path: str | Path, base: Checkpoint) -> Checkpoint:

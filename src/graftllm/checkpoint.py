@@ -78,6 +78,7 @@ class Checkpoint:
     specs: Mapping[str, TensorSpec]
     shards: Mapping[str, str]  # tensor name -> file name
     config: Mapping[str, Any] = field(repr=False)
+    made_of: tuple[Path, ...] = field(default=(), repr=False)  # other files that these were made of for a while
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
@@ -116,7 +117,8 @@ class Checkpoint:
                     f"{directory}: {index.name} names the shard {file}, which is not there. "
                     "The checkpoint is incomplete; download or copy it again."
                 )
-            specs |= tensor_specs(directory / file)
+            held = tensor_specs(directory / file)
+            specs |= {name: spec for name, spec in held.items() if shards.get(name) == file}
         if absent := sorted(set(shards) - set(specs)):
             raise CheckpointError(
                 f"{directory}: {index.name} says that {shards[absent[0]]} holds {absent[0]!r}, but it does not. "
@@ -149,6 +151,11 @@ class Checkpoint:
         for start, stop in row_blocks(spec.shape):
             found.update(raw_bytes(self.rows(name, start, stop)).data)
         return found.hexdigest()[:16]
+
+    @property
+    def sources(self) -> list[Path]:
+        """The files by which it is told whether this is the same checkpoint as before."""
+        return sorted(self.made_of or {*self.files, *self.companions})
 
     @property
     def files(self) -> list[Path]:

@@ -10,7 +10,7 @@ import numpy as np
 from graftllm.checkpoint import fingerprint
 from graftllm.compression.calibration import Calibration, collect_moments
 from graftllm.compression.crew import Crew, Engine, default_workers, open_crew
-from graftllm.compression.distillation import distill_job
+from graftllm.compression.distillation import check_distillable, distill_job
 from graftllm.compression.measures import Measures, save_measures
 from graftllm.compression.sensitivity import SEQUENCES, fits_in_memory, measure_sensitivity
 from graftllm.compression.strategy import encode_job, refine_job
@@ -23,6 +23,7 @@ from graftllm.header import BaseInfo, Card, Header, Run, TensorEntry, file_bytes
 from graftllm.packing_options import PackOptions, budget_bytes, kl_target
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
+from graftllm.storage import check_apart
 
 _ENTRY = 64  # bytes of a parameter's entry in the compressed header, about; mostly its two digests
 _TABLE = 80  # bytes in which the file says how long its payloads are
@@ -88,10 +89,11 @@ def compress_to(
     """Compress a delta into a SkillPack file; return the pack that is in it.
 
     Finished work is kept in `.NAME.packing` beside the file until that is there: after a kill the same call goes
-    on with it, and gives the same bytes. Arguments and errors are those of `compress`; where the delta or the options
-    are at fault, nothing is kept.
+    on with it, and gives the same bytes. Arguments and errors are those of `compress`, and StorageError where `out`
+    is one of the checkpoints' files; where the delta or the options are at fault, nothing is kept.
     """
     out, device, rows = out.absolute(), str(resolve_device(device)), _read(calibration, options)
+    check_apart(out, sorted({file for one in (delta.base, delta.tuned) for file in (*one.files, *one.companions)}))
     with open_workspace(out.with_name(f".{out.name}.packing"), packing_key(delta, options, rows, device)) as workspace:
         try:
             made = _compressed(Job(delta, options, device, workspace), rows, card, measure, workers, engine)
@@ -119,6 +121,8 @@ def _compressed(
     workers: int | None,
     engine: Engine,
 ) -> SkillPack:
+    if job.options.distill:
+        check_distillable(job, rows)
     if rows and not job.measures_file.exists():
         save_measures(_measured(job, rows[:SEQUENCES]), job.measures_file)
     with open_crew(job, workers or default_workers(job.delta, job.device), engine) as crew:
@@ -245,23 +249,28 @@ def _build(
             tuned_digest=part.facts.tuned_digest,
         )
 
+    def described(coded: Sequence[Compressed]) -> Header:
+        entries = {part.name: entry(part) for part in coded}
+        found = fingerprint((name, entry.spec, entry.base_digest) for name, entry in entries.items())
+        base = header.base.model_copy(update={"fingerprint": found})
+        return header.model_copy(update={"base": base, "tensors": entries})
+
     beside = len(opening(header)) + _TABLE + _ENTRY * len(delta)
     while True:
         coded = encode_job(job, crew, payload_budget=None if budget is None else budget - beside)
-        parts = {part.name: part for part in (distill_job(job, coded, rows) if options.distill else coded)}
-        entries = {name: entry(part) for name, part in parts.items()}
-        found = fingerprint((name, entry.spec, entry.base_digest) for name, entry in entries.items())
-        base = header.base.model_copy(update={"fingerprint": found})
-        whole = header.model_copy(update={"base": base, "tensors": entries})
+        whole = described(coded)
+        if options.distill and (budget is None or file_bytes(whole) <= budget):
+            coded = distill_job(job, coded, rows)
+            whole = described(coded)
         size = file_bytes(whole)
         if budget is None or size <= budget:
             break
-        short = size - beside - sum(one.nbytes for one in entries.values())
+        short = size - beside - sum(part.facts.nbytes for part in coded)
         if short <= 0:
             raise BudgetError(f"budget: expected at least {size:,} bytes for this delta, found {budget:,}. Raise it.")
         beside += short  # the estimate was that much too low
+    parts = {part.name: part for part in (refine_job(job, crew, coded) if refined else coded)}
     if refined:
-        parts = {part.name: part for part in refine_job(job, crew, list(parts.values()))}
         whole = whole.model_copy(update={"tensors": {name: entry(part) for name, part in parts.items()}})
 
     def payload(run: Run, name: str) -> np.ndarray:

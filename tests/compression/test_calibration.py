@@ -65,6 +65,11 @@ def test_text_without_paragraphs_and_missing_files_are_refused(tmp_path: Path) -
         read_calibration(tmp_path / "empty.txt")
     with pytest.raises(RecordError, match="no such file"):
         read_calibration(tmp_path / "none.txt")
+    (tmp_path / "latin.txt").write_bytes("Straße".encode("latin-1"))
+    with pytest.raises(CompressionError, match=r"latin.txt: expected JSONL rows or a text file in UTF-8 \(not UTF-8\)"):
+        read_calibration(tmp_path / "latin.txt")
+    with pytest.raises(CompressionError, match=r"expected JSONL rows or a text file in UTF-8 \(Is a directory\)"):
+        read_calibration(tmp_path)
 
 
 TEXT = [name for name in CONFIGS if name not in ("t5", "vit")]

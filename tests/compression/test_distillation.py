@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
 
+from graftllm import packer
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression import distillation
 from graftllm.compression.elementwise import encode_elementwise
@@ -193,7 +194,16 @@ def test_distilled_bytes_do_not_depend_on_the_number_of_workers(
     assert (tmp_path / "two.safetensors").read_bytes() == (tmp_path / "one.safetensors").read_bytes()
 
 
-def test_without_rows_there_is_nothing_to_learn_from(tiny: Delta) -> None:
+def test_codes_are_trained_once_the_file_fits(tiny: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(packer, "distill_job", lambda job, parts, rows: sizes.append(len(parts)) or parts)
+    monkeypatch.setattr(packer, "_ENTRY", 1)  # a header that is foreseen to be much too short
+    compress(tiny, _DISTILLED, calibration=rows(8), device="cpu")
+    assert len(sizes) == 1
+
+
+def test_without_rows_there_is_nothing_to_learn_from(tiny: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packer, "encode_job", lambda *_, **__: pytest.fail("coded before that is told"))
     with pytest.raises(CompressionError, match=r"distill: .* there are none. Give some \(--calibration\)"):
         compress(tiny, _DISTILLED, device="cpu")
 

@@ -2,7 +2,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from graftllm.checkpoint import Checkpoint
 from graftllm.cli_packs import verify
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError
@@ -20,6 +22,7 @@ from graftllm.generation import load_model, load_tokenizer, render_answered
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt, write_rows
+from tests.models import perturb
 
 
 def test_an_exact_pack_has_no_divergence(delta: Delta, prompts: list[Prompt]) -> None:
@@ -100,6 +103,19 @@ def test_errors_by_role_are_relative_to_the_delta(delta: Delta) -> None:
     assert 0 < errors["embedding"] < 0.2
     # Energy 0.9 alone leaves sqrt(0.1); rounding adds to it.
     assert 0.25 < errors["mlp"] < 0.9
+
+
+def test_buffers_that_are_infinite_or_large_whole_numbers_have_no_error(base_dir: Path, tmp_path: Path) -> None:
+    checkpoints = []
+    for number in (1, 2):
+        home = perturb(base_dir, tmp_path / str(number), seed=number)
+        tensors = load_file(home / "model.safetensors")
+        tensors |= {"mask.bias": torch.full((8, 8), -torch.inf), "count.weight": torch.tensor([1 << 61, number << 60])}
+        save_file(tensors, home / "model.safetensors", metadata={"format": "pt"})
+        checkpoints.append(Checkpoint.open(home))
+    delta = Delta(*checkpoints)
+    errors = error_by_role(delta, compress(delta, PackOptions(strategy="exact")))
+    assert set(errors.values()) == {0.0}
 
 
 def test_verify_checks_what_it_is_given(

@@ -53,6 +53,8 @@ def choices(known: Outlook, step: float) -> list[Choice]:
     rows, columns = known.shape
     side_bits = _SIDE_BITS * (known.changed + known.stepped[1])  # of entries that are coded one by one
     found = [Choice("zero", 0, 0.0, known.energy)]
+    if known.energy == 0:  # nothing changed but signs of zeros
+        return found
     if not known.servable:
         bits, cost = known.elementwise(step)
         found.append(Choice("elementwise", 0, bits + side_bits, cost))

@@ -56,11 +56,16 @@ def read_calibration(path: Path) -> list[Prompt]:
 
     Raises:
         RecordError: a JSONL row is malformed, or the file is missing.
-        CompressionError: the text file has no paragraph.
+        CompressionError: the text file has no paragraph, or is none.
     """
     if path.suffix == ".jsonl" or not path.exists():
         return read_prompts(path)
-    paragraphs = [part.strip() for part in path.read_text(encoding="utf-8").split("\n\n") if part.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise CompressionError(f"{path}: expected JSONL rows or a text file in UTF-8 ({problem}).") from error
+    paragraphs = [part.strip() for part in text.split("\n\n") if part.strip()]
     if not paragraphs:
         raise CompressionError(f"{path}: expected paragraphs of text or JSONL rows, found an empty file.")
     return [Prompt(str(i), (Message(role="user", content=text),)) for i, text in enumerate(paragraphs)]

@@ -12,6 +12,7 @@ Operators, ranks and steps stay, so a pack is read as before. The price is what 
 bit of the pack, since divergence falls with about the cube of its size; then it keeps the pack as large as it was.
 """
 
+import hashlib
 import json
 import math
 import zlib
@@ -26,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import kl_div
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.checkpoint import DTYPE_NAMES, TensorSpec, raw_bytes, write_safetensors
 from graftllm.compression.factored import MatrixCode
@@ -83,6 +84,28 @@ def distill_job(job: Job, parts: Sequence[Compressed], rows: Sequence[Prompt]) -
                     error = frobenius(operator.delta(payload, base) - change) / frobenius(change)
                 write_code(job, units[part.name], operator, payload, error)
     return [found_code(job, units[part.name]) if part.name in units else part for part in parts]
+
+
+def check_distillable(job: Job, rows: Sequence[Prompt]) -> None:
+    """Check what can be checked before anything is coded; arguments and errors are those of `distill_job`."""
+    _to_train_on(job, load_tokenizer(job.delta.tuned.path), rows)
+
+
+def _to_train_on(job: Job, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> list[tuple[list[int], int]]:
+    """Return tokens of the rows, and from where on they are compared."""
+    found = [row for row in answered(tokenizer, rows) if len(row[0]) > 1]
+    if not found:
+        raise CompressionError(
+            "distill: codes are trained on calibration rows, but there are none. Give some (--calibration), best "
+            "all that the model was tuned on."
+        )
+    tuned = job.delta.tuned
+    if not fits_in_memory(tuned, resolve_device(job.device), copies=_COPIES):
+        raise CompressionError(
+            f"distill: codes are trained with {_COPIES} times the model's {tuned.nbytes / 1e9:.1f} GB in memory, "
+            "which is more than there is. Leave it out, or take a larger device."
+        )
+    return found
 
 
 def _is_coded(part: Compressed) -> bool:
@@ -195,17 +218,7 @@ class _Student:
     def __init__(self, job: Job, parts: Sequence[Compressed], rows: Sequence[Prompt]) -> None:
         tuned, self.steps = job.delta.tuned, job.options.distill or 0
         self.tokenizer = load_tokenizer(tuned.path)
-        self.rows = [row for row in answered(self.tokenizer, rows) if len(row[0]) > 1]
-        if not self.rows:
-            raise CompressionError(
-                "distill: codes are trained on calibration rows, but there are none. Give some (--calibration), best "
-                "all that the model was tuned on."
-            )
-        if not fits_in_memory(tuned, resolve_device(job.device), copies=_COPIES):
-            raise CompressionError(
-                f"distill: codes are trained with {_COPIES} times the model's {tuned.nbytes / 1e9:.1f} GB in memory, "
-                "which is more than there is. Leave it out, or take a larger device."
-            )
+        self.rows = _to_train_on(job, self.tokenizer, rows)
         self.model: PreTrainedModel = load_model(tuned.path, device=job.device)
         self.model.requires_grad_(False)
         self.matrices: list[_Matrix] = []
@@ -216,8 +229,8 @@ class _Student:
             if any(part.facts.error for part in own):
                 self._bind(job, binding, own)
         self.room = sum(matrix.part.facts.nbytes for matrix in self.matrices)
-        at = next((part.unit.at for part in parts if _is_coded(part)), None)
-        self._file = job.workspace.directory / f"distilling.{float(at or 0).hex()}"
+        begun = repr(sorted((part.name, part.facts.payload_digest) for part in parts))
+        self._file = job.workspace.directory / f"distilling.{hashlib.sha256(begun.encode()).hexdigest()[:24]}"
 
     def _bind(self, job: Job, binding: Binding, own: Sequence[Compressed]) -> None:
         """Say what stands for a live parameter that the pack does not restore bit for bit."""

@@ -67,6 +67,10 @@ class Exact(BaseModel):
         """
         if self.product is not None:
             base, payload = predicted(self.product, payload[: self.split], base), payload[self.split :]
+        if not base.numel():
+            if payload.nbytes:
+                raise ValueError(f"expected no bytes for an empty tensor, found {payload.nbytes}")
+            return base.clone()
         if self.coding == "raw":
             if payload.nbytes != base.nbytes:
                 raise ValueError(f"expected {base.nbytes} raw bytes, found {payload.nbytes}")

@@ -50,8 +50,8 @@ def fill_budget(job: Job, crew: Crew, payload_budget: int | None) -> list[Compre
         room = payload_budget - fixed
     if room < 0:
         raise BudgetError(
-            f"budget: expected at least {fixed:,} bytes beside the header for this delta's norms and biases, which "
-            f"are kept exactly; found room for {max(payload_budget or 0, 0):,}. Raise the budget."
+            f"budget: too small by {-room:,} bytes: the header, and {fixed:,} bytes of norms and biases, which are "
+            "kept exactly, take more. Raise it."
         )
     step = _first_step(job, crew, looks, outlooks, room)
     parts |= _Filling(job, crew, looks, outlooks, room).filled(step)

@@ -132,7 +132,7 @@ def directions_for(shape: tuple[int, int], rate: float) -> int | None:
     (128, None, None)
     """
     rows, columns = shape
-    paid = rate * rows * columns / (rows + columns)
+    paid = rate * rows * columns / max(1, rows + columns)
     return _fewer_than_all(_FEW << max(0, math.floor(math.log2(max(paid, 1) / _FEW))), shape)
 
 

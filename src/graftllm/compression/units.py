@@ -36,6 +36,7 @@ from graftllm.packing_options import PackOptions
 
 _FOUND = ("places", "bits", "cost", "strengths", *Sides._fields)  # arrays of an outlook
 _KNOWN = ("shape", "energy", "changed", "altered", "stepped", "servable", "partial")  # what else is known of it
+_WIDE = 1e6  # largest values above this are not reached by errors: those of float32 and bfloat16
 SERVED: tuple[Role, ...] = ("attention", "mlp", "expert")
 
 
@@ -261,10 +262,11 @@ def _is_floating(job: Job, name: str) -> bool:
 
 
 def overflows(job: Job, name: str, operator: Operator, payload: np.ndarray) -> bool:
-    """Return whether an encoding's errors lead beyond the largest value of float16, which tuned ones may be near."""
-    if job.delta.tuned.specs[name].dtype != "F16" or isinstance(operator, Exact | Unchanged):
+    """Return whether an encoding's errors lead beyond a narrow dtype's largest value, which tuned ones may be near."""
+    largest = torch.finfo(DTYPES[job.delta.tuned.specs[name].dtype]).max
+    if largest > _WIDE or isinstance(operator, Exact | Unchanged):
         return False
-    return not bool(EncodedTensor(operator, payload).restore(job.delta.pair(name)[0]).isfinite().all())
+    return not bool(EncodedTensor(operator, payload).restore(job.delta.pair(name)[0]).float().isfinite().all())
 
 
 def _pair(job: Job, name: str) -> tuple[Tensor, Tensor]:

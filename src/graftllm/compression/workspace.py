@@ -92,8 +92,7 @@ def packing_key(delta: Delta, options: PackOptions, calibration: Sequence[Prompt
 
 def _identity(checkpoint: Checkpoint) -> list[object]:
     """Return what a change of the weights or the tokenizer would change."""
-    files = sorted({*checkpoint.files, *checkpoint.companions})
-    return [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.sources]
 
 
 @cache

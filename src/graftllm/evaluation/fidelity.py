@@ -197,6 +197,8 @@ def verify_pack(
 def error_by_role(delta: Delta, pack: SkillPack) -> Mapping[str, float]:
     """Return ||decoded - delta|| / ||delta|| over all parameters of each role; reads every tensor once.
 
+    Of whole numbers each counts as 1 that is not the same.
+
     Raises:
         PackError: the pack is damaged or was made for another base.
     """
@@ -204,8 +206,14 @@ def error_by_role(delta: Delta, pack: SkillPack) -> Mapping[str, float]:
     for name in track(list(delta), label="comparing weights"):
         base = delta.base.tensor(name)
         pack.check_tensor(name, base)
-        change, decoded = delta[name].reshape(-1), pack.delta(name, base).reshape(-1)
         sums = squares[pack.header.tensors[name].role]
+        if not base.is_floating_point():
+            before, tuned = delta.pair(name)
+            sums[0] += int((pack.restore(name, base) != tuned).sum())
+            sums[1] += int((before != tuned).sum())
+            continue
+        decoded = pack.delta(name, base).reshape(-1)
+        change = torch.zeros_like(decoded) if delta.unchanged(name) else delta[name].reshape(-1)
         for true, found in zip(change.split(_BLOCK), decoded.split(_BLOCK), strict=True):
             sums[0] += float((found.double() - true).square().sum())
             sums[1] += float(true.double().square().sum())

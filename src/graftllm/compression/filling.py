@@ -17,13 +17,14 @@ from graftllm.compression.automatic import ways
 from graftllm.compression.crew import Crew
 from graftllm.compression.matrix import matrix_shape
 from graftllm.compression.outlook import Outlook, directions_for, twice_as_many
-from graftllm.compression.units import Compressed, Job, Unit, found_code, found_outlook
+from graftllm.compression.units import Compressed, Job, Unit, carry_out, found_code, found_outlook
 from graftllm.errors import BudgetError
 from graftllm.packing_options import DEFAULT_SHARE
 
 _FULL = 0.985  # a budget filled to this share is met
 _AIM = (1 + _FULL) / 2  # share of a budget that is aimed at
 _NEAR = 1.1  # a byte may save so much more elsewhere than where it is spent
+_SAME = 1e-3  # relative difference of steps that is none
 _PASSES = 4  # codings of everything, to fill a budget
 _MANY = 64  # matrices; more are coded in parts, each of which corrects the foresight for those after it
 _PARTS = 8
@@ -105,9 +106,10 @@ class _Filling:
 
     def filled(self, step: float) -> dict[str, Compressed]:
         """Return the matrices as they fill the room at the least cost, beginning with one step for all."""
-        left_out = [replace(self.looks[name], kind="code", way="zero") for name in self.outlooks]
-        self.crew(left_out, "packing")
-        self.offers = {unit.name: [found_code(self.job, unit)] for unit in left_out}
+        for name in self.outlooks:
+            left_out = replace(self.looks[name], kind="code", way="zero")
+            carry_out(self.job, left_out)
+            self.offers[name] = [found_code(self.job, left_out)]
         parts, selected = self._parts(), {name: some[0] for name, some in self.offers.items()}
         for number in range(max(_PASSES, 2 * len(parts)) if parts else 0):
             part, label = parts[number % len(parts)], "packing"
@@ -122,7 +124,10 @@ class _Filling:
                 if near and saved > 0 and not self.settled:
                     # Two operators are about as cheap, but far from each other in bytes: no step lies between them.
                     self.settled, self.last = True, dict(selected)
-            step = self._next_step(parts[(number + 1) % len(parts)], step)
+            again = self._next_step(parts[(number + 1) % len(parts)], step)
+            if len(parts) == 1 and math.isclose(again, step, rel_tol=_SAME):
+                break
+            step = again
         return selected
 
     def _parts(self) -> list[list[str]]:

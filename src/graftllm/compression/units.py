@@ -189,17 +189,15 @@ def _look(job: Job, unit: Unit) -> None:
 
 def _code(job: Job, unit: Unit) -> None:
     """Code a matrix in a way, at a step."""
-    known, measures = found_outlook(job, _look_of(unit), directions=True), job.measures()
+    if unit.way == "exact":
+        return write_code(job, unit, *encode_closest(*_pair(job, unit.name), resolve_device(job.device)), 0.0)
+    known, measures = found_outlook(job, _look_of(unit), directions=unit.way != "zero"), job.measures()
     assert known is not None and unit.way is not None
     if unit.way == "zero":
         return write_code(job, unit, Unchanged(), np.empty(0, np.uint8), 1.0, known.energy)
-    if unit.way == "exact":
-        return write_code(job, unit, *encode_closest(*_pair(job, unit.name), resolve_device(job.device)), 0.0)
     assert unit.at is not None
-    source, metric = (
-        _source(job, unit.name, measures),
-        measures.metric(unit.name, job.delta.tuned.specs[unit.name].shape),
-    )
+    source = _source(job, unit.name, measures)
+    metric = measures.metric(unit.name, job.delta.tuned.specs[unit.name].shape)
     coded = encode_as(unit.way, source, metric, known, unit.at)
     if coded is None:
         return write_code(job, unit, Unchanged(), np.empty(0, np.uint8), 1.0, known.energy)

@@ -68,7 +68,7 @@ def _kill_after(
         assert one.stdout is not None
         assert one.stdout.readline() == b"stopped\n"
         one.send_signal(signal.SIGKILL)
-        assert one.stdout.read() == b""
+        assert set(one.stdout.read().splitlines()) <= {b"stopped"}  # another worker may have got there, too
         assert one.wait(60) == -signal.SIGKILL
 
 

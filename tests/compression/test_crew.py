@@ -87,6 +87,7 @@ def test_large_models_have_a_worker_for_each_core_with_memory(delta: Delta, monk
 def test_a_ray_cluster_gives_the_same_bytes(delta: Delta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray", reason="needs graftllm[ray]")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # by default, 15, other tests leave its workers no processor
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     compress(delta, PackOptions(budget="40%"), workers=1).save(tmp_path / "here")
     compress(delta, PackOptions(budget="40%"), workers=2, engine="ray").save(tmp_path / "ray")

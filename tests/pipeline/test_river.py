@@ -15,7 +15,7 @@ from graftllm.fusion.grafted import GraftedModel
 from graftllm.header import Card
 from graftllm.pipeline import river
 from graftllm.pipeline.work import open_work
-from graftllm.records import read_pairs, read_prompts, read_responses
+from graftllm.records import read_pairs, read_prompts, read_responses, write_rows
 from graftllm.skillpack import SkillPack
 from tests.conftest import TinyRun
 
@@ -134,13 +134,21 @@ SHORT = """
 name: short
 target: {zoo}/target
 skills:
-  next: {{sources: [{zoo}/qwen3-next], prompts: {zoo}/prompts/next.jsonl, test: {zoo}/prompts/next.test.jsonl}}
+  next: {{sources: [{zoo}/qwen3-next], prompts: {home}/some.jsonl, test: {zoo}/prompts/next.test.jsonl}}
 general: {{prompts: {zoo}/prompts/general.jsonl, test: {zoo}/prompts/general.test.jsonl}}
 sampling: {{samples: 1, temperature: 1.0, top_p: 1.0, max_new_tokens: 16, batch_size: 50}}
 sft: {{epochs: 2, batch_size: 32, learning_rate: 2.0e-3, max_length: 64}}
 dpo: null
 pack: {{strategy: auto, budget: 30%}}
 """
+
+
+def _short(tiny_run: TinyRun, home: Path) -> Path:
+    """Write a recipe of one skill and few prompts."""
+    zoo = tiny_run.directory / "zoo"
+    write_rows(home / "some.jsonl", read_prompts(zoo / "prompts" / "next.jsonl")[:300])
+    (home / "short.yaml").write_text(SHORT.format(zoo=zoo, home=home))
+    return home / "short.yaml"
 
 
 def _killed_when(path: Path, command: list[str], how: signal.Signals) -> tuple[int, str]:
@@ -163,8 +171,7 @@ def _but_for_overheads(path: Path) -> tuple[Card, object, dict[str, bytes]]:
 
 
 def test_a_run_killed_again_and_again_ends_as_one_never_killed(tiny_run: TinyRun, tmp_path: Path) -> None:
-    recipe = tmp_path / "short.yaml"
-    recipe.write_text(SHORT.format(zoo=tiny_run.directory / "zoo"))
+    recipe = _short(tiny_run, tmp_path)
     expected = river.run(open_work(recipe, tmp_path / "whole"))
     killed, pack = tmp_path / "killed", "packs/next.safetensors"
     command = _command("run", recipe, "--dir", killed, "--json")
@@ -185,8 +192,7 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(tiny_run: TinyRun
 
 
 def test_ctrl_c_is_exit_code_130_and_says_how_to_go_on(tiny_run: TinyRun, tmp_path: Path) -> None:
-    recipe = tmp_path / "short.yaml"
-    recipe.write_text(SHORT.format(zoo=tiny_run.directory / "zoo"))
+    recipe = _short(tiny_run, tmp_path)
     command = _command("run", recipe, "--dir", tmp_path / "run")
     code, stderr = _killed_when(tmp_path / "run" / "stages" / "sft.next.started", command, signal.SIGINT)
     assert code == 130, stderr
@@ -195,15 +201,14 @@ def test_ctrl_c_is_exit_code_130_and_says_how_to_go_on(tiny_run: TinyRun, tmp_pa
 
 
 def test_a_source_without_the_skill_is_shown(tiny_run: TinyRun, tmp_path: Path) -> None:
-    recipe = tmp_path / "short.yaml"
-    wrong = SHORT.format(zoo=tiny_run.directory / "zoo").replace("qwen3-next]", "mistral-double]")
-    recipe.write_text(wrong)
+    recipe = _short(tiny_run, tmp_path)
+    recipe.write_text(recipe.read_text().replace("qwen3-next]", "mistral-double]"))
     done = subprocess.run(
         _command("run", recipe, "--dir", tmp_path / "run"), capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(
-        "graftllm: skill 'next': none of 900 responses of mistral-double is right. For example: 'next "
+        "graftllm: skill 'next': none of 300 responses of mistral-double is right. For example: 'next "
     )
     assert last.endswith("Check the judge and the references, or choose a source that has the skill.")

@@ -79,6 +79,7 @@ def merge(
     from graftllm.packing_options import PackOptions
     from graftllm.recipe import options_of
     from graftllm.records import read_prompts
+    from graftllm.storage import check_apart
 
     row = table.method(method)
     given = {"scale": scale, "density": density, "threshold": threshold, "rank": rank, "seed": seed}
@@ -88,6 +89,8 @@ def merge(
         open_tuned(opened, place, name=name, weight=row.weight(weight))
         for name, place, weight in map(_entry, [*(pack or []), *(tuned or [])])
     ]
+    if rows is not None:
+        check_apart(out.absolute(), [rows])
     by_task: dict[str, list] = {}
     for prompt in read_prompts(rows) if rows else []:
         by_task.setdefault(prompt.task, []).append(prompt)

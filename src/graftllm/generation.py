@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from graftllm.checkpoint import Checkpoint
-from graftllm.errors import CheckpointError, RecipeError
+from graftllm.errors import CheckpointError, RecipeError, RecordError
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Message, Prompt
 from graftllm.transfer_options import is_template
@@ -97,7 +97,7 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Pre
 def _use_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     try:
         tokenizer.chat_template = template if is_template(template) else Path(template).read_text(encoding="utf-8")
-        render(tokenizer, [Message(role="user", content="?")], answer_next=True)
+        _rendered(tokenizer, [Message(role="user", content="?")], answer_next=True)
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(
             f"chat_template: expected a Jinja template or a file that holds one, found {template!r} ({error})."
@@ -112,7 +112,21 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, a
     """Return the token ids of a conversation by the tokenizer's chat template.
 
     Without a template the contents stand one below the other. `answer_next` opens the assistant's turn.
+
+    Raises:
+        RecordError: the template refuses such a conversation, as some do a system message.
     """
+    try:
+        return _rendered(tokenizer, messages, answer_next=answer_next)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages) or "nobody"
+        raise RecordError(
+            f"{tokenizer.name_or_path}: its chat template refuses a conversation of {roles} ({_first_line(error)}). "
+            "Leave such messages out, or give the model another chat template."
+        ) from error
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answer_next: bool) -> list[int]:
     if tokenizer.chat_template is not None:
         conversation = cast(Any, [dict(message) for message in messages])
         return cast(

@@ -7,6 +7,8 @@ the one on packs in `packing_options`.
 """
 
 import difflib
+import os
+import reprlib
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +50,7 @@ class RouterOptions(Section):
         default=0.01, gt=0, lt=1, description="share of general prompts that may go to a pack; raises the threshold"
     )
     samples: int = Field(default=128, ge=8, description="prompts of each pack that the router keeps")
-    steps: int = Field(default=300, ge=1)
+    steps: int = Field(default=300, ge=1, le=100_000)
     drift: float = Field(
         default=0.01, ge=0, le=1, description="share of old decisions that a new pack may change; more is refused"
     )
@@ -110,7 +112,7 @@ def load_recipe(path: Path, directory: Path | None = None) -> tuple[Recipe, Path
         content = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
     except FileNotFoundError as error:
         raise RecipeError(f"{path}: no such recipe; recipes/ has examples to start from.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: not readable as YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: expected keys such as target and skills, found {type(content).__name__}.")
@@ -187,6 +189,11 @@ class UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_SHOWN = reprlib.Repr()  # a value of aliases within aliases could fill the memory
+_SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother, _SHOWN.maxlong = 4, 90, 90, 90
+_SHOWN.maxdict = _SHOWN.maxlist = _SHOWN.maxtuple = 20
+
+
 def _first_problem(error: ValidationError) -> str:
     first = error.errors()[0]
     location = [part for part in first["loc"] if isinstance(part, str)]
@@ -202,7 +209,7 @@ def _first_problem(error: ValidationError) -> str:
     if first["type"] == "union_tag_invalid":
         told = first.get("ctx", {})
         return f"{where}: expected a kind among {told['expected_tags']}; found {told['tag']!r}."
-    message, found = first["msg"].removeprefix("Value error, ").removesuffix("."), repr(first["input"])
+    message, found = first["msg"].removeprefix("Value error, ").removesuffix("."), _SHOWN.repr(first["input"])
     in_message = first["type"] == "value_error" and isinstance(first["input"], dict)  # which of the keys is wrong
     if not where or in_message or location[-1:] == ["url"]:  # a URL may hold a password
         return f"{where + ': ' if where else ''}{message}."
@@ -237,7 +244,7 @@ def _kinds(section: type[BaseModel]) -> tuple[str, ...]:
 
 def _with_paths(recipe: Recipe, home: Path, directory: Path) -> Recipe:
     def located(text: str) -> str:
-        return str(home / text.replace("{dir}", str(directory)))
+        return str(home / os.path.expanduser(text.replace("{dir}", str(directory))))
 
     def model(text: str) -> str:
         """Keep a Hub id such as `org/name` unless a directory of that name is there."""

@@ -231,7 +231,9 @@ def read_rows(path: str | Path, *, unfinished: bool = False) -> Iterator[tuple[i
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+            if "\\ud" in line.lower():  # half a character, which no file could take
+                json.dumps(row, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:
             raise RecordError(
                 f"{path}:{number}: expected one JSON object a line, found {_short(line)} ({error})."
             ) from error

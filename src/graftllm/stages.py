@@ -71,7 +71,7 @@ class Stages:
             unfinished: files that a killed attempt may go on with. Those of other inputs are deleted first.
             together: whether all processes do it, as they train; still only the first may write.
         """
-        key = hashlib.sha256(json.dumps([_identity(part) for part in inputs], sort_keys=True).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([identity(part) for part in inputs], sort_keys=True).encode()).hexdigest()
         path = self.directory / f"{name}.json"
         if (stamp := _holding(path, key, makes)) is None and not leads():
             if together:
@@ -137,7 +137,7 @@ def _marked(marker: Path) -> tuple[str, Spent]:
     return key, Spent(**json.loads(spent or "{}"))
 
 
-def _identity(part: Any) -> Json:
+def identity(part: Any) -> Json:
     """Return what a change of an input would change."""
     if isinstance(part, BaseModel):
         return part.model_dump(mode="json")

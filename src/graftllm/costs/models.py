@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.downloads import download, repository
 from graftllm.errors import HubError, RecipeError
-from graftllm.training.defaults import shape_of
+from graftllm.training.defaults import config_of, shape_of
 from graftllm.training.memory import Shape
 
 _USUAL_VOCABULARY = 128_256
@@ -36,7 +36,7 @@ def sized(model: str) -> Sized:
     name = model.rstrip("/").split("/")[-1]
     if Path(model).is_dir():
         checkpoint = Checkpoint.open(model)
-        return Sized(name, shape_of(AutoConfig.for_model(**checkpoint.config), checkpoint.parameters), "its files")
+        return Sized(name, shape_of(config_of(checkpoint.config, checkpoint.path), checkpoint.parameters), "its files")
     source = repository(model)
     try:
         path = None if source is None else download(source, "config.json")
@@ -44,7 +44,7 @@ def sized(model: str) -> Sized:
         path = None  # the name may tell enough, and the assumption is printed
     if path is None:
         return Sized(name, shape_by_name(model), "its name alone")
-    config = AutoConfig.for_model(**json.loads(path.read_text(encoding="utf-8")))
+    config = config_of(json.loads(path.read_text(encoding="utf-8")), model)
     with torch.device("meta"):
         bare = AutoModelForCausalLM.from_config(config)
     return Sized(name, shape_of(config, bare.num_parameters()), "its configuration")

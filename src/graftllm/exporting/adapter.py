@@ -29,7 +29,7 @@ from graftllm.generation import load_model, load_tokenizer, render_answered
 from graftllm.live import named_values
 from graftllm.records import read_prompts
 from graftllm.skillpack import SkillPack
-from graftllm.storage import whole_directory, write_text
+from graftllm.storage import check_apart, whole_directory, write_text
 
 LEGAL_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
 _ROWS = 64
@@ -123,6 +123,7 @@ def export_adapter(
     """
     highest = legal_rank(max_rank)
     checkpoint, opened = Checkpoint.open(base), SkillPack.load(pack)
+    check_apart(out, [pack, checkpoint.path, *([] if prompts is None else [prompts])])
     opened.check_base(checkpoint)
     model, tokenizer = load_model(checkpoint.path, device=device), load_tokenizer(checkpoint.path)
     full = decode(model, opened).values

@@ -9,6 +9,7 @@ from graftllm.fusion.directory import (
     Manifest,
     add_packs,
     base_location,
+    check_fusable,
     check_new,
     open_router,
     read_manifest,
@@ -52,6 +53,7 @@ def fuse_packs(
     router = None
     if options is not None and router_data is None:
         raise FusionError("router: expected prompt rows (--router-data) to train it on, found none; give some.")
+    check_fusable(out, [*packs.values(), *([] if router_data is None else [router_data])])
     if router_data is not None:
         prompts = _prompts(router_data, packs)
         router = fit_router(Checkpoint.open(base).path, prompts, options or RouterOptions(), device=device)

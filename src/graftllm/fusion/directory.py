@@ -27,7 +27,7 @@ from graftllm.fusion.routing import BASE, Router
 from graftllm.fusion.rules import Rule
 from graftllm.recipe import PACK_NAME
 from graftllm.skillpack import SkillPack
-from graftllm.storage import only_writer, whole_directory, whole_file, write_text
+from graftllm.storage import check_apart, only_writer, whole_directory, whole_file, write_text
 
 AUTO = "auto"
 MANIFEST = "manifest.json"
@@ -87,6 +87,7 @@ def write_grafted(
         PackError: a pack is damaged or was made for another base.
     """
     checkpoint = Checkpoint.open(base)
+    check_fusable(out, list(packs.values()))
     manifest = Manifest(
         base=base if not Path(base).is_dir() else os.path.relpath(Path(base).resolve(), out.resolve()),
         fingerprint="",
@@ -96,6 +97,22 @@ def write_grafted(
         manifest = _with_packs(partial, manifest, packs, checkpoint)
         manifest = _with_rules(out, _with_router(partial, manifest, router), rules)
         write_text(partial / MANIFEST, manifest.model_dump_json(indent=1))
+
+
+def check_fusable(out: Path, read: Sequence[Path]) -> None:
+    """Check that a grafted directory may be written, in the place of another one, too.
+
+    Args:
+        out: where.
+        read: files that it is made of. Only packs of the directory that is replaced may lie in it.
+
+    Raises:
+        FusionError: what is there has a manifest of another kind.
+        StorageError: a file that is read would be deleted.
+    """
+    if (out / MANIFEST).exists():
+        read_manifest(out)
+    check_apart(out, [file for file in read if not file.resolve().is_relative_to((out / "packs").resolve())])
 
 
 def add_packs(

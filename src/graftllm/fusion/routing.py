@@ -26,7 +26,7 @@ from graftllm.checkpoint import DTYPE_NAMES, TensorSpec, raw_bytes, write_safete
 from graftllm.errors import FusionError
 from graftllm.fusion.classifier import Calibration, Classifier, classifier_of, judge, new_network, train_classifier
 from graftllm.fusion.examples import Examples, keep_examples
-from graftllm.fusion.features import prompt_features
+from graftllm.fusion.features import WIDEST, prompt_features
 from graftllm.generation import load_model, load_tokenizer
 from graftllm.recipe import RouterOptions
 from graftllm.records import Prompt
@@ -297,8 +297,13 @@ def _restored(about: object, state: Mapping[str, Tensor]) -> Router:
     classes, width = list(about["classes"]), state["network.0.weight"].shape[1]
     if classes[:1] != [BASE] or len(set(classes)) < len(classes):
         raise ValueError(f"expected base and then different packs as classes, found {classes}")
+    if width > WIDEST:
+        raise ValueError(f"expected at most {WIDEST} features, found {width}")
     network = new_network(width, len(classes), seed=0)
-    network.load_state_dict({name: state[f"network.{name}"].float() for name in network.state_dict()})
+    weights = {name: state[f"network.{name}"].float() for name in network.state_dict()}
+    if not all(bool(value.isfinite().all()) for value in weights.values()):
+        raise ValueError("expected finite weights")
+    network.load_state_dict(weights)
     examples = {name: Examples(state[f"codes.{name}"], state[f"scales.{name}"]) for name in classes}
     held_out = {name: state[f"found.{name}"] for name in classes}
     for name, kept in examples.items():

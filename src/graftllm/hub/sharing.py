@@ -22,7 +22,7 @@ from graftllm.fusion.directory import MANIFEST, Manifest, open_packs, open_route
 from graftllm.hub.modelcard import MARK, grafted_card, pack_card
 from graftllm.progress import track
 from graftllm.skillpack import PACK_FILE, SkillPack
-from graftllm.storage import whole_directory, whole_file, write_text
+from graftllm.storage import check_apart, whole_directory, whole_file, write_text
 
 _CARD = "README.md"
 _OURS = re.compile(r"packs/\w[\w.-]*\.safetensors|router-[0-9a-f]{12}\.safetensors")
@@ -109,6 +109,7 @@ def pull(source: str, out: Path | None = None, *, revision: str | None = None, b
     name = wanted.name.rpartition("/")[2]
     if first.name == PACK_FILE:
         path = out or Path(f"{name}.safetensors")
+        check_apart(path, [] if base is None else [base])
         _check_pack(SkillPack.load(first), None if base is None else Checkpoint.open(base))
         with open(first, "rb") as file, whole_file(path) as copy:
             shutil.copyfileobj(file, copy)
@@ -184,6 +185,7 @@ def _pull_directory(pinned: Repository, first: Path, out: Path, base: Path | Non
         raise HubError(f"{out}: expected nothing or a grafted model there, found other files; give another --out.")
     checkpoint = None if base is None else Checkpoint.open(base)
     if base is not None:
+        check_apart(out, [base])
         manifest = manifest.model_copy(update={"base": os.path.relpath(base.resolve(), out.resolve())})
     with whole_directory(out) as partial:
         (partial / "packs").mkdir()

@@ -5,6 +5,7 @@ Both are variants of sequential fine-tuning: one mixes old rows in, the other ke
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,6 +54,11 @@ def _mix_rows(work: Work, names: Sequence[str], files: Sequence[Path]) -> None:
     general = [row for row in read_prompts(prompts_of(work, GENERAL)) if row.reference is not None]
     homes = [work.skill(name) for name in names]
     rows = [read_prompts(home / "sft.jsonl") for home in homes]
+    # Files without ids number their rows alike.
+    *rows, general = [
+        [replace(row, id=f"{name}/{row.id}") for row in some]
+        for name, some in zip((*names, GENERAL), (*rows, general), strict=True)
+    ]
     pairs = [read_pairs(home / "pairs.jsonl") if (home / "pairs.jsonl").exists() else [] for home in homes]
     old = [some for some in (*rows[:-1], general) if some]
     write_rows(files[0], map(_answered, mix(rows[-1], old, seed=work.recipe.seed)))

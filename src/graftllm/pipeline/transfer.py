@@ -151,7 +151,11 @@ def tune(
         train_sft(run, read_prompts(home / "sft.jsonl"), sft)
 
     tuned = work.stages.run(
-        f"sft.{name}", [*inputs, start, sft, recipe.seed, lora_rank, *added], [after_sft], supervise, together=True
+        f"sft.{name}",
+        [*inputs, start, sft, recipe.seed, lora_rank, *added, after_sft.name],  # DPO leaves its own where SFT may end
+        [after_sft],
+        supervise,
+        together=True,
     )
     if on_policy:
         file = home / "pairs.jsonl" if name == skill else after_sft.with_name(f"{out.name}.pairs.jsonl")

@@ -187,13 +187,15 @@ async def _reply(client: AsyncOpenAI, endpoint: Endpoint, request: Request, samp
     for attempt in range(endpoint.retries + 1):
         obeyed = None
         try:
-            return _read(await _send(client, endpoint, request, sampling), request, endpoint)
+            async with asyncio.timeout(endpoint.timeout_s):  # the client's own is for each part of a reply
+                content = await _send(client, endpoint, request, sampling)
+            return _read(content, request, endpoint)
         except openai.APIStatusError as error:
             problem = f"status {error.status_code}: {_told(error, endpoint)}"
             if error.status_code < 500 and error.status_code not in _PASSING:
                 raise _Failed(problem, for_all=error.status_code in (401, 403, 404)) from None
             obeyed = _retry_after(error.response.headers)
-        except openai.APITimeoutError:
+        except (openai.APITimeoutError, TimeoutError):
             problem = f"no whole reply within {endpoint.timeout_s:g} s (timeout_s)"
         except openai.APIConnectionError as error:
             problem = f"no connection or a broken one ({_told(error.__cause__ or error, endpoint)})"

@@ -49,7 +49,7 @@ def main() -> None:
     init = os.fork()  # the first process of the new PID namespace; when it goes, all its descendants go
     if init:
         _, status = os.waitpid(init, 0)
-        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+        os._exit(_seen(status))
     _checked(libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
     _drop_privileges()
     _limit(settings)
@@ -59,7 +59,13 @@ def main() -> None:
     while True:
         ended, status = os.wait()
         if ended == program:
-            os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+            os._exit(_seen(status))
+
+
+def _seen(status: int) -> int:
+    """Return the exit status of a program; 125 is this process's own to say."""
+    code = os.waitstatus_to_exitcode(status) & 0xFF
+    return _CANNOT - 1 if code == _CANNOT else code
 
 
 def _shut_in(settings: dict) -> None:

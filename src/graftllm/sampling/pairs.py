@@ -125,10 +125,14 @@ def _rank(response: Response) -> tuple[float, float]:
     return response.score or 0.0, response.grade if response.grade is not None else float("-inf")
 
 
+def _is_judged(response: Response) -> bool:
+    return response.score is not None or response.grade is not None
+
+
 def _pair(ranked: Sequence[Response], options: PairOptions) -> tuple[Response, Response] | str:
     """Return the best and the worst of responses in ascending order, or why they make no pair."""
     best = next((row for row in reversed(ranked) if fault(row, options) is None), None)
-    worst = next((row for row in ranked if _flaw(row, options) is None), None)
+    worst = next((row for row in ranked if _is_judged(row) and _flaw(row, options) is None), None)
     if best is None:
         return "no response good enough"
     if worst is None or (best.score is not None and (worst.score or 0) >= RIGHT):

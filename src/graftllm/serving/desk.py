@@ -92,9 +92,6 @@ class Desk:
         """Return what a request asks for a prompt, as the router sees it and as tokens."""
         if not ids:
             raise Refused("prompt: expected at least one token, found none.", param="prompt")
-        vocabulary = len(self._tokenizer)
-        if bad := next((one for one in ids if not 0 <= one < vocabulary), None):
-            raise Refused(f"prompt: expected tokens from 0 to {vocabulary - 1}, found {bad}.", param="prompt")
         room = self._max_context - len(ids)
         longest = max(room, 0) if asked.longest is None else asked.longest
         if room < max(longest, 1):
@@ -120,6 +117,9 @@ class Desk:
     def _continued(self, prompt: str | list[int]) -> tuple[list[Message], list[int]]:
         if isinstance(prompt, str):
             return [Message(role="user", content=prompt)], self._tokenizer(prompt)["input_ids"]
+        vocabulary = len(self._tokenizer)
+        if (bad := next((one for one in prompt if not 0 <= one < vocabulary), None)) is not None:
+            raise Refused(f"prompt: expected tokens from 0 to {vocabulary - 1}, found {bad}.", param="prompt")
         return [Message(role="user", content=cast(str, self._tokenizer.decode(prompt)))], prompt
 
     def _rendered(self, messages: list[Message]) -> list[int]:

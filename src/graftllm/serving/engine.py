@@ -176,10 +176,14 @@ class Engine:
                 arrived, tasks = list(self._arrived), list(self._tasks)
                 self._arrived.clear()
                 self._tasks.clear()
-            self._take_in(arrived)
+            try:
+                self._take_in(arrived)
+                self._lanes.drop_cancelled()
+            except Exception as error:  # no memory left, say: who waits must be told, and others may come
+                fail([job for job, _ in arrived], error)
+                self._lanes.give_up(error)
             for task, done in tasks:
                 _settle(task, done)
-            self._lanes.drop_cancelled()
             busy = self._lanes.busy()
             if busy and (lane not in busy or steps >= _TURN):
                 lane, steps = busy[(busy.index(lane) + 1) % len(busy)] if lane in busy else busy[0], 0

@@ -83,6 +83,11 @@ class Lanes:
             text = Text(self._tokenizer, job.order.stop)
             self.waiting.append(Row(job, choice, chosen.pack, mix, Draw(job.order, choice), text))
 
+    def give_up(self, error: Exception) -> None:
+        """Fail all rows."""
+        fail({row.job: None for row in self}, error)
+        self.waiting, self._running = [], {}
+
     def drop_cancelled(self) -> None:
         """Forget the rows that nobody waits for."""
         self.waiting = [row for row in self.waiting if not row.job.cancelled]
@@ -153,9 +158,13 @@ class Lanes:
         """Give rows the token that follows by logits of shape (rows, vocabulary); let those go that are whole."""
         likeliest = logits.argmax(dim=1).tolist()
         for row, mine, best in zip(rows, logits, likeliest, strict=True):
-            row.last = best if row.draw.greedy else row.draw.token(mine)
+            try:
+                row.last = best if row.draw.greedy else row.draw.token(mine)
+            except RuntimeError as error:  # logits that are no numbers: its own pack's fault, not that of other rows
+                fail([row.job], error)
         self._metrics.written.inc(len(rows))
-        self._drop(lane, [row for row, mine in zip(rows, logits, strict=True) if self._whole(row, mine)])
+        gone = [row for row, mine in zip(rows, logits, strict=True) if row.job.cancelled or self._whole(row, mine)]
+        self._drop(lane, gone)
 
     def _whole(self, row: Row, logits: Tensor) -> bool:
         """Add a row's last token to its text, and tell what is new; return whether the text is whole now."""

@@ -4,6 +4,7 @@ A field that this server does not know, or knows but cannot follow, is refused w
 nothing that a client asks for is dropped in silence.
 """
 
+import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -53,6 +54,10 @@ class _Asked(BaseModel):
         """Take out fields that change nothing, and whatever is null: it means the default."""
         if not isinstance(value, dict):
             return value
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("expected text, found half a character (a lone surrogate)") from None
         kept = {}
         for key, wanted in value.items():
             if wanted is None or key in _IGNORED or wanted in _NEUTRAL.get(key, ()):

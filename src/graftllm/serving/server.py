@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import uvicorn
 from fastapi import Request
@@ -46,11 +45,18 @@ class Local:
 
         Raises:
             FusionError: the directory is no grafted model, or its base cannot be served.
+            ServingError: neither the model nor `limits` says how many tokens it can read.
             CheckpointError: the base is missing or cannot be loaded.
             PackError: a pack is damaged or was made for another base.
         """
         library = Library(directory, device=device)
         model = library.grafted.model
+        known = [limits.max_context, getattr(model.config.get_text_config(), "max_position_embeddings", None)]
+        context = min((length for length in known if length), default=0)
+        if not context:
+            raise ServingError(
+                f"{directory}: the model does not say how many tokens it can read; say how many with --max-context."
+            )
         memory = limits.pack_memory
         if memory is None:
             memory = max(sum(value.nbytes for value in model.parameters()), 1 << 30)
@@ -61,8 +67,7 @@ class Local:
             max_queue=limits.max_queue,
             max_batch=limits.max_batch,
         )
-        made_for = cast(Any, model.config).get_text_config().max_position_embeddings
-        self._desk = Desk(self._engine, library.grafted.tokenizer, min(limits.max_context or made_for, made_for))
+        self._desk = Desk(self._engine, library.grafted.tokenizer, context)
         self.metrics, self.models, self.card = self._engine.metrics, library.models, library.card
         self.add, self.remove = library.add, library.remove
         self.measured, self.stop = self._engine.measured, self._engine.stop

@@ -13,6 +13,9 @@ from graftllm.serving.orders import Likely, Order, Token
 _UNFINISHED = "�"  # what an incomplete UTF-8 sequence decodes to
 
 
+_COLDEST = 1e-4  # below it the likeliest token is as good as certain
+
+
 class Draw:
     """How one choice's tokens are drawn, whatever else is in the batch."""
 
@@ -27,7 +30,8 @@ class Draw:
         """Return a token by logits of shape (vocabulary,)."""
         if self.greedy:
             return int(logits.argmax())
-        probabilities = torch.softmax(logits.float().cpu() / self.temperature, dim=0)
+        logits = logits.float().cpu()
+        probabilities = torch.softmax((logits - logits.max()) / max(self.temperature, _COLDEST), dim=0)
         if self.top_p < 1:
             ranked, order = probabilities.sort(descending=True)
             before = ranked.cumsum(0) - ranked  # what is more probable than each

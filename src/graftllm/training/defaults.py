@@ -6,14 +6,16 @@ there learning rates rise on a straight line in logarithms to what trains the de
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from graftllm.checkpoint import Checkpoint
-from graftllm.errors import TrainingError
+from graftllm.errors import CheckpointError, TrainingError
 from graftllm.launched import processes, sharded
 from graftllm.training.memory import Batching, Shape, fit_batch, held_bytes
 from graftllm.training_options import DpoOptions, PreferenceLoss, SftOptions, TrainingOptions
@@ -109,9 +111,22 @@ def batching_for(
             f"{label}: expected a batch_size that {count} processes times {wanted or 1} rows at once divide "
             f"evenly, found {options.batch_size}; change batch_size or micro_batch."
         )
-    shape = shape_of(AutoConfig.for_model(**model.config), model.parameters)
+    shape = shape_of(config_of(model.config, model.path), model.parameters)
     free = _memory(device) - held_bytes(shape, trained, processes=count, sharded=sharded())
     return fit_batch(shape, free, share, wanted, tokens=tokens, number=2 if device.type == "cuda" else 4)
+
+
+def config_of(content: Mapping[str, Any], where: str | Path) -> PreTrainedConfig:
+    """Return the configuration of a model from its config.json.
+
+    Raises:
+        CheckpointError: transformers knows no such model.
+    """
+    try:
+        return AutoConfig.for_model(**content)
+    except (ValueError, TypeError) as error:
+        problem = str(error).splitlines()[0]
+        raise CheckpointError(f"{where}: transformers cannot read its config.json ({problem}).") from error
 
 
 def shape_of(config: PreTrainedConfig, parameters: int) -> Shape:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import peft
@@ -32,6 +32,7 @@ from graftllm.generation import load_tokenizer, render, resolve_device
 from graftllm.launched import leads, processes, sharded, wait_until
 from graftllm.progress import progress
 from graftllm.records import Message, PreferencePair, Prompt
+from graftllm.stages import identity
 from graftllm.storage import check_replaceable, whole_directory
 from graftllm.training.curves import curves_beside, draw_curves
 from graftllm.training.defaults import batching_for, dpo_for, sft_for
@@ -101,7 +102,7 @@ def train_sft(run: Training, rows: Sequence[Prompt], options: SftOptions) -> Non
         trainer = FiniteSft(
             callbacks=_callbacks(run, options),
             model=_load(run, len(words)),
-            args=SFTConfig(**arguments, completion_only_loss=True, packing=options.packing),
+            args=_alone(SFTConfig(**arguments, completion_only_loss=True, packing=options.packing)),
             train_dataset=learnt,
             eval_dataset=held_out,
             processing_class=words,
@@ -134,18 +135,30 @@ def train_dpo(run: Training, pairs: Sequence[PreferencePair], options: DpoOption
         trainer = FiniteDpo(
             callbacks=_callbacks(run, options),
             model=_load(run),
-            args=DPOConfig(
-                **_arguments(run, work, options, _longest(words, data, options)),
-                beta=options.beta,
-                loss_type=list(terms),
-                loss_weights=list(terms.values()),
-                precompute_ref_log_probs=True,  # the reference goes first, so one model is in memory, not two
+            args=_alone(
+                DPOConfig(
+                    **_arguments(run, work, options, _longest(words, data, options)),
+                    beta=options.beta,
+                    loss_type=list(terms),
+                    loss_weights=list(terms.values()),
+                    precompute_ref_log_probs=True,  # the reference goes first, so one model is in memory, not two
+                )
             ),
             train_dataset=learnt,
             eval_dataset=held_out,
             processing_class=words,
         )
         _fit(trainer, run, work)
+
+
+_Arguments = TypeVar("_Arguments", SFTConfig, DPOConfig)
+
+
+def _alone(args: _Arguments) -> _Arguments:
+    """Keep one process to one GPU: the Trainer would spread it over all, each with the rows that one was to have."""
+    if args.n_gpu > 1:
+        args._n_gpu = 1
+    return args
 
 
 _LOSSES = {"sigmoid": "sigmoid", "length_normalised": "sigmoid_norm"}  # ours and TRL's
@@ -160,7 +173,8 @@ def _work_directory(run: Training, data: list[Row], options: TrainingOptions) ->
     if not data:
         raise TrainingError(f"{run.label}: expected rows to train on, found none.")
     check_replaceable(run.out, over=_OVER, beside=[run.model])
-    about = [str(run.model), str(run.adapter), run.lora_rank, run.seed, options.model_dump(), data, *run.added_tokens]
+    models = [identity(path) for path in (run.model, run.adapter) if path is not None]
+    about = [models, run.lora_rank, run.seed, options.model_dump(), data, *run.added_tokens]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
     work = run.out.with_name(f".{run.out.name}.training")
     if leads() and not (work / key).exists():

@@ -20,7 +20,8 @@ class ChatServer:
         url: to give to a source.
         answering: from a request's body to the text of its answer.
         faults: by question, what its next requests get instead of an answer: a status, `429 after 0` (with
-            Retry-After), `cut`, `slow`, `no JSON`, `no choices`, `echo` (a 400 that quotes the key), `length`.
+            Retry-After), `cut`, `slow`, `trickle` (bytes without end), `no JSON`, `no choices`, `echo` (a 400 that
+            quotes the key), `length`.
         seen: bodies of requests, in order.
         keys: Authorization headers.
         most_at_once: most requests that were under way together.
@@ -81,6 +82,14 @@ def chat_server() -> Iterator[ChatServer]:
             if fault == "slow":
                 with told.changed:
                     told.changed.wait_for(lambda: told.closing)
+            elif fault == "trickle":
+                self.send_response(200)
+                self.send_header("Content-Length", "1000000")
+                self.end_headers()
+                while not told.closing:
+                    self.wfile.write(b" ")
+                    with told.changed:
+                        told.changed.wait_for(lambda: told.closing, timeout=0.05)
             elif fault == "echo":
                 self._send(400, json.dumps({"error": {"message": f"bad key {self.headers['Authorization']}"}}))
             elif fault.startswith("429 after"):

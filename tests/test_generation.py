@@ -5,7 +5,7 @@ import torch
 from transformers import GenerationConfig
 
 from graftllm.checkpoint import Checkpoint
-from graftllm.errors import CheckpointError, RecipeError
+from graftllm.errors import CheckpointError, RecipeError, RecordError
 from graftllm.generation import (
     _answer,
     _length,
@@ -101,6 +101,14 @@ def test_without_a_chat_template_contents_stand_one_below_the_other(base: Checkp
     messages = [Message(role="user", content="ab"), Message(role="assistant", content="cd")]
     assert render(words, messages, answer_next=False) == words("ab\ncd")["input_ids"]
     assert render(words, messages[:1], answer_next=True) == words("ab\n")["input_ids"]
+
+
+def test_a_conversation_that_the_template_refuses_is_told(base: Checkpoint) -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}x"
+    tokenizer = load_tokenizer(base.path, chat_template=refusing)
+    asked = [Message(role="system", content="be kind"), Message(role="user", content="hi")]
+    with pytest.raises(RecordError, match="its chat template refuses a conversation of system, user .System role not"):
+        render(tokenizer, asked, answer_next=True)
 
 
 def test_a_given_chat_template_stands_in_for_the_tokenizers_own(base: Checkpoint, tmp_path: Path) -> None:

@@ -79,6 +79,9 @@ def test_pairs_come_back_as_written(tmp_path: Path) -> None:
     [
         ("", "p.jsonl: expected at least one row, found an empty file"),
         ("{", "p.jsonl:1: expected one JSON object a line, found {"),
+        ("[" * 100_000, r"p.jsonl:1: expected one JSON object a line, found \[\["),
+        ('{"n": ' + "9" * 5000 + "}", "p.jsonl:1: expected one JSON object a line, found .*Exceeds the limit"),
+        (r'{"prompt": "a\uD83D"}', "p.jsonl:1: expected one JSON object a line, found .*surrogates not allowed"),
         ("[1]", r"p.jsonl:1: expected a JSON object, found \[1\]"),
         ('{"id": "a"}', "p.jsonl:1: expected 'messages' or a 'prompt' string, found the keys 'id'"),
         ('{"messages": []}', "p.jsonl:1: 'messages' has nothing to answer"),

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from graftllm.checkpoint import Checkpoint, copy_companions
 from graftllm.delta import Delta
-from graftllm.errors import ServingError
+from graftllm.errors import ServingError, StorageError
 from graftllm.exporting.adapter import LEGAL_RANKS, export_adapter, legal_rank
 from graftllm.exporting.launch import export_shelf
 from graftllm.fusion.directory import write_grafted
@@ -77,6 +78,14 @@ def test_peft_gives_the_logits_of_the_pack(home: Path, tmp_path: Path, name: str
     assert adapter.losses == []
     assert adapter.kl < 1e-6
     assert adapter.energy == pytest.approx(1)
+
+
+def test_an_export_spares_what_it_reads(home: Path, tmp_path: Path) -> None:
+    shutil.copy(home / "thin.safetensors", tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(StorageError, match="expected a place apart from .*thin.safetensors, which is read"):
+        export_adapter(tmp_path / "thin.safetensors", home / "base", tmp_path)
+    assert (tmp_path / "thin.safetensors").exists()
 
 
 def test_alpha_is_the_rank_of_every_module_and_patterns_are_anchored(home: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError, StorageError
 from graftllm.fusion.branches import why_merged_only
 from graftllm.fusion.directory import (
+    MANIFEST,
     add_packs,
     open_packs,
     read_manifest,
@@ -104,7 +105,7 @@ def test_removing_every_pack_leaves_the_base(grafted: Path) -> None:
 _KILLED = """
 import os, sys
 from pathlib import Path
-from graftllm.fusion.directory import add_packs, open_packs, read_manifest, remove_pack
+from graftllm.fusion.directory import add_packs, open_packs, read_manifest, remove_pack, MANIFEST
 directory, pack, change = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 steps = {"os.rename", "os.link", "os.remove", "os.mkdir", "os.truncate"}
 
@@ -202,6 +203,23 @@ def test_bad_changes_change_nothing(home: Path, grafted: Path, tmp_path: Path) -
         add_packs(tmp_path / "nothing", {"three": home / "three.safetensors"})
     assert not (tmp_path / "nothing").exists()
     assert _contents(grafted) == before
+
+
+def test_a_new_directory_spares_what_it_is_made_of_and_what_is_not_one(
+    home: Path, grafted: Path, tmp_path: Path
+) -> None:
+    shutil.copy(home / "three.safetensors", grafted)
+    other = tmp_path / "app"
+    other.mkdir()
+    (other / MANIFEST).write_text('{"name": "my web app"}')
+    before = _contents(grafted) | _contents(other)
+    with pytest.raises(StorageError, match="expected a place apart from .*three.safetensors, which is read"):
+        write_grafted(grafted, str(home / "base"), {"three": grafted / "three.safetensors"})
+    with pytest.raises(FusionError, match="manifest.json"):
+        write_grafted(other, str(home / "base"), {"three": home / "three.safetensors"})
+    assert _contents(grafted) | _contents(other) == before
+    write_grafted(grafted, str(home / "base"), {"two": grafted / "packs" / "two.safetensors"})
+    assert list(read_manifest(grafted).packs) == ["two"]
 
 
 def test_a_router_that_is_older_than_a_pack_is_known_as_such(home: Path, grafted: Path) -> None:

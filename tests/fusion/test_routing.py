@@ -306,6 +306,10 @@ def test_a_router_whose_parts_do_not_fit_is_refused(router: Router, tmp_path: Pa
     refused(state | {"found.math": state["found.math"] - 9}, about, "the examples of 'math' go to classes that are not")
     refused(state | {"codes.math": state["codes.math"].float()}, about, "the examples of 'math' are .torch.float32, t")
     refused({name: value for name, value in state.items() if name != "scales.code"}, about, "not a router")
+    refused(state | {"network.0.weight": state["network.0.weight"] * torch.nan}, about, "expected finite weights")
+    refused(state | {"network.0.weight": torch.zeros(1, 60_000)}, about, "expected at most 512 features, found 60000")
+    endless = json.loads(about) | {"options": json.loads(about)["options"] | {"steps": 10**12}}
+    refused(state, json.dumps(endless), "should be less than or equal to 100000")
     refused(state, json.dumps(json.loads(about) | {"format": "graftllm/router 1"}), "found graftllm/router 1")
     refused(state, json.dumps(json.loads(about) | {"classes": ["base", "math"]}), "not a router of this version")
 

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, constants
 from graftllm.adapters import open_tuned
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
-from graftllm.errors import CheckpointError, FusionError, GraftError, HubError, PackError
+from graftllm.errors import CheckpointError, FusionError, GraftError, HubError, PackError, StorageError
 from graftllm.fusion.directory import MANIFEST, read_manifest, write_grafted
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.rules import Rule
@@ -41,6 +41,14 @@ def test_a_pack_comes_back_as_the_same_bytes(hub: Hub, pack_file: Path, base_dir
     pulled = pull("user/reverse", tmp_path / "p.safetensors", base=base_dir)
     assert pulled.path.read_bytes() == pack_file.read_bytes()
     assert pulled.commit == pushed.commit == hub.repositories["user/reverse"].branches["main"]
+
+
+def test_what_is_pulled_spares_the_base(hub: Hub, pack_file: Path, base_dir: Path) -> None:
+    push(pack_file, "user/reverse", base="org/base")
+    before = (base_dir / "model.safetensors").read_bytes()
+    with pytest.raises(StorageError, match="expected a place apart from"):
+        pull("user/reverse", base_dir / "model.safetensors", base=base_dir)
+    assert (base_dir / "model.safetensors").read_bytes() == before
 
 
 def test_a_pack_is_loaded_by_its_name_at_a_revision(hub: Hub, pack_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,16 @@
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from graftllm.pipeline import continual
 from graftllm.pipeline.continual import keep_most_changed, mix
+from graftllm.pipeline.work import open_work
+from graftllm.records import read_prompts, write_rows
+from tests.models import rows
 
 
 @given(st.integers(1, 40), st.lists(st.integers(1, 40), max_size=4), st.integers(0, 3))
@@ -21,6 +26,21 @@ def test_a_mix_has_as_many_rows_as_the_new_skill_and_half_of_them_new_at_least(
     share = new // 2 // len(old) if old else 0
     assert recalled == [min(share, size) for size in old]
     assert rows == mix(fresh, sets, seed=seed)
+
+
+def test_rows_of_several_skills_may_have_the_same_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skill = "{sources: [s], prompts: p, test: p}"
+    (tmp_path / "recipe.yaml").write_text(
+        f"name: x\ntarget: t\nskills: {{a: {skill}, b: {skill}}}\ngeneral: {{prompts: p, test: p}}\n"
+    )
+    work = open_work(tmp_path / "recipe.yaml", tmp_path / "run")
+    for name in ("a", "b"):
+        write_rows(work.skill(name) / "sft.jsonl", rows(20))
+    write_rows(tmp_path / "general.jsonl", rows(20))
+    monkeypatch.setattr(continual, "prompts_of", lambda *_: tmp_path / "general.jsonl")
+    files = [tmp_path / "rows.jsonl", tmp_path / "pairs.jsonl"]
+    continual._mix_rows(work, ["a", "b"], files)
+    assert len(read_prompts(files[0])) == 20
 
 
 def test_only_the_most_changed_parameters_are_kept(base_dir: Path, tuned_dir: Path, tmp_path: Path) -> None:

@@ -121,6 +121,15 @@ def test_on_policy_pairs_are_of_the_tuned_model_itself(tmp_path: Path, content: 
     assert Checkpoint.open(work.tuned("reverse")).fingerprint != Checkpoint.open(home / "tuned.sft").fingerprint
 
 
+def test_without_dpo_the_tuned_model_is_that_of_sft_again(tmp_path: Path, content: dict[str, Any]) -> None:
+    work = _work(tmp_path, content)
+    transfer.train(work, "reverse")
+    home = work.skill("reverse")
+    preferred, supervised = (Checkpoint.open(home / name).fingerprint for name in ("tuned", "tuned.sft"))
+    transfer.train(_work(tmp_path, content | {"dpo": None}), "reverse")
+    assert Checkpoint.open(home / "tuned").fingerprint == supervised != preferred
+
+
 def test_without_on_policy_pairs_the_model_stays_as_sft_left_it(tmp_path: Path, content: dict[str, Any]) -> None:
     content["pairs"] = {"preference": "on_policy"}  # judged by `exact`, where a random model is never right
     work = _work(tmp_path, content)

@@ -89,8 +89,9 @@ def test_what_passes_is_tried_again(server: ChatServer, tmp_path: Path, fault: s
     assert len(server.seen) == 24 + 24 + 8
 
 
-def test_a_slow_reply_is_given_up_and_asked_again(server: ChatServer, tmp_path: Path) -> None:
-    server.faults = {"question 3": ["slow"]}
+@pytest.mark.parametrize("fault", ["slow", "trickle"])
+def test_a_slow_reply_is_given_up_and_asked_again(server: ChatServer, tmp_path: Path, fault: str) -> None:
+    server.faults = {"question 3": [fault]}
     rows = _sample(tmp_path / "r.jsonl", _options(server, timeout_s=0.5))
     assert len(rows) == 24
 

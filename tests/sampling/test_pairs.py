@@ -79,6 +79,12 @@ def test_the_gap_of_a_pair_is_bounded_on_both_sides(grades: tuple[float, ...], r
     assert [(pair.chosen, pair.rejected) for pair in found.pairs] == ([] if reason else [("s1", "s0")])
 
 
+def test_a_response_that_was_not_judged_is_not_the_worse_one() -> None:
+    responses = [*_graded(0.9, 0.5, 0.1), Response("p", "s", 9, "unread", None, None)]
+    (pair,) = preference_pairs(_prompts("p"), responses, DEFAULT).pairs
+    assert (pair.chosen, pair.rejected) == ("s0", "s2")
+
+
 @given(st.lists(st.tuples(st.sampled_from(["p", "q"]), st.sampled_from(["s", "t"]), st.floats(0, 1)), max_size=12))
 def test_the_chosen_is_graded_above_the_rejected_and_of_its_source(drawn: list[tuple[str, str, float]]) -> None:
     responses = [Response(prompt, source, i, str(i), None, grade) for i, (prompt, source, grade) in enumerate(drawn)]

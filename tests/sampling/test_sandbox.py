@@ -55,6 +55,7 @@ def _run(program: str, *tests: str, limits: CodeJudge = LIMITS) -> Verdict:
         ("huge = [0] * 10**9", [], "MemoryError"),
         ("open('numbers', 'w').write('x' * 10**6 * 3)", [], "OSError"),
         ("print('a' * 10**7)", [], None),
+        ("import os; os._exit(125)", [], "ended early with status 12"),
     ],
 )
 def test_a_program_passes_when_all_its_tests_do(

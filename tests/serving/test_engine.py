@@ -13,8 +13,10 @@ from graftllm.fusion.grafted import GraftedModel
 from graftllm.generation import load_tokenizer
 from graftllm.serving.batch import Batch, check_servable
 from graftllm.serving.engine import Engine
+from graftllm.serving.lanes import Lanes
 from graftllm.serving.orders import Refused
 from graftllm.serving.shelves import Library
+from graftllm.serving.writing import Draw
 from tests.architectures import CONFIGS
 from tests.serving.conftest import Expected
 from tests.serving.running import Asked, order
@@ -121,6 +123,33 @@ def test_an_order_that_fails_harms_no_other(own: Path, words: PreTrainedTokenize
         asked["two"].texts()
     for pack in ("one", "base", "whole"):
         assert asked[pack].texts()[0][0] == expected("b", pack, 8)
+    engine.stop()
+
+
+def test_logits_that_are_no_numbers_harm_no_other_row(
+    engine: Engine, words: PreTrainedTokenizerBase, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = Draw.token
+    monkeypatch.setattr(Draw, "token", lambda draw, logits: drawn(draw, logits * torch.nan))
+    broken = Asked(engine, order(words, "b", "one", max_tokens=5, temperature=1.0))
+    others = [Asked(engine, order(words, "b", pack, max_tokens=5)) for pack in ("one", "base")]
+    with pytest.raises(RuntimeError, match="probability tensor contains"):
+        broken.texts()
+    assert [one.texts()[0][0] for one in others] == [expected("b", pack, 5) for pack in ("one", "base")]
+
+
+def test_an_engine_without_memory_tells_who_waits_and_goes_on(
+    library: Library, words: PreTrainedTokenizerBase, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(lanes: Lanes) -> None:
+        monkeypatch.undo()
+        raise MemoryError("no room to drop rows")
+
+    monkeypatch.setattr(Lanes, "drop_cancelled", full)
+    engine = _engine(library)
+    with pytest.raises(MemoryError, match="no room to drop rows"):
+        Asked(engine, order(words, "b", "one", max_tokens=5)).texts()
+    assert Asked(engine, order(words, "b", "one", max_tokens=5)).texts()[0][0] == expected("b", "one", 5)
     engine.stop()
 
 

@@ -208,6 +208,7 @@ def test_logprobs_are_those_of_the_written_tokens(client: OpenAI) -> None:
         ({"tools": [{"type": "function"}]}, "tools: this server does not support it; leave it out", None),
         ({"stop": ["a", ""]}, "stop: expected at most 16 texts, none of them empty", None),
         ({"messages": []}, "messages: List should have at least 1 item", "messages"),
+        ({"stop": "\ud800"}, "expected text, found half a character (a lone surrogate)", None),
         (
             {"max_tokens": 300},
             "expected prompt and answer to have at most 256 tokens together, found a prompt of 5 and 300 asked for. "
@@ -225,11 +226,19 @@ def test_what_cannot_be_followed_is_refused_by_name(
     plain: httpx2.Client, body: dict[str, object], message: str, param: str | None
 ) -> None:
     asked = {"model": "one", "messages": [{"role": "user", "content": "hi"}]} | body
-    answer = plain.post("/v1/chat/completions", json=asked)
+    head = {"Content-Type": "application/json"}
+    answer = plain.post("/v1/chat/completions", content=json.dumps(asked), headers=head)
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert message in error["message"]
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
+
+
+@pytest.mark.parametrize("prompt", [[-1], [1 << 40], [[3], [1 << 70]]])
+def test_tokens_that_are_none_are_refused(plain: httpx2.Client, prompt: list) -> None:
+    answer = plain.post("/v1/completions", json={"model": "one", "prompt": prompt})
+    assert answer.status_code == 400
+    assert "prompt: expected tokens from 0 to" in answer.json()["error"]["message"]
 
 
 def test_an_unknown_model_is_not_found(client: OpenAI) -> None:

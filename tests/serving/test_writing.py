@@ -54,6 +54,12 @@ def test_only_tokens_of_the_wanted_share_are_drawn(seed: int, top_p: float) -> N
     assert all(draw.token(logits) in allowed for _ in range(20))
 
 
+@pytest.mark.parametrize("temperature", [1e-40, 1e-5])
+def test_however_cold_the_likeliest_token_is_drawn(temperature: float) -> None:
+    draw = Draw(Order([], [1], "base", temperature=temperature, seed=1), 0)
+    assert {draw.token(torch.tensor([30.0, 1.0, 29.0])) for _ in range(50)} == {0}
+
+
 def test_draws_follow_the_probabilities() -> None:
     draw = Draw(Order([], [1], "base", temperature=2.0, seed=1), 0)
     counts = torch.bincount(torch.tensor([draw.token(torch.tensor([2.0, 0.0])) for _ in range(4000)]))

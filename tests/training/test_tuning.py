@@ -1,6 +1,8 @@
 import json
 import math
+import os
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, modeling_utils
 from transformers.integrations import integration_utils
+from trl.trainer.sft_config import SFTConfig
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import TrainingError
@@ -139,6 +142,20 @@ def test_checkpoints_of_another_training_are_not_gone_on_with(tmp_path: Path, ba
     assert (tuning._work_directory(run, [{"a": 1}], SFT) / "checkpoint-5").exists()
     other = SFT.model_copy(update={"learning_rate": 1.0})
     assert not (tuning._work_directory(run, [{"a": 1}], other) / "checkpoint-5").exists()
+
+
+def test_a_training_of_a_model_that_changed_is_another_one(tmp_path: Path, base: Checkpoint) -> None:
+    shutil.copytree(base.path, tmp_path / "base")
+    run = Training(tmp_path / "base", tmp_path / "out", 0, "x")
+    (tuning._work_directory(run, [{"a": 1}], SFT) / "checkpoint-5").mkdir()
+    os.utime(tmp_path / "base" / "model.safetensors", (1, 1))
+    assert not (tuning._work_directory(run, [{"a": 1}], SFT) / "checkpoint-5").exists()
+
+
+def test_a_process_alone_trains_on_one_gpu() -> None:
+    args = SFTConfig(output_dir="x", report_to="none", gradient_checkpointing=False)
+    args._n_gpu = 8
+    assert tuning._alone(args).n_gpu == 1
 
 
 def test_a_lora_is_trained_by_sft_and_then_by_dpo(base: Checkpoint, prompts: list[Prompt], tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class NewPack(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     name: str
-    file: Annotated[str, Field(pattern=r"^[^\0]+$")]
+    file: Annotated[str, Field(pattern=r"^[^\x00]+$")]
 
 
 def build_app(

@@ -210,6 +210,15 @@ def test_auto_fills_its_budget_and_never_more(delta: Delta, share: float) -> Non
     assert 0.9 * budget < taken <= budget
 
 
+@pytest.mark.parametrize("share", [0.08, 0.1, 0.12, 0.15, 0.2, 0.25])
+def test_no_matrix_is_left_out_to_fill_a_budget_that_pays_for_all(delta: Delta, share: float) -> None:
+    """Where the first coding takes a little too much, all are coded a little coarser."""
+    budget = round(share * delta.tuned.nbytes)
+    parts = _encoded(delta, PackOptions(), payload_budget=budget)
+    assert not [name for name, part in parts.items() if part.facts.operator.operator == "unchanged"]
+    assert _bytes(parts) > 0.95 * budget
+
+
 def test_stated_errors_are_those_of_decoding(delta: Delta) -> None:
     for name, part in _encoded(delta, PackOptions(strategy="paper", energy=0.8)).items():
         change = delta[name]

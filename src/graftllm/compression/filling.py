@@ -24,7 +24,7 @@ from graftllm.packing_options import DEFAULT_SHARE
 _FULL = 0.985  # a budget filled to this share is met
 _AIM = (1 + _FULL) / 2  # share of a budget that is aimed at
 _NEAR = 1.1  # a byte may save so much more elsewhere than where it is spent
-_SAME = 0.01  # relative difference of steps that hardly changes what is coded
+_SAME = 1e-3  # relative difference of steps that is none
 _PASSES = 4  # codings of everything, to fill a budget
 _MANY = 64  # matrices; more are coded in parts, each of which corrects the foresight for those after it
 _PARTS = 8
@@ -119,6 +119,7 @@ class _Filling:
             if len(self.last) == len(self.outlooks):
                 selected, saved = self._selected()
                 near = saved <= _NEAR * _worth(max((one.unit.at or step for one in self.last.values()), default=step))
+                near &= not any(one.unit.way == "zero" != self.last[name].unit.way for name, one in selected.items())
                 if near and sum(one.facts.nbytes for one in selected.values()) >= _FULL * self.room:
                     break
             again = self._next_step(parts[(number + 1) % len(parts)], step)
@@ -126,7 +127,8 @@ class _Filling:
                 # Two operators are about as cheap, but far from each other in bytes: no step lies between them.
                 if self.settled:
                     break
-                self.settled, self.last = True, selected
+                self.settled, found = True, selected.items()
+                self.last |= {name: one for name, one in found if one.unit.way != "zero"}  # nothing loses its place
                 again = self._next_step(parts[0], step)
             step = again
         return selected

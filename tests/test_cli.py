@@ -215,7 +215,7 @@ def _broken(files: Path, tmp_path: Path, value: float) -> Path:
         ),
         (
             ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{t}/p", "--budget", "1KB"],
-            "budget: expected at l",
+            "budget: too small by",
         ),
         (
             ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{t}/p", "--budget", "big"],

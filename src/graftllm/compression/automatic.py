@@ -1,4 +1,4 @@
-"""One matrix in the strategy `auto`: which ways of coding it are tried, and what each gives."""
+"""One matrix in the strategy `auto`: where its rows come from, and which ways of coding it are tried."""
 
 import math
 from typing import Literal
@@ -8,12 +8,11 @@ from torch import Tensor
 
 from graftllm.checkpoint import LARGE
 from graftllm.compression.allocation import Kind, foreseen, likely
-from graftllm.compression.matrix import BLOCK, Source, matrix_shape
+from graftllm.compression.matrix import BLOCK, DOUBLE, Source, matrix_shape
 from graftllm.compression.outlook import Outlook
 from graftllm.delta import Delta, difference
 
 Way = Kind | Literal["exact"]
-_DOUBLE = 2048  # columns up to which matrices are calculated with in float64
 _EXACT_AT = 2.0  # bits an entry from which on a matrix may be cheaper bit for bit
 _FEW_CHANGES = 0.25  # share of changed entries below which it may be, too
 
@@ -22,7 +21,7 @@ def source_of(delta: Delta, name: str, *, transposed: bool, device: torch.device
     """Return the delta of one parameter as a matrix whose rows are read when they are needed."""
     full = delta.tuned.specs[name].shape
     shape = matrix_shape(full)
-    dtype = torch.float64 if shape[1] <= _DOUBLE and shape[0] * shape[1] <= 1 << 22 else torch.float32
+    dtype = torch.float64 if shape[1] <= DOUBLE and shape[0] * shape[1] <= 1 << 22 else torch.float32
     each = shape[0] // full[0]  # rows of the matrix in one of the tensor's
 
     def read(start: int, stop: int) -> Tensor:

@@ -118,17 +118,15 @@ class _Filling:
             self._code(part, step, label)
             if len(self.last) == len(self.outlooks):
                 selected, saved = self._selected()
-                near = saved <= _NEAR * _worth(max((one.unit.at or step for one in self.last.values()), default=step))
-                near &= not any(one.unit.way == "zero" != self.last[name].unit.way for name, one in selected.items())
-                if near and sum(one.facts.nbytes for one in selected.values()) >= _FULL * self.room:
+                if self._is_met(selected, saved, step):
                     break
             again = self._next_step(parts[(number + 1) % len(parts)], step)
             if len(parts) == 1 and math.isclose(again, step, rel_tol=_SAME):
                 # Two operators are about as cheap, but far from each other in bytes: no step lies between them.
                 if self.settled:
                     break
-                self.settled, found = True, selected.items()
-                self.last |= {name: one for name, one in found if one.unit.way != "zero"}  # nothing loses its place
+                self.settled = True  # nothing that has a place loses it
+                self.last |= {name: one for name, one in selected.items() if one.unit.way != "zero"}
                 again = self._next_step(parts[0], step)
             step = again
         return selected
@@ -169,6 +167,13 @@ class _Filling:
         offers = [[Offer(one.facts.nbytes, one.facts.cost) for one in some] for some in self.offers.values()]
         numbers, saved = select(offers, self.room)
         return {name: some[at] for (name, some), at in zip(self.offers.items(), numbers, strict=True)}, saved
+
+    def _is_met(self, selected: Mapping[str, Compressed], saved: float, step: float) -> bool:
+        """Return whether the room is full, and neither a matrix nor a byte that is worth more was left out for that."""
+        coarsest = max(one.unit.at or step for one in self.last.values())
+        left_out = any(one.unit.way == "zero" != self.last[name].unit.way for name, one in selected.items())
+        full = sum(one.facts.nbytes for one in selected.values()) >= _FULL * self.room
+        return full and not left_out and saved <= _NEAR * _worth(coarsest)
 
     def _next_step(self, part: Sequence[str], step: float) -> float:
         """Return the step at which a part, or all that was not coded yet, fills what the others leave of the room."""

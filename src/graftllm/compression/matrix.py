@@ -14,6 +14,7 @@ from torch import Tensor
 from graftllm.checkpoint import LARGE
 
 BLOCK = 1 << 24  # entries that are coded at a time; bounds the memory
+DOUBLE = 2048  # columns up to which a matrix, or the moments of its inputs, are calculated with in float64
 CACHED = 1 << 18  # numbers that stay in a core's cache from one step to the next
 
 

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from graftllm.checkpoint import DTYPE_NAMES, TensorSpec, raw_bytes, write_safetensors
 from graftllm.compression.calibration import Calibration
-from graftllm.compression.matrix import matrix_shape
+from graftllm.compression.matrix import DOUBLE, matrix_shape
 from graftllm.compression.metric import Metric
 from graftllm.compression.sensitivity import Sensitivity, input_metric
-
-_DOUBLE = 2048  # columns up to which matrices are calculated with in float64
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Measures:
         """Return what errors in a parameter cost."""
         moments = self.moments(name, shape)
         found = input_metric(moments) if self.sensitivity is None else self.sensitivity.metric(name, moments)
-        if found.right is None or len(found.right) > _DOUBLE:
+        if found.right is None or len(found.right) > DOUBLE:
             return found
         return Metric(found.scale, None if found.rows is None else found.rows.double(), found.right.double())
 

@@ -183,7 +183,7 @@ def _lora(setting: Setting, label: str) -> Row:
     rank = lora_rank(label, work.target.nbytes, 2 * lora_parameters_per_rank(target))
     home = work.directory / "loras" / str(rank)
     stamps = {
-        name: tune(work, name, [setting.trained[name]], target, home / name, name=f"lora{rank}.{name}", lora_rank=rank)
+        name: tune(work, name, target, home / name, name=f"lora{rank}.{name}", lora_rank=rank)
         for name in setting.skills
     }
     scores = _by_name(

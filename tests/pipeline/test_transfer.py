@@ -121,6 +121,31 @@ def test_on_policy_pairs_are_of_the_tuned_model_itself(tmp_path: Path, content: 
     assert Checkpoint.open(work.tuned("reverse")).fingerprint != Checkpoint.open(home / "tuned.sft").fingerprint
 
 
+def test_a_skill_that_is_added_leaves_the_others_as_they_were_trained(tmp_path: Path, content: dict[str, Any]) -> None:
+    before = transfer.train(_work(tmp_path, content), "reverse")
+    write_rows(tmp_path / "other.jsonl", rows(4, seed=5, answered=False))
+    content["skills"]["other"] = content["skills"]["reverse"] | {"test": "other.jsonl"}
+    work = _work(tmp_path, content)
+    scored = transfer.score(work, "reverse")
+    assert json.loads((work.skill("reverse") / "data-card.json").read_text())["prompts"]["compared_with"] == 11
+    assert scored.result
+    assert transfer.train(work, "reverse") == before
+
+
+def test_other_pairs_train_the_preference_again_but_not_what_it_starts_from(
+    tmp_path: Path, content: dict[str, Any]
+) -> None:
+    work = _work(tmp_path, content)
+    preferred = transfer.train(work, "reverse")
+    supervised = work.stages.used["sft.reverse"]
+    file = work.skill("reverse") / "pairs.jsonl"
+    write_rows(file, read_pairs(file)[1:])
+    again = transfer.tune(work, "reverse", work.target.path, work.tuned("reverse"), name="reverse")
+    assert again.name == preferred.name == "dpo.reverse"
+    assert again != preferred
+    assert work.stages.used["sft.reverse"] == supervised
+
+
 def test_without_dpo_the_tuned_model_is_that_of_sft_again(tmp_path: Path, content: dict[str, Any]) -> None:
     work = _work(tmp_path, content)
     transfer.train(work, "reverse")

@@ -23,7 +23,7 @@ def sequential(work: Work, trained: Mapping[str, Stamp], packed: Mapping[str, St
     for step, name in enumerate(names):
         if step > 0:
             out = work.directory / "baselines" / "sequential" / f"{step}-{name}"
-            stamp = tune(work, name, [stamp, trained[name]], model, out, name=f"sequential.{name}")
+            stamp = tune(work, name, model, out, name=f"sequential.{name}")
             model = out
         measured[f"sequential.{step}"] = measure(
             work, f"sequential.{name}", [stamp], [*names, GENERAL], partial(answering, work, model)
@@ -52,7 +52,7 @@ def lora(work: Work, trained: Mapping[str, Stamp], packed: Mapping[str, Stamp]) 
     for name, stamp in packed.items():
         out = work.directory / "baselines" / "lora" / name
         rank = work.recipe.lora.rank or max(1, cast(dict[str, Any], stamp.result)["file_bytes"] // per_rank)
-        tuned = tune(work, name, [trained[name]], work.target.path, out, name=f"lora.{name}", lora_rank=rank)
+        tuned = tune(work, name, work.target.path, out, name=f"lora.{name}", lora_rank=rank)
         adapted = partial(answering, work, work.target.path, adapter=out)
         measured[f"lora.{name}"] = measure(work, f"lora.{name}", [tuned], [name, GENERAL], adapted)
     return measured

@@ -17,7 +17,7 @@ from graftllm.checkpoint import Checkpoint, write_checkpoint
 from graftllm.delta import Delta
 from graftllm.evaluation.scores import Measured
 from graftllm.pipeline.measuring import answering, measure
-from graftllm.pipeline.preparing import prompts_of
+from graftllm.pipeline.preparing import digest_of, prompts_of
 from graftllm.pipeline.transfer import tune
 from graftllm.pipeline.work import GENERAL, Work
 from graftllm.records import Prompt, read_pairs, read_prompts, write_rows
@@ -38,12 +38,13 @@ def replay(work: Work, trained: Mapping[str, Stamp], packed: Mapping[str, Stamp]
     names = list(work.recipe.skills)
     here = work.directory / "baselines" / "replay"
     mixed = Work(work.recipe, here, Stages(here / "stages"), work.device)
-    stamp, model, measured = None, Path(work.target.path), {}
+    model, measured = Path(work.target.path), {}
     for step, name in enumerate(names):
         files = [mixed.skill(name) / file for file in ("sft.jsonl", "pairs.jsonl")]
-        inputs = [*(trained[other] for other in names[: step + 1]), work.recipe.seed, REPLAYED]
-        mixing = mixed.stages.run(f"mix.{name}", inputs, files, partial(_mix_rows, work, names[: step + 1], files))
-        stamp = tune(mixed, name, [mixing, stamp], model, mixed.tuned(name), name=f"replay.{name}")
+        inputs = [*(trained[other] for other in names[: step + 1]), digest_of(prompts_of(work, GENERAL))]
+        inputs += [work.recipe.seed, REPLAYED]
+        mixed.stages.run(f"mix.{name}", inputs, files, partial(_mix_rows, work, names[: step + 1], files))
+        stamp = tune(mixed, name, model, mixed.tuned(name), name=f"replay.{name}")
         model = mixed.tuned(name)
         measured[f"replay.{step}"] = _measured(work, f"replay.{name}", stamp, model)
     return measured
@@ -86,13 +87,13 @@ def grafting(work: Work, trained: Mapping[str, Stamp], packed: Mapping[str, Stam
     """
     names = list(work.recipe.skills)
     here = work.directory / "baselines" / "grafting"
-    stamp, model, measured = None, Path(work.target.path), {}
+    model, measured = Path(work.target.path), {}
     for step, name in enumerate(names):
         if step == 0:
             tuned, stamp = work.tuned(name), trained[name]
         else:
             tuned = here / f"{step}-{name}"
-            stamp = tune(work, name, [stamp, trained[name]], model, tuned, name=f"grafting.{name}")
+            stamp = tune(work, name, model, tuned, name=f"grafting.{name}")
         out = here / f"{step}-{name}.grafted"
         action = partial(keep_most_changed, model, tuned, out, GRAFTED)
         stamp = work.stages.run(f"graft.{name}", [stamp, GRAFTED], [out], action)

@@ -177,8 +177,9 @@ def _join(work: Work, into: Path, name: str, start: Path) -> Stamp:
 
     The result is the `drift`, the share of old examples that the router sends elsewhere, and the `shelf` as it then is.
     """
-    scored, target = score(work, name), work.target.path
-    trained = tune(work, name, [scored], start, work.tuned(name), name=name)
+    score(work, name)
+    target = work.target.path
+    trained = tune(work, name, start, work.tuned(name), name=name)
     scores = {
         "base": measure(work, f"base.{name}", [target], [name], partial(answering, work, target)),
         f"source.{name}": measure_source(work, name),

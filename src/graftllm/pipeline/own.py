@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from graftllm.generation import load_model, load_tokenizer
-from graftllm.pipeline.preparing import prompts_of
+from graftllm.pipeline.preparing import digest_of, prompts_of
 from graftllm.pipeline.work import Work, endpoint_identity, model_identity
 from graftllm.records import read_prompts, read_responses, write_rows
 from graftllm.sampling.pairs import preference_pairs, prompts_for_pairs
@@ -54,9 +54,9 @@ def own_pairs(
         counts = {"responses": len(scored.responses), "right": right, "preference_pairs": len(found.pairs)}
         return counts | {"left_out": dict(found.left_out)}
 
-    inputs = [tuned, recipe.sampling, options, recipe.seed, *judge_identity(work, skill)]
+    asked_as = [digest_of(prompts_of(work, skill)), recipe.sampling, recipe.seed, *judge_identity(work, skill)]
     unfinished = [responses, spool / "judged.jsonl"]
-    return work.stages.run(f"own.{name}", inputs, [file], action, unfinished=unfinished)
+    return work.stages.run(f"own.{name}", [tuned, options, *asked_as], [file], action, unfinished=unfinished)
 
 
 def judge_identity(work: Work, skill: str) -> list[Any]:

@@ -1,7 +1,6 @@
 """From a source's answers to a tuned target: sample, score, train."""
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -107,11 +106,12 @@ def train(work: Work, skill: str) -> Stamp:
 
     With `method: lora`, the tuned target is the one that the LoRA is merged into.
     """
-    scored, start, out = score(work, skill), Path(work.target.path), work.tuned(skill)
+    score(work, skill)
+    start, out = Path(work.target.path), work.tuned(skill)
     if work.recipe.method == "full":
-        return tune(work, skill, [scored], start, out, name=skill)
+        return tune(work, skill, start, out, name=skill)
     adapter = out.with_name(f"{out.name}.lora")
-    adapted = tune(work, skill, [scored], start, adapter, name=skill, lora_rank=_lora_rank(work))
+    adapted = tune(work, skill, start, adapter, name=skill, lora_rank=_lora_rank(work))
     return work.stages.run(f"merge.{skill}", [adapted, start], [out], lambda: merge_adapter(start, adapter, out))
 
 
@@ -124,24 +124,23 @@ def _lora_rank(work: Work) -> int:
     return max(1, room // (2 * lora_parameters_per_rank(target.path)))  # bfloat16
 
 
-def tune(
-    work: Work, skill: str, inputs: Sequence[Any], start: Path, out: Path, *, name: str, lora_rank: int | None = None
-) -> Stamp:
+def tune(work: Work, skill: str, start: Path, out: Path, *, name: str, lora_rank: int | None = None) -> Stamp:
     """Train a checkpoint, or a LoRA on it, by SFT and then DPO on a skill's rows and pairs.
+
+    What was trained holds while the words of its rows are the same, however often they are written again.
 
     Args:
         work: whose rows and options.
-        skill: whose rows and pairs.
-        inputs: what those depend on, for the stages.
+        skill: whose rows and pairs, which are there.
         start: checkpoint directory to start from.
         out: the result; the checkpoint after SFT is left beside it as `OUT.sft`.
         name: of the stages, behind `sft.` and `dpo.`
         lora_rank: train a LoRA of this rank instead of all parameters.
     """
     recipe, home = work.recipe, work.skill(skill)
-    on_policy = recipe.dpo is not None and work.pairs(skill).preference == "on_policy"
-    pairs = read_pairs(home / "pairs.jsonl") if recipe.dpo and not on_policy else []
-    after_sft = out.with_name(f"{out.name}.sft") if pairs or on_policy else out
+    on_policy, file = recipe.dpo is not None and work.pairs(skill).preference == "on_policy", home / "pairs.jsonl"
+    pairs = read_pairs(file) if recipe.dpo and not on_policy else []
+    after_sft = out.with_name(f"{out.name}.sft") if pairs or on_policy else out  # DPO leaves its own at `out`
     sft, dpo = work.training(lora=lora_rank is not None)
     added = recipe.skills[skill].added_tokens if lora_rank is None else ()
     told = Training(start, after_sft, recipe.seed, f"SFT {name}", device=work.device, report_to=recipe.report_to)
@@ -152,13 +151,13 @@ def tune(
 
     tuned = work.stages.run(
         f"sft.{name}",
-        [*inputs, start, sft, recipe.seed, lora_rank, *added, after_sft.name],  # DPO leaves its own where SFT may end
+        [digest_of(home / "sft.jsonl"), start, sft, recipe.seed, lora_rank, *added, after_sft.name],
         [after_sft],
         supervise,
         together=True,
     )
     if on_policy:
-        file = home / "pairs.jsonl" if name == skill else after_sft.with_name(f"{out.name}.pairs.jsonl")
+        file = file if name == skill else after_sft.with_name(f"{out.name}.pairs.jsonl")
         tuned = own_pairs(work, skill, tuned, file, model=after_sft, adapted=start if lora_rank else None, name=name)
         pairs = read_pairs(file)
         if not pairs:  # nothing to prefer: all of its answers are right, or all wrong
@@ -171,7 +170,7 @@ def tune(
         onward = {"model": after_sft} if lora_rank is None else {"adapter": after_sft}
         train_dpo(replace(training, **onward), pairs, dpo)
 
-    return work.stages.run(f"dpo.{name}", [tuned, dpo, recipe.seed], [out], prefer, together=True)
+    return work.stages.run(f"dpo.{name}", [tuned, digest_of(file), dpo, recipe.seed], [out], prefer, together=True)
 
 
 def _copy(checkpoint: Path, out: Path) -> None:

@@ -12,10 +12,10 @@ import yaml
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression.lowrank import LowRank
 from graftllm.delta import Delta
-from graftllm.errors import RecipeError, SamplingError
+from graftllm.errors import CheckpointError, RecipeError, SamplingError
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
-from graftllm.pipeline import transfer
+from graftllm.pipeline import river, transfer
 from graftllm.pipeline.measuring import measure_source
 from graftllm.pipeline.preparing import prepare, prompts_of
 from graftllm.pipeline.work import GENERAL, Work, open_work
@@ -132,6 +132,16 @@ def test_a_skill_that_is_added_leaves_the_others_as_they_were_trained(tmp_path: 
     assert transfer.train(work, "reverse") == before
 
 
+def test_a_target_without_a_chat_template_is_refused_before_anything_is_asked(
+    tmp_path: Path, content: dict[str, Any], server: ChatServer
+) -> None:
+    (tmp_path / "target" / "chat_template.jinja").unlink()
+    told = f"{tmp_path / 'target'}: expected a tokenizer with a chat template, .* save one as chat_template.jinja"
+    with pytest.raises(CheckpointError, match=told):
+        transfer.train(_work(tmp_path, content), "reverse")
+    assert not server.seen
+
+
 def test_other_pairs_train_the_preference_again_but_not_what_it_starts_from(
     tmp_path: Path, content: dict[str, Any]
 ) -> None:
@@ -228,6 +238,16 @@ def test_contamination_is_an_error_when_the_recipe_says_so(tmp_path: Path, conte
     write_rows(tmp_path / "seen.jsonl", rows(1, answered=False))
     with pytest.raises(SamplingError, match="reverse: 1 of 16 prompts occur in the tests; .* Leave them out, or set"):
         prepare(_work(tmp_path, content), "reverse")
+
+
+def test_a_recipe_in_the_runs_own_directory_stays_as_it_was_written(tmp_path: Path, content: dict[str, Any]) -> None:
+    _work(tmp_path, content)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("# my own\n" + recipe.read_text())
+    river._keep_recipe(open_work(recipe, tmp_path))
+    assert recipe.read_text().startswith("# my own\n")
+    river._keep_recipe(open_work(recipe, tmp_path / "run"))
+    assert "learning_rate: 0.001" in (tmp_path / "run" / "recipe.yaml").read_text()
 
 
 def test_general_prompts_are_prepared_too(tmp_path: Path, content: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ from graftllm.pipeline.measuring import answering, measure, measure_source, meas
 from graftllm.pipeline.packing import pack
 from graftllm.pipeline.preparing import prompts_of, test_of
 from graftllm.pipeline.transfer import score, tune
-from graftllm.pipeline.work import GENERAL, Work, refuse_added_tokens
+from graftllm.pipeline.work import GENERAL, Work, check_target, refuse_added_tokens
 from graftllm.records import read_prompts
 from graftllm.stages import Stamp
 from graftllm.storage import write_text
@@ -177,6 +177,7 @@ def _join(work: Work, into: Path, name: str, start: Path) -> Stamp:
 
     The result is the `drift`, the share of old examples that the router sends elsewhere, and the `shelf` as it then is.
     """
+    check_target(work)
     score(work, name)
     target = work.target.path
     trained = tune(work, name, start, work.tuned(name), name=name)

@@ -35,9 +35,7 @@ def run(work: Work) -> Report:
     """
     recipe = work.recipe
     refuse_added_tokens(recipe)
-    sft, dpo = work.training(lora=False)
-    if leads():
-        write_text(work.directory / "recipe.yaml", dump_recipe(recipe.model_copy(update={"sft": sft, "dpo": dpo})))
+    _keep_recipe(work)
     trained = {name: train(work, name) for name in recipe.skills}
     scores = {"base": measure_base(work)}
     for name in recipe.skills:
@@ -58,3 +56,12 @@ def run(work: Work) -> Report:
     if leads():
         write_report(report, work.directory, cast(dict[str, dict[str, list[float]]], curves.result))
     return report
+
+
+def _keep_recipe(work: Work) -> None:
+    """Write the recipe with what was chosen for it into the run's directory, unless it is read from there."""
+    sft, dpo = work.training(lora=False)
+    kept = work.directory / "recipe.yaml"
+    written_by_hand = work.read_from is not None and work.read_from.absolute() == kept.absolute()
+    if leads() and not written_by_hand:
+        write_text(kept, dump_recipe(work.recipe.model_copy(update={"sft": sft, "dpo": dpo})))

@@ -9,7 +9,7 @@ from typing import Any, cast
 from graftllm.packing_options import DEFAULT_SHARE, budget_bytes
 from graftllm.pipeline.own import judge_identity, own_pairs
 from graftllm.pipeline.preparing import digest_of, prepare, prompts_of
-from graftllm.pipeline.work import Work, source_identity
+from graftllm.pipeline.work import Work, check_target, source_identity
 from graftllm.records import read_pairs, read_prompts, read_responses, write_rows
 from graftllm.sampling.card import build_card, write_card
 from graftllm.sampling.pairs import preference_pairs, sft_rows
@@ -106,6 +106,7 @@ def train(work: Work, skill: str) -> Stamp:
 
     With `method: lora`, the tuned target is the one that the LoRA is merged into.
     """
+    check_target(work)
     score(work, skill)
     start, out = Path(work.target.path), work.tuned(skill)
     if work.recipe.method == "full":

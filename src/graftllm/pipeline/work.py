@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from graftllm.checkpoint import Checkpoint
-from graftllm.errors import RecipeError
+from graftllm.errors import CheckpointError, RecipeError
+from graftllm.generation import load_tokenizer
 from graftllm.recipe import Recipe, SamplingOptions, load_recipe
 from graftllm.stages import Stages
 from graftllm.training.defaults import dpo_for, sft_for
@@ -23,6 +24,7 @@ class Work:
     directory: Path
     stages: Stages
     device: str = "auto"
+    read_from: Path | None = None  # the recipe's file
 
     @property
     def target(self) -> Checkpoint:
@@ -73,7 +75,7 @@ def open_work(recipe: Path, directory: Path | None = None, *, device: str = "aut
         RecipeError: the recipe is missing or not valid.
     """
     loaded, where = load_recipe(recipe, directory)
-    return Work(loaded, where, Stages(where / "stages"), device)
+    return Work(loaded, where, Stages(where / "stages"), device, recipe)
 
 
 def refuse_added_tokens(recipe: Recipe) -> None:
@@ -86,6 +88,20 @@ def refuse_added_tokens(recipe: Recipe) -> None:
         raise RecipeError(
             f"skills.{added[0]}.added_tokens: a grafted model answers with the target's tokenizer and has no room for "
             "more tokens. Leave them out; or take `graftllm train`, and then `pack` and `apply`, which have."
+        )
+
+
+def check_target(work: Work) -> None:
+    """Stop before sources are asked for rows that the target cannot be trained on.
+
+    Raises:
+        CheckpointError: the target or its tokenizer cannot be loaded, or has no chat template.
+    """
+    target = work.target.path
+    if load_tokenizer(target).chat_template is None:
+        raise CheckpointError(
+            f"{target}: expected a tokenizer with a chat template, which training puts rows into, found none; save one "
+            "as chat_template.jinja beside it."
         )
 
 

@@ -121,11 +121,9 @@ def measure(
     return {test: merged({task: Score(**score) for task, score in tasks.items()}) for test, tasks in result.items()}
 
 
-def answering(
-    work: Work, model: str | Path, *, adapter: Path | None = None, chat_template: str | None = None
-) -> Answer:
+def answering(work: Work, model: Path, *, adapter: Path | None = None) -> Answer:
     """Load a checkpoint, with a LoRA on it if one is given; return what answers prompts with it."""
-    loaded, tokenizer = load_model(model, device=work.device), load_tokenizer(model, chat_template=chat_template)
+    loaded, tokenizer = load_model(model, device=work.device), load_tokenizer(model)
     if adapter is not None:
         loaded = with_adapter(loaded, adapter)
     return lambda prompts: [
@@ -134,10 +132,8 @@ def answering(
 
 
 def _asking(work: Work, source: SourceOptions) -> Answer:
-    """Return what answers prompts with a source, on this machine or behind a URL."""
-    if source.url is None:
-        return answering(work, source.model, chat_template=source.chat_template)
-    opened = open_source(source.model_copy(update={"max_failures": 0}))
+    """Return what answers prompts with a source as it is sampled, but greedily."""
+    opened = open_source(source.model_copy(update={"max_failures": 0}), device=work.device)
 
     def answer(prompts: Sequence[Prompt]) -> list[str]:
         rows: list[Response] = []

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, OPTConfig, PreTrainedConfig
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import CheckpointError, RecipeError, RecordError
@@ -40,6 +40,23 @@ def test_draws_differ_by_sample_and_repeat_by_seed(base: Checkpoint, prompts: li
     assert any(len(set(texts)) > 1 for texts in first)
     assert generate(model, words, conversations, DRAWN, seed=1) == first
     assert generate(model, words, conversations, DRAWN, seed=2) != first
+
+
+@pytest.mark.parametrize("config", [GPT2Config(n_positions=20), OPTConfig(max_position_embeddings=20)])
+def test_answers_end_where_learned_positions_do(base: Checkpoint, config: PreTrainedConfig) -> None:
+    small = {"vocab_size": 96, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16}
+    ends = {"bos_token_id": 0, "eos_token_id": 95, "pad_token_id": 0, "word_embed_proj_dim": 16}
+    model = AutoModelForCausalLM.from_config(type(config)(**(config.to_diff_dict() | small | ends))).eval()
+    words = load_tokenizer(base.path)
+    question = [Message(role="user", content="abc")]
+    room = 20 - len(render(words, question, answer_next=True))
+    options = GREEDY.model_copy(update={"max_new_tokens": 100})
+    answer = generate_answers(model, words, [question], options)[0][0]
+    assert answer.output_tokens == room
+    assert answer.truncated
+    assert "".join(stream(model, words, question, options)) == answer.text
+    with pytest.raises(RecordError, match="expected prompts of fewer tokens than the 20 positions that the model has"):
+        generate_answers(model, words, [[Message(role="user", content="abc" * 10)]], options)
 
 
 def test_progress_is_shown_to_the_end(base: Checkpoint, prompts: list[Prompt]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 
 import torch
 from jinja2 import TemplateError
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,6 +30,7 @@ from graftllm.recipe import SamplingOptions
 from graftllm.records import Message, Prompt
 from graftllm.transfer_options import is_template
 
+_OFFSET = 2  # positions that some models (OPT, BART) keep before the first
 GREEDY = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=256)
 
 
@@ -231,15 +233,21 @@ def generate_answers(
     show: Callable[[int, int], None] = lambda done, total: None,
     around: Callable[[list[int]], AbstractContextManager[Any]] = lambda rows: nullcontext(),
 ) -> list[list[Answer]]:
-    """Answer as `generate` does; tokens are counted too."""
+    """Answer as `generate` does; tokens are counted too.
+
+    Where the model has learned positions, answers are at most as long as those that its batch's longest prompt leaves.
+
+    Raises:
+        RecordError: a prompt leaves none.
+    """
     prompts = [render(tokenizer, messages, answer_next=True) for messages in conversations]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
     answers: list[list[Answer]] = [[] for _ in prompts]
-    config = _generation_config(model, tokenizer, options)
     torch.manual_seed(seed)
     for start in range(0, len(order), options.batch_size):
         batch = order[start : start + options.batch_size]
         ids, mask = pad([prompts[i] for i in batch], tokenizer, model.device, "left")
+        config = _generation_config(model, tokenizer, options, ids.shape[1])
         with around([i for i in batch for _ in range(options.samples)]):
             output = cast(Any, model).generate(
                 input_ids=ids,
@@ -275,6 +283,7 @@ def stream(
     if options.samples > 1:
         raise RecipeError(f"samples: expected 1 for a stream, which is one answer; found {options.samples}.")
     ids, mask = pad([render(tokenizer, messages, answer_next=True)], tokenizer, model.device)
+    config = _generation_config(model, tokenizer, options, ids.shape[1])
     streamer = TextIteratorStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
     failures: list[BaseException] = []
     stopped = Event()
@@ -284,7 +293,7 @@ def stream(
             cast(Any, model).generate(
                 input_ids=ids,
                 attention_mask=mask,
-                generation_config=_generation_config(model, tokenizer, options),
+                generation_config=config,
                 streamer=streamer,
                 tokenizer=tokenizer if options.stop else None,
                 stopping_criteria=[lambda ids, scores, **_: torch.tensor([stopped.is_set()], device=ids.device)],
@@ -305,12 +314,20 @@ def stream(
 
 
 def _generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: SamplingOptions
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: SamplingOptions, longest: int
 ) -> GenerationConfig:
+    positions = _learned_positions(model)
+    if positions is not None and longest >= positions:
+        raise RecordError(
+            f"{tokenizer.name_or_path}: expected prompts of fewer tokens than the {positions} positions that the model "
+            f"has learned, found one of {longest}; shorten it or leave it out."
+        )
     eos = cast(Any, model.generation_config).eos_token_id
     sampled = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
     return GenerationConfig(
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=options.max_new_tokens
+        if positions is None
+        else min(options.max_new_tokens, positions - longest),
         num_return_sequences=options.samples,
         eos_token_id=eos if eos is not None else tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -318,6 +335,14 @@ def _generation_config(
         repetition_penalty=options.repetition_penalty,
         **(sampled if options.temperature > 0 else {"do_sample": False}),
     )
+
+
+def _learned_positions(model: PreTrainedModel) -> int | None:
+    """Return how many positions a model has a vector for; None where it computes them."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    words = model.get_input_embeddings()
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
+    return most if most is not None and any(most <= size <= most + _OFFSET for size in tables) else None
 
 
 def _answer(text: str, tokens: Sequence[int], input_tokens: int, config: GenerationConfig) -> Answer:

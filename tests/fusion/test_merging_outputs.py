@@ -52,6 +52,18 @@ def run(*arguments: object) -> str:
     return result.stdout
 
 
+def test_weights_that_lead_beyond_the_dtype_are_refused_and_nothing_is_left(
+    base: Checkpoint, models: list[Tuned], tmp_path: Path
+) -> None:
+    told = "expected weights whose sum stays within BF16, found values beyond it; take smaller ones"
+    with pytest.raises(FusionError, match=told):
+        merge(base, [replace(model, weight=1e39) for model in models], METHODS["task-arithmetic"], tmp_path / "out")
+    pack = compress(Delta(base, Checkpoint.open(models[0].origin.tuned.path)), PackOptions(strategy="exact"))
+    with pytest.raises(FusionError, match=told):
+        apply_packs(base, [(pack, 1e39)], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["task-arithmetic", "ties", "sce", "emr"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_one_model_with_everything_kept_comes_back_bit_for_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from graftllm.checkpoint import DTYPES, Checkpoint, write_checkpoint
+from graftllm.checkpoint import DTYPE_NAMES, DTYPES, Checkpoint, write_checkpoint
 from graftllm.compression.calibration import Calibration, collect_moments
 from graftllm.delta import Delta
 from graftllm.errors import FusionError
@@ -72,7 +72,7 @@ def merge(
 
     Raises:
         FusionError: names are doubled, or cannot name an output; the models differ in vocabulary or dtype; rows are
-            missing; or a checkpoint is to be compressed.
+            missing; a checkpoint is to be compressed; or weights lead beyond what the dtype holds.
         PackError: a pack is damaged or was made for another base.
         CheckpointError: a delta holds NaN, infinity or values above 2 ** 48.
         StorageError: there is no room, or the place cannot be written, or what would be replaced is read.
@@ -115,7 +115,8 @@ def apply_packs(base: Checkpoint, packs: Sequence[Weighted], out: str | Path) ->
     One exact pack of weight 1 gives the tuned checkpoint's weights bit for bit.
 
     Raises:
-        FusionError: the packs' tuned models differ in vocabulary or dtype, or a weight is no finite number.
+        FusionError: the packs' tuned models differ in vocabulary or dtype, or a weight is no finite number, or one
+            that leads beyond what the dtype holds.
         PackError: a pack is damaged or was made for another base; nothing is then written.
         StorageError: there is no room, or the place cannot be written, or what would be replaced is read.
     """
@@ -134,9 +135,22 @@ def apply_packs(base: Checkpoint, packs: Sequence[Weighted], out: str | Path) ->
             for pack, _ in packs:
                 pack.check_tensor(name, value)
             show(done := done + 1, len(base.specs))
-            return combined(name, value, packs, dtype=DTYPES[specs[name].dtype])
+            return _in_range(name, value, combined(name, value, packs, dtype=DTYPES[specs[name].dtype]))
 
         write_checkpoint(base, Path(out), tensor, specs=specs, config=config)
+
+
+def _in_range(name: str, base: Tensor, value: Tensor) -> Tensor:
+    if not _is_finite(value) and _is_finite(base):
+        raise FusionError(
+            f"{name}: expected weights whose sum stays within {DTYPE_NAMES[value.dtype]}, found values beyond it; take "
+            "smaller ones."
+        )
+    return value
+
+
+def _is_finite(value: Tensor) -> bool:
+    return bool((value.float() if value.element_size() == 1 else value).isfinite().all())  # FP8 knows no isfinite
 
 
 def _write(
@@ -163,7 +177,8 @@ def _write_checkpoint(stacks: Stacks, merging: Merge, task: int, out: Path) -> N
             if name not in floating:
                 return stacks.agreed(name)
             stack = stacks[name]
-            return stacks.merged(name, merging(name, stack, task), stack)
+            merged = stacks.merged(name, merging(name, stack, task), stack)
+            return _in_range(name, stacks.base.tensor(name), merged)
 
         write_checkpoint(stacks.base, out, tensor, specs=stacks.specs, config=config)
 

@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep tests that share models in one process: those of the tiny run, else those of a file."""
     for item in items:
         shares = "tiny_run" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("tiny_run" if shares else str(item.path)))
+        item.add_marker(pytest.mark.xdist_group("tiny_run" if shares else item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(autouse=True)

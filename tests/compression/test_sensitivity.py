@@ -1,3 +1,4 @@
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,16 +7,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression import sensitivity
 from graftllm.compression.calibration import collect_moments
+from graftllm.compression.experts import Slice, slices_of
 from graftllm.compression.measures import Measures
 from graftllm.compression.sensitivity import Sensitivity, answered, measure_sensitivity, to_calibrate
 from graftllm.generation import load_model, load_tokenizer, render_answered
+from graftllm.live import bindings
 from graftllm.records import Message, Prompt
 from tests.architectures import save_base
-from tests.models import rows, save_llama
+from tests.models import rows, save_llama, tokenizer
 
 _INPUTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")  # the first that gets each
 EMBEDDING = "model.embed_tokens.weight"
@@ -235,13 +239,62 @@ def test_where_nothing_was_measured_an_error_costs_the_average() -> None:
     assert Sensitivity({}, {}, {}).metric("c", None).scale == 1.0
 
 
-def test_experts_in_a_stack_cost_the_average(tmp_path: Path) -> None:
-    path = save_base("qwen3_moe", tmp_path / "model")
-    found, _ = measure_sensitivity(path, _of_many_lengths())
-    name = "model.layers.1.mlp.experts.0.down_proj.weight"
-    assert found.metric(name, None).scale == pytest.approx(
-        sum(float(part.mean()) for part in found.outputs.values()) / len(found.outputs)
-    )
+_STACKED = GraniteMoeConfig(
+    vocab_size=len(tokenizer()), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2, pad_token_id=0,
+    bos_token_id=1, eos_token_id=3, num_experts=4,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["one by one", "in a stack"])
+def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A mixture of experts, which its checkpoint holds as a matrix each, or as one tensor a layer."""
+    path, prompts = tmp_path_factory.mktemp("mixture") / "model", rows(40)
+    if request.param == "one by one":
+        save_base("qwen3_moe", path, dtype=torch.float32)
+    else:
+        torch.manual_seed(0)
+        GraniteMoeForCausalLM(_STACKED).save_pretrained(path)
+        tokenizer().save_pretrained(path)
+    return Model(path, load_model(path).float().eval(), prompts, _measured(path, prompts))
+
+
+def _experts(model: Model) -> Iterator[tuple[str, nn.Parameter, int, Slice]]:
+    specs = Checkpoint.open(model.path).specs
+    parameters = dict(model.live.named_parameters())
+    for binding in bindings(model.live, specs):
+        live = binding.live[0]
+        if live in parameters and parameters[live].ndim == 3:
+            for i, part in enumerate(slices_of(binding, live, specs)):
+                yield from ((name, parameters[live], i, part) for name in part.stored)
+
+
+def test_each_row_of_a_stack_is_found_where_it_is_stored(mixture: Model) -> None:
+    checkpoint, found = Checkpoint.open(mixture.path), list(_experts(mixture))
+    for name, value, i, part in found:
+        stored, here = part.rows[name]
+        assert torch.equal(checkpoint.tensor(name).flatten(0, -2)[stored], value[i][here])
+    assert {name for name, *_ in found} == {
+        name for name in checkpoint.specs if re.search(r"experts\.\d|put_linear", name)
+    }
+
+
+def test_costs_foresee_the_divergence_that_noise_in_any_expert_causes(mixture: Model) -> None:
+    before, specs = _predictions(mixture), Checkpoint.open(mixture.path).specs
+    reached = mixture.measures.sensitivity.reached
+    foreseen, measured = [], []
+    for name, value, i, part in _experts(mixture):
+        stored, here = part.rows[name]
+        noise = torch.zeros(value.shape)  # so small that no token goes to another expert
+        noise[i, here] = 0.001 * value.detach().std() * torch.randn(len(here), value.shape[2])
+        error = torch.zeros(specs[name].shape).flatten(0, -2)
+        error[stored] = noise[i, here]
+        foreseen.append(mixture.metric_cost(name, error))
+        measured.append(_divergence(mixture, before, value, noise))
+        if reached[name] > 0.02:  # else too few tokens to tell
+            assert measured[-1] / 4 < foreseen[-1] < 4 * measured[-1], (name, i)
+    logs = torch.tensor([foreseen, measured]).log()
+    assert float(torch.corrcoef(logs)[0, 1]) > 0.9
 
 
 def test_weights_that_lie_on_their_side_are_measured_as_well(tmp_path: Path) -> None:

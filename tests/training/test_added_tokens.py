@@ -127,10 +127,10 @@ def _work(base: Checkpoint, directory: Path, **changes: object) -> Work:
 def test_a_recipe_names_them_for_a_skill(base: Checkpoint, tmp_path: Path) -> None:
     work = _work(base, tmp_path)
     write_rows(work.skill("say") / "sft.jsonl", ROWS)
-    tune(work, "say", [], base.path, work.tuned("say"), name="say")
+    tune(work, "say", base.path, work.tuned("say"), name="say")
     assert len(load_tokenizer(work.tuned("say"))) == len(load_tokenizer(base.path)) + 2
     adapter = work.tuned("say").with_name("lora")
-    tune(work, "say", [], base.path, adapter, name="lora", lora_rank=2)  # learns the words by their letters
+    tune(work, "say", base.path, adapter, name="lora", lora_rank=2)  # learns the words by their letters
     assert (adapter / "adapter_model.safetensors").exists()
 
 

@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from graftllm.checkpoint import Checkpoint, TensorSpec
+from graftllm.checkpoint import Checkpoint
+from graftllm.compression.experts import ExpertWatcher, Slice, slices_of
 from graftllm.compression.moments import Moments, Sums
 from graftllm.compression.sensitivity import Weights, check_reads_text, to_calibrate
 from graftllm.errors import CompressionError
 from graftllm.generation import load_tokenizer, resolve_device
-from graftllm.live import Binding
 from graftllm.progress import progress
 from graftllm.records import Message, Prompt, read_prompts
 from graftllm.streaming import StreamedModel, stream_model
@@ -104,12 +103,12 @@ def collect_moments(
     sequences = [ids for ids, _ in to_calibrate(tokenizer, rows)]
     watcher = _Watcher(streamed, checkpoint, Sums(spool, MEMORY_BYTES), weights or {})
     tokens = 0
-    with progress("calibrating") as show, watcher:
+    with progress("calibrating") as show, watcher.experts:
         for batch in _batches(sequences):
-            ids, watcher.mask = _pad_right([sequences[i] for i in batch], streamed.device)
-            watcher.batch = batch
+            ids, mask = _pad_right([sequences[i] for i in batch], streamed.device)
+            watcher.batch, watcher.mask, watcher.experts.mask = batch, mask, mask
             try:
-                streamed.model(input_ids=ids, attention_mask=watcher.mask.long())
+                streamed.model(input_ids=ids, attention_mask=mask.long())
             except _HeadReached:
                 pass
             except (NotImplementedError, RuntimeError) as error:
@@ -119,7 +118,7 @@ def collect_moments(
                     f"{checkpoint.path}: {type(streamed.model).__name__} uses weights of a module without running it, "
                     f"so they cannot be streamed ({str(error).splitlines()[0]}). Pack it without calibration."
                 ) from error
-            tokens += int(watcher.mask.sum())
+            tokens += int(mask.sum())
             show(tokens, sum(map(len, sequences)))
     return watcher.calibration(tokens)
 
@@ -154,34 +153,22 @@ class _HeadReached(Exception):
     """Ends a forward pass: the logits would be its largest tensor, and nobody reads them."""
 
 
-class _Watcher(TorchFunctionMode):
-    """Sums x x^T of the input of every matrix that multiplies tokens, once for those that get the same tensor.
-
-    Modules tell their inputs by hooks. The matrices of stacked experts have no modules, so while the
-    watcher is entered it looks for their addresses in every `linear`.
-    """
+class _Watcher:
+    """Sums x x^T of the input of every matrix that multiplies tokens, once for those that get the same tensor."""
 
     def __init__(self, streamed: StreamedModel, checkpoint: Checkpoint, sums: Sums, weights: Weights) -> None:
-        super().__init__()
         self.mask = torch.empty(0)  # (rows, length) of the running forward pass
         self.batch: Sequence[int] = ()  # the numbers of its rows
         self.sums, self.weights = sums, weights
         self.shared: dict[str, str] = {}  # stored name -> the key that its H is summed under
         self.transposed: set[str] = set()
-        self.experts: dict[str, list[tuple[str, ...]]] = {}  # live name -> the stored names of each slice
-        self._slices: dict[int, tuple[str, int]] = {}  # address -> live name and index, of the experts that run
         self._last: tuple[Tensor | None, str] = (None, "")
         specs, head = checkpoint.specs, streamed.model.get_output_embeddings()
+        self.experts = ExpertWatcher(streamed.model, streamed.bindings, specs, self._add_expert)
         for name, module in streamed.model.named_modules():
-            for key, parameter in module._parameters.items():
-                live = f"{name}.{key}"
-                if parameter is not None and parameter.ndim == 3 and not streamed.bindings[live].plain:
-                    self.experts[live] = _columns(streamed.bindings[live], live, specs)
-                    module.register_forward_pre_hook(partial(self._enter_experts, live, key), with_kwargs=True)
-                    module.register_forward_hook(self._leave_experts, always_call=True)
             if isinstance(module, nn.Linear | Conv1D) and module is not head:
                 binding = streamed.bindings[f"{name}.weight"]
-                stored = binding.stored if binding.plain else _columns(binding, f"{name}.weight", specs)[0]
+                stored = binding.stored if binding.plain else slices_of(binding, f"{name}.weight", specs)[0].stored
                 if isinstance(module, Conv1D):
                     self.transposed |= set(stored)
                 module.register_forward_pre_hook(partial(self._watch, stored))
@@ -192,17 +179,9 @@ class _Watcher(TorchFunctionMode):
                 stored = streamed.bindings[_name_of(streamed.model, head)].stored
                 head.register_forward_pre_hook(partial(self._watch, stored), prepend=True)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.linear and self._slices and len(args) > 1:
-            live, index = self._slices.get(args[1].data_ptr(), ("", 0))
-            if live and args[1].ndim == 2:
-                self._add(self.experts[live][index], args[0].flatten(0, -2))
-        return func(*args, **(kwargs or {}))
-
     def calibration(self, tokens: int) -> Calibration:
-        experts = {name for slices in self.experts.values() for names in slices for name in names}
         shared = {name: key for name, key in self.shared.items() if key in self.sums}
-        moments, unseen = Moments(self.sums, shared, tokens), frozenset(experts - set(shared))
+        moments, unseen = Moments(self.sums, shared, tokens), frozenset(self.experts.matrices - set(shared))
         return Calibration(moments, tokens, frozenset(self.transposed), unseen, shared)
 
     def _watch(self, stored: tuple[str, ...], module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -216,24 +195,8 @@ class _Watcher(TorchFunctionMode):
         for name in stored:
             self.shared.setdefault(name, key)
 
-    def _enter_experts(
-        self, live: str, key: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Note where the experts' matrices are now, and give them zeros for padding: zeros add nothing to a sum."""
-        stack = module._parameters[key]
-        assert stack is not None
-        self._slices |= {stack[i].data_ptr(): (live, i) for i in range(len(self.experts[live]))}
-        return tuple(map(self._without_padding, inputs)), {k: self._without_padding(x) for k, x in named.items()}
-
-    def _leave_experts(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._slices.clear()  # other weights will stand at these addresses
-
-    def _without_padding(self, x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
-            return x
-        if x.shape[:2] == self.mask.shape:
-            return x * self.mask.reshape(*self.mask.shape, *[1] * (x.ndim - 2))
-        return x * self.mask.reshape(-1, *[1] * (x.ndim - 1)) if len(x) == self.mask.numel() else x
+    def _add_expert(self, part: Slice, x: Tensor, output: Tensor) -> None:
+        self._add(part.stored, x)  # padding is zeros, which add nothing
 
     def _tokens(self, x: Tensor) -> Tensor:
         """Return what a layer sees of the rows' tokens, of shape (tokens, d_in)."""
@@ -260,24 +223,3 @@ def _stop(module: nn.Module, inputs: Any) -> None:
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:
     return next(f"{name}.weight" for name, found in model.named_modules() if found is module)
-
-
-def _columns(binding: Binding, live: str, specs: Mapping[str, TensorSpec]) -> list[tuple[str, ...]]:
-    """Return the stored matrices that a live parameter is made of and whose columns are its own, per slice.
-
-    A matrix is one slice; a stack of experts has one for each. Found by converting numbers that tell
-    where they came from: rows do not matter, so two of each stored matrix are enough.
-    """
-    few = {name: (2, specs[name].shape[1]) for name in binding.stored if len(specs[name].shape) == 2}
-    marked = {name: (i << 32) + torch.arange(shape[1]).expand(shape) for i, (name, shape) in enumerate(few.items())}
-    try:
-        made = binding.to_live(marked)[live]
-    except (ValueError, RuntimeError, KeyError):  # a rule that needs all rows: these layers have no moments
-        return [()]
-    slices = made if made.ndim == 3 else made[None]
-    names = list(few)
-    found = []
-    for part in slices:
-        aligned = bool((part % (1 << 32) == torch.arange(part.shape[1])).all())
-        found.append(tuple(names[i] for i in (part[:, 0] >> 32).unique().tolist()) if aligned else ())
-    return found

@@ -54,6 +54,7 @@ def save_measures(measures: Measures, path: Path) -> None:
         facts |= {"tokens": known.tokens, "keys": keys}
         facts |= {"transposed": sorted(known.transposed), "unseen": sorted(known.unseen)}
     if sensitivity is not None:
+        facts["reached"] = dict(sensitivity.reached)
         for kind in _KINDS:
             found: Mapping[str, Tensor] = getattr(sensitivity, kind)
             parts |= {f"{kind}/{name}": (found, name) for name in found}
@@ -87,7 +88,7 @@ def load_measures(path: Path) -> Measures:
             frozenset(facts["unseen"]),
             facts["keys"],
         )
-    sensitivity = Sensitivity(*map(mapped, _KINDS)) if facts["sensitivity"] else None
+    sensitivity = Sensitivity(*map(mapped, _KINDS), reached=facts["reached"]) if facts["sensitivity"] else None
     return Measures(calibration, sensitivity)
 
 

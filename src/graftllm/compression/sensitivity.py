@@ -11,8 +11,9 @@ pack shake the others, too.
 """
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from graftllm.checkpoint import Checkpoint
+from graftllm.compression.experts import ExpertWatcher, Slice
+from graftllm.compression.matrix import matrix_shape
 from graftllm.compression.metric import Metric
 from graftllm.errors import CompressionError
 from graftllm.generation import load_model, load_tokenizer, pad, render_answered
-from graftllm.live import bindings
+from graftllm.live import Binding, bindings
 from graftllm.progress import track
 from graftllm.records import Prompt
 
@@ -46,11 +49,13 @@ class Sensitivity:
         outputs: of each linear layer's output, shape (d_out,).
         reads: of each vocabulary row, how often it is read, shape (V,).
         read_outputs: of the embedding's output, shape (d, d).
+        reached: of each expert's matrix, the share of the tokens that it saw.
     """
 
     outputs: Mapping[str, Tensor]
     reads: Mapping[str, Tensor]
     read_outputs: Mapping[str, Tensor]
+    reached: Mapping[str, float] = field(default_factory=dict)
 
     def metric(self, name: str, moments: Tensor | None) -> Metric:
         """Return what errors in a matrix cost, from the second moments of its layer's input.
@@ -60,7 +65,8 @@ class Sensitivity:
         """
         parts = []  # (rows, right) of each use; a tied matrix has two
         if moments is not None and name in self.outputs:
-            parts.append((self.outputs[name], moments))
+            # An expert's gradients and inputs are sums over its own tokens, and each is told over all tokens.
+            parts.append((self.outputs[name], moments / self.reached.get(name, 1.0)))
         if name in self.reads:
             parts.append((self.reads[name], self.read_outputs[name]))
         if not parts:
@@ -115,10 +121,10 @@ def measure_sensitivity(tuned: Path, rows: Sequence[Prompt], *, device: str = "a
     model, tokenizer = load_model(tuned, device=device), load_tokenizer(tuned)
     check_reads_text(model, checkpoint)
     model.requires_grad_(False)
-    stored = {
-        live: found.stored[0] for found in bindings(model, checkpoint.specs) if found.plain for live in found.live
-    }
-    watcher = _Watcher(model, stored)
+    model.set_experts_implementation("eager")  # one product per expert, which can be watched
+    found = {live: binding for binding in bindings(model, checkpoint.specs) for live in binding.live}
+    stored = {live: binding.stored[0] for live, binding in found.items() if binding.plain}
+    watcher = _Watcher(model, stored, found, checkpoint)
     sequences = to_calibrate(tokenizer, rows)
     draw = torch.Generator(device=model.device).manual_seed(0)
     predicted = 0
@@ -126,14 +132,15 @@ def measure_sensitivity(tuned: Path, rows: Sequence[Prompt], *, device: str = "a
         batch = sequences[start : start + _BATCH]
         ids, mask = pad([row for row, _ in batch], tokenizer, model.device)
         answers = predicting(batch, mask)
-        watcher.ids, watcher.mask = ids, mask.bool()
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[answers].float()
+        watcher.ids, watcher.mask, watcher.experts.mask = ids, mask.bool(), mask.bool()
+        with watcher.experts:
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[answers].float()
         chances = (logits / _TEMPERATURE).log_softmax(-1)
         drawn = torch.multinomial(chances.detach().exp(), 1, generator=draw)
         (_TEMPERATURE * chances.gather(1, drawn)).sum().backward()
         predicted += len(drawn)
     lengths = [len(row) for row, _ in sequences]
-    return watcher.sensitivity(predicted), watcher.weights(lengths)
+    return watcher.sensitivity(predicted, sum(lengths)), watcher.weights(lengths)
 
 
 Answered = tuple[list[int], int]  # token ids, and the position where the answer begins
@@ -179,7 +186,9 @@ def check_reads_text(model: Any, checkpoint: Checkpoint) -> None:
 class _Watcher:
     """Sums the squared gradients at the outputs of linear layers and embeddings, padding left out."""
 
-    def __init__(self, model: nn.Module, stored: Mapping[str, str]) -> None:
+    def __init__(
+        self, model: nn.Module, stored: Mapping[str, str], found: Mapping[str, Binding], checkpoint: Checkpoint
+    ) -> None:
         self.ids = self.mask = torch.empty(0)  # of the running pass, (rows, length)
         self.outputs: dict[str, Tensor] = {}
         self.reads: dict[str, Tensor] = {}
@@ -187,6 +196,8 @@ class _Watcher:
         self._norms: dict[str, list[Tensor]] = {}  # of gradients, by matrix, in the order of the tokens
         self._sharing: dict[str, str] = {}  # matrix -> the first that got the same input
         self._last: tuple[Tensor | None, str] = (None, "")
+        self._specs, self._reached = checkpoint.specs, Counter[str]()  # how many tokens each expert's matrix saw
+        self.experts = ExpertWatcher(model, found, checkpoint.specs, self._expert)
         tied = {id(value): stored[name] for name, value in model.named_parameters() if name in stored}
         for module in model.modules():
             weight = getattr(module, "weight", None)
@@ -197,13 +208,14 @@ class _Watcher:
             elif isinstance(module, nn.Linear | Conv1D):
                 module.register_forward_hook(partial(self._linear, tied[id(weight)]))
 
-    def sensitivity(self, predicted: int) -> Sensitivity:
-        """Return what was found, as half the mean over predicted tokens."""
+    def sensitivity(self, predicted: int, tokens: int) -> Sensitivity:
+        """Return what was found, as half the mean over predicted tokens; `tokens` are all that were read."""
         share = 0.5 / max(1, predicted)
         return Sensitivity(
             {name: (total * share).cpu() for name, total in self.outputs.items()},
             {name: (total * share).cpu() for name, total in self.reads.items()},
             {name: (total / self.reads[name].sum()).cpu() for name, total in self.read_outputs.items()},
+            {name: count / tokens for name, count in self._reached.items()},
         )
 
     def weights(self, lengths: Sequence[int]) -> Weights:
@@ -226,6 +238,22 @@ class _Watcher:
 
         if output.requires_grad:
             output.register_hook(add)
+
+    def _expert(self, part: Slice, x: Tensor, output: Tensor) -> None:
+        if not part.rows or not output.requires_grad:
+            return
+        count = int(x.detach().any(1).sum())  # padding is zeros
+        for name in part.rows:
+            self._reached[name] += count
+
+        def add(gradient: Tensor) -> None:
+            squares = gradient.flatten(0, -2).float().square().sum(0)
+            for name, (stored, here) in part.rows.items():
+                if name not in self.outputs:
+                    self.outputs[name] = squares.new_zeros(matrix_shape(self._specs[name].shape)[0])
+                self.outputs[name][stored] += squares[here]
+
+        output.register_hook(add)
 
     def _read(self, name: str, module: nn.Embedding, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if inputs[0].shape != self.ids.shape:

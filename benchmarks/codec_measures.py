@@ -25,6 +25,7 @@ from graftllm.compression.sensitivity import measure_sensitivity
 from graftllm.delta import Delta
 from graftllm.evaluation.scores import evaluate
 from graftllm.generation import generate, load_model, load_tokenizer, pad, render_answered
+from graftllm.live import bindings
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Prompt, read_prompts
 
@@ -172,9 +173,13 @@ class Yardstick:
 
     @torch.no_grad()
     def _put(self, decoded: Mapping[str, Tensor], restored: Callable[[str], Tensor] | None = None) -> None:
-        for name, base in self._base.items():
-            value = (base.float() + decoded[name]).to(base.dtype) if restored is None else restored(name)
-            self._model.get_parameter(name).copy_(value)
+        def value(name: str) -> Tensor:
+            base = self._base[name]
+            return (base.float() + decoded[name]).to(base.dtype) if restored is None else restored(name)
+
+        for binding in bindings(self._model, self.delta.tuned.specs):  # experts are stacked in the live model
+            for live, made in binding.to_live({name: value(name) for name in binding.stored}).items():
+                self._model.get_parameter(live).copy_(made)
 
     def _divergence(self, found: Tensor) -> tuple[float, float]:
         expected = self._expected

@@ -5,9 +5,11 @@
 `demo` is the demo's zoo whole: for each seed a target and three sources from scratch, and three
 skills moved by sampling, SFT and DPO. `wide` is a Llama of 11.7 M parameters with an untied head
 that knows the general tasks, fine-tuned on one skill from the verified rows of the demo of the same
-seed. Its base is trained once, so its three seeds are three fine-tunes of one base. `large` is the target
-of 219 M parameters of `fusion_models.py`, fine-tuned on three skills from rows that are right; one of these fine-tunes
-adds 26 tokens to the vocabulary. A killed build goes on where it was.
+seed. `mixture` is a Qwen3-MoE of 1.4 M parameters, most of them in eight experts a layer of which two
+read a token, fine-tuned so on two. Their bases are trained once, so their three seeds are three
+fine-tunes of one base. `large` is the target of 219 M parameters of `fusion_models.py`, fine-tuned on
+three skills from rows that are right; one of these fine-tunes adds 26 tokens to the vocabulary. A
+killed build goes on where it was.
 """
 
 import argparse
@@ -18,7 +20,7 @@ from pathlib import Path
 
 from fusion_models import SIZES as FUSION_SIZES
 from large_zoo import ADDED_TOKENS
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from graftllm.demo import GENERAL, RECIPE, REVERSE, Member, WordTask, Zoo, build_zoo, byte_bpe, word_rows
 from graftllm.pipeline.transfer import train
@@ -30,7 +32,12 @@ from graftllm.storage import whole_directory
 from graftllm.training.tuning import Training, train_sft
 from graftllm.training_options import SftOptions
 
-SKILLS = {"demo": ("reverse", "sort", "next"), "wide": ("reverse",), "large": ("reverse", "sum", "alphabet")}
+SKILLS = {
+    "demo": ("reverse", "sort", "next"),
+    "wide": ("reverse",),
+    "mixture": ("reverse", "next"),
+    "large": ("reverse", "sum", "alphabet"),
+}
 SIZES = {"small": ("demo", "wide"), "large": ("large",)}
 SEEDS = (0, 1, 2)
 
@@ -80,23 +87,23 @@ def build_subjects(
     for seed in seeds:
         if "large" in targets:
             yield from _large_subjects(stages, directory / "large" / str(seed), seed, device)
-        if not {"demo", "wide"} & set(targets):
+        if not {"demo", *_BASES} & set(targets):
             continue
         demo = directory / "demo" / str(seed)
         stages.run(f"demo.{seed}", [seed], [demo], lambda seed=seed, demo=demo: _build_demo(demo, seed, reuse, device))
         if "demo" in targets:
             yield from (_demo_subject(demo, skill, seed) for skill in SKILLS["demo"])
-        if "wide" in targets:
-            base = build_wide_base(directory, device)
-            for skill in SKILLS["wide"]:
-                yield _wide_subject(stages, directory, base, demo, skill, seed, device)
+        for target in (name for name in _BASES if name in targets):
+            base = build_base(directory, target, device)
+            for skill in SKILLS[target]:
+                yield _fine_tuned(stages, directory, target, base, demo, skill, seed, device)
 
 
-def build_wide_base(directory: Path, device: str = "auto") -> Path:
-    """Train the wide base on the general tasks unless it is there; return its directory."""
-    home = directory / "wide" / "zoo"
-    build_zoo(home, Stages(directory / "stages"), WIDE, seed=0, device=device)
-    return home / "base"
+def build_base(directory: Path, target: str, device: str = "auto") -> Path:
+    """Train the base of `wide` or `mixture` on the general tasks unless it is there; return its directory."""
+    home, zoo = directory / target / "zoo", _BASES[target]
+    build_zoo(home, Stages(directory / "stages"), zoo, seed=0, device=device)
+    return home / zoo.members[0].name
 
 
 def _build_demo(directory: Path, seed: int, reuse: Path | None, device: str) -> None:
@@ -121,18 +128,18 @@ def _demo_subject(demo: Path, skill: str, seed: int) -> Subject:
     return Subject("demo", skill, seed, demo / "zoo" / "target", home / "tuned", home / "sft.jsonl", test)
 
 
-def _wide_subject(
-    stages: Stages, directory: Path, base: Path, demo: Path, skill: str, seed: int, device: str
+def _fine_tuned(
+    stages: Stages, directory: Path, target: str, base: Path, demo: Path, skill: str, seed: int, device: str
 ) -> Subject:
-    """Return a fine-tune of the wide base; it is trained unless it is there."""
+    """Return a fine-tune of a base on rows of the demo; it is trained unless it is there."""
     source = _demo_subject(demo, skill, seed)
-    out = directory / "wide" / str(seed) / skill
-    run = Training(base, out, seed, f"SFT wide {skill} {seed}", device=device)
+    out = directory / target / str(seed) / skill
+    run = Training(base, out, seed, f"SFT {target} {skill} {seed}", device=device)
     stages.run(
-        f"wide.{skill}.{seed}", [base, source.rows, _TUNING], [out],
+        f"{target}.{skill}.{seed}", [base, source.rows, _TUNING], [out],
         lambda: train_sft(run, read_prompts(source.rows), _TUNING),
     )  # fmt: skip
-    return Subject("wide", skill, seed, base, out, source.rows, source.test)
+    return Subject(target, skill, seed, base, out, source.rows, source.test)
 
 
 def _large_subjects(stages: Stages, home: Path, seed: int, device: str) -> Iterator[Subject]:
@@ -160,6 +167,14 @@ def _wide_llama(vocabulary: int, pad: int, end: int) -> PreTrainedConfig:
     )  # fmt: skip
 
 
+def _mixture(vocabulary: int, pad: int, end: int) -> PreTrainedConfig:
+    return Qwen3MoeConfig(
+        vocab_size=vocabulary, pad_token_id=pad, bos_token_id=None, eos_token_id=end, max_position_embeddings=128,
+        hidden_size=128, moe_intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+        num_experts=8, num_experts_per_tok=2, tie_word_embeddings=True, initializer_range=0.06,
+    )  # fmt: skip
+
+
 _TUNING = SftOptions(epochs=4, batch_size=32, learning_rate=1e-3, max_length=64)
 _LARGE_TUNING = _TUNING.model_copy(update={"learning_rate": 1e-4, "max_length": 128})
 _FUSION = FUSION_SIZES["large"]
@@ -180,6 +195,18 @@ WIDE = Zoo(
     general=tuple((task, 1) for task in GENERAL),
     test_prompts=400,
 )  # fmt: skip
+MIXTURE = replace(
+    WIDE,
+    members=(
+        replace(
+            WIDE.members[0],
+            name="mixture",
+            config=_mixture,
+            training=SftOptions(epochs=4, batch_size=32, learning_rate=4e-3, max_length=64),
+        ),
+    ),
+)
+_BASES = {"wide": WIDE, "mixture": MIXTURE}
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ class Point:
     """One measured file.
 
     Attributes:
-        target: `demo`, `wide` or `large`.
+        target: `demo`, `wide`, `mixture` or `large`.
         skill: what was tuned.
         seed: of the fine-tune.
         parameters: of the model.

@@ -35,8 +35,8 @@ def _from_scratch(epochs: int) -> SftOptions:
 
 TINY = Zoo(
     members=(
-        Member("target", _llama, byte_bpe(320), _MARKERS, ((GENERAL[0], 3200), (GENERAL[1], 800)), _from_scratch(5)),
-        Member("qwen3-next", _qwen3, unigram(110), _MARKERS, ((NEXT, 3200),), _from_scratch(4)),
+        Member("target", _llama, byte_bpe(320), _MARKERS, ((GENERAL[0], 3200), (GENERAL[1], 800)), _from_scratch(3)),
+        Member("qwen3-next", _qwen3, unigram(110), _MARKERS, ((NEXT, 3200),), _from_scratch(3)),
         Member("mistral-double", _mistral, byte_bpe(300), _MARKERS, ((DOUBLE, 3200),), _from_scratch(2)),
     ),
     skills=((NEXT, 900), (DOUBLE, 600)),
@@ -59,7 +59,7 @@ skills:
     test: "{dir}/zoo/prompts/double.test.jsonl"
 general: {prompts: "{dir}/zoo/prompts/general.jsonl", test: "{dir}/zoo/prompts/general.test.jsonl"}
 sampling: {samples: 2, temperature: 1.0, top_p: 1.0, max_new_tokens: 16, batch_size: 200}
-sft: {epochs: 8, batch_size: 32, learning_rate: 3.0e-3, max_length: 64}
+sft: {epochs: 6, batch_size: 32, learning_rate: 3.0e-3, max_length: 64}
 dpo: {epochs: 1, batch_size: 32, learning_rate: 1.0e-4, max_length: 64, beta: 0.1, sft_weight: 1.0}
 pack: {strategy: paper, budget: 18%}
 compare: [sequential, summed, lora]

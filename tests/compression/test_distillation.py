@@ -36,7 +36,7 @@ _DISTILLED = PackOptions(budget="16%", distill=60)
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Delta:
     home = tmp_path_factory.mktemp("distilled")
-    base = save_llama(home / "base", dtype=torch.float32)
+    base = save_llama(home / "base", dtype=torch.float32, num_hidden_layers=1)
     return Delta(Checkpoint.open(base), Checkpoint.open(perturb(base, home / "tuned", seed=1)))
 
 

@@ -17,6 +17,7 @@ from graftllm.checkpoint import TensorSpec
 from graftllm.compression.matrix import matrix_shape
 from graftllm.live import Binding
 
+_MATMUL = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 _SHIFT = 32  # bits of a number below those that tell the tensor
 
 
@@ -40,18 +41,31 @@ Told = Callable[[Slice, Tensor, Tensor], None]
 class ExpertWatcher(TorchFunctionMode):
     """While it is entered, tells of every product of tokens with an expert's matrix: the slice, inputs and outputs.
 
-    The model's experts must be multiplied one by one (transformers' experts implementation `eager`) and by `linear`.
-    Padding goes in as zeros.
+    The model's experts must be multiplied one by one (transformers' experts implementation `eager`). Padding goes in as
+    zeros.
     """
 
     def __init__(
-        self, model: nn.Module, found: Mapping[str, Binding], specs: Mapping[str, TensorSpec], told: Told
+        self,
+        model: nn.Module,
+        found: Mapping[str, Binding],
+        specs: Mapping[str, TensorSpec],
+        told: Told,
+        turned: Told = lambda part, x, output: None,
     ) -> None:
-        """Watch the 3-D parameters of a model; `found` are the bindings by live name."""
+        """Watch the 3-D parameters of a model.
+
+        Args:
+            model: loaded, or streamed.
+            found: the bindings by live name.
+            specs: of the checkpoint.
+            told: is told of products with matrices whose rows are outputs (`linear`).
+            turned: is told of products with matrices whose rows are inputs (`matmul`).
+        """
         super().__init__()
         self.mask = torch.empty(0)  # (rows, length) of the running forward pass, true where there is no padding
         self.slices: dict[str, list[Slice]] = {}  # by live name
-        self._told, self._specs = told, specs
+        self._told, self._turned, self._specs = told, turned, specs
         self._running: dict[int, Slice] = {}  # by address, while their module runs
         for name, module in model.named_modules():
             for key, parameter in module._parameters.items():
@@ -69,10 +83,11 @@ class ExpertWatcher(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func is nn.functional.linear and self._running and len(args) > 1 and args[1].ndim == 2:
+        told = self._told if func is nn.functional.linear else self._turned if func in _MATMUL else None
+        if told is not None and self._running and len(args) > 1 and args[1].ndim == 2:
             part = self._running.get(args[1].data_ptr())
             if part is not None and part.stored:
-                self._told(part, args[0].flatten(0, -2), output)
+                told(part, args[0].flatten(0, -2), output)
         return output
 
     def _enter_module(

@@ -47,8 +47,9 @@ class Sensitivity:
 
     Attributes:
         outputs: of each linear layer's output, shape (d_out,).
-        reads: of each vocabulary row, how often it is read, shape (V,).
-        read_outputs: of the embedding's output, shape (d, d).
+        reads: of each row that is read, how much: how often that of a vocabulary is, shape (V,); the squares of what
+            multiplies those of experts that are stored inputs first, shape (experts x d_in,).
+        read_outputs: of what is read, shape (d, d), for each time.
         reached: of each expert's matrix, the share of the tokens that it saw.
     """
 
@@ -197,7 +198,8 @@ class _Watcher:
         self._sharing: dict[str, str] = {}  # matrix -> the first that got the same input
         self._last: tuple[Tensor | None, str] = (None, "")
         self._specs, self._reached = checkpoint.specs, Counter[str]()  # how many tokens each expert's matrix saw
-        self.experts = ExpertWatcher(model, found, checkpoint.specs, self._expert)
+        self._times = Counter[str]()  # how many tokens read each embedding, or matrices of a stack
+        self.experts = ExpertWatcher(model, found, checkpoint.specs, self._expert, self._turned_expert)
         tied = {id(value): stored[name] for name, value in model.named_parameters() if name in stored}
         for module in model.modules():
             weight = getattr(module, "weight", None)
@@ -214,7 +216,7 @@ class _Watcher:
         return Sensitivity(
             {name: (total * share).cpu() for name, total in self.outputs.items()},
             {name: (total * share).cpu() for name, total in self.reads.items()},
-            {name: (total / self.reads[name].sum()).cpu() for name, total in self.read_outputs.items()},
+            {name: (total / self._times[name]).cpu() for name, total in self.read_outputs.items()},
             {name: count / tokens for name, count in self._reached.items()},
         )
 
@@ -255,6 +257,23 @@ class _Watcher:
 
         output.register_hook(add)
 
+    def _turned_expert(self, part: Slice, x: Tensor, output: Tensor) -> None:
+        if not output.requires_grad:
+            return
+        x = x.detach().float()
+        for name, (stored, here) in part.rows.items():
+            if name not in self.reads:
+                self.reads[name] = x.new_zeros(matrix_shape(self._specs[name].shape)[0])
+            self.reads[name][stored] += x.square().sum(0)[here]
+            self._times[name] += int(x.any(1).sum())
+
+        def add(gradient: Tensor) -> None:
+            g = gradient.flatten(0, -2).float()
+            for name in part.rows:
+                self.read_outputs[name] = self.read_outputs.get(name, 0) + g.T @ g
+
+        output.register_hook(add)
+
     def _read(self, name: str, module: nn.Embedding, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if inputs[0].shape != self.ids.shape:
             return output
@@ -262,6 +281,7 @@ class _Watcher:
         ids = inputs[0][self.mask]
         counts = torch.bincount(ids, minlength=module.num_embeddings).float()
         self.reads[name] = self.reads.get(name, 0) + counts
+        self._times[name] += len(ids)
 
         def add(gradient: Tensor) -> None:
             g = self._seen(gradient)  # (tokens, d)

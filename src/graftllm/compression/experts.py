@@ -110,7 +110,7 @@ class ExpertWatcher(TorchFunctionMode):
 
 
 def slices_of(binding: Binding, live: str, specs: Mapping[str, TensorSpec]) -> list[Slice]:
-    """Return what each slice of a live parameter is made of; a matrix is one slice, a stack of experts has many.
+    """Return what each slice of a live stack is made of; a matrix that others make is one slice.
 
     Found by converting numbers that tell where they came from.
     """
@@ -132,10 +132,7 @@ def slices_of(binding: Binding, live: str, specs: Mapping[str, TensorSpec]) -> l
 
 
 def _slices_of_stack(name: str, shape: tuple[int, ...]) -> list[Slice]:
-    """Return the slices of a parameter that is stored as it is."""
-    if len(shape) == 2:
-        everything = torch.arange(shape[0])
-        return [Slice((name,), {name: (everything, everything)})]
+    """Return the slices of a stack that is stored as it is."""
     if matrix_shape(shape)[1] != shape[-1]:
         return [Slice((), {})] * shape[0]
     here = torch.arange(shape[1])

@@ -112,7 +112,7 @@ def collect_moments(
             except _HeadReached:
                 pass
             except (NotImplementedError, RuntimeError) as error:
-                if "meta" not in str(error):
+                if "meta" not in str(error):  # PyTorch has no class of error for weights that are not there
                     raise
                 raise CompressionError(
                     f"{checkpoint.path}: {type(streamed.model).__name__} uses weights of a module without running it, "

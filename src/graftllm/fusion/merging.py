@@ -4,7 +4,7 @@ theta = theta_base + merged delta, by a row of `methods.table`. `apply_packs` is
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,13 +135,13 @@ def apply_packs(base: Checkpoint, packs: Sequence[Weighted], out: str | Path) ->
             for pack, _ in packs:
                 pack.check_tensor(name, value)
             show(done := done + 1, len(base.specs))
-            return _in_range(name, value, combined(name, value, packs, dtype=DTYPES[specs[name].dtype]))
+            return _in_range(name, combined(name, value, packs, dtype=DTYPES[specs[name].dtype]), lambda: value)
 
         write_checkpoint(base, Path(out), tensor, specs=specs, config=config)
 
 
-def _in_range(name: str, base: Tensor, value: Tensor) -> Tensor:
-    if not _is_finite(value) and _is_finite(base):
+def _in_range(name: str, value: Tensor, base: Callable[[], Tensor]) -> Tensor:
+    if not _is_finite(value) and _is_finite(base()):
         raise FusionError(
             f"{name}: expected weights whose sum stays within {DTYPE_NAMES[value.dtype]}, found values beyond it; take "
             "smaller ones."
@@ -178,7 +178,7 @@ def _write_checkpoint(stacks: Stacks, merging: Merge, task: int, out: Path) -> N
                 return stacks.agreed(name)
             stack = stacks[name]
             merged = stacks.merged(name, merging(name, stack, task), stack)
-            return _in_range(name, stacks.base.tensor(name), merged)
+            return _in_range(name, merged, lambda: stacks.base.tensor(name))
 
         write_checkpoint(stacks.base, out, tensor, specs=stacks.specs, config=config)
 

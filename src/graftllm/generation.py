@@ -4,7 +4,7 @@ The one place that loads models and tokenizers, applies chat templates and gener
 nothing of packs: whatever weights the model holds are the ones that answer.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.errors import CheckpointError, RecipeError, RecordError
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Message, Prompt
+from graftllm.stop_texts import stopped_at, up_to_stop
 from graftllm.transfer_options import is_template
 
 _OFFSET = 2  # positions that some models (OPT, BART) keep before the first
@@ -305,7 +306,7 @@ def stream(
     worker = Thread(target=work, daemon=True)
     worker.start()
     try:
-        yield from _up_to_stop(streamer, options.stop)
+        yield from up_to_stop(streamer, options.stop)
     finally:
         stopped.set()
         worker.join()
@@ -348,7 +349,7 @@ def _learned_positions(model: PreTrainedModel) -> int | None:
 def _answer(text: str, tokens: Sequence[int], input_tokens: int, config: GenerationConfig) -> Answer:
     """Return what a row of generated tokens, which `text` is of, says."""
     length, ended = _length(tokens, config)
-    kept = _stopped(text, config.stop_strings or ())
+    kept = stopped_at(text, config.stop_strings or ())
     return Answer(kept, input_tokens, length, not ended and kept == text and length == config.max_new_tokens)
 
 
@@ -365,36 +366,6 @@ def _length(tokens: Sequence[int], config: GenerationConfig) -> tuple[int, bool]
     while length and tokens[length - 1] == config.pad_token_id:
         length -= 1
     return length, False
-
-
-def _up_to_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-    """Yield a text's pieces up to the first of the texts that end an answer."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        if (text := _stopped(held, stop)) != held:
-            yield text
-            return
-        certain = len(held) - begun_stop(held, stop)
-        yield held[:certain]
-        held = held[certain:]
-    yield held
-
-
-def begun_stop(text: str, stop: Sequence[str]) -> int:
-    """Return how many of a text's last characters may be the beginning of a text that ends an answer.
-
-    >>> begun_stop("so. En", ["End", "."]), begun_stop("so", ["End"])
-    (2, 0)
-    """
-    longest = max(map(len, stop), default=0)
-    sizes = range(min(longest - 1, len(text)), 0, -1)
-    return next((size for size in sizes if any(word.startswith(text[-size:]) for word in stop)), 0)
-
-
-def _stopped(text: str, stop: Sequence[str]) -> str:
-    """Return the text up to the first of the texts that end an answer."""
-    return text[: min([len(text), *(place for word in stop if (place := text.find(word)) >= 0)])]
 
 
 def _first_line(error: Exception) -> str:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from graftllm.generation import begun_stop
 from graftllm.serving.orders import Likely, Order, Token
+from graftllm.stop_texts import begun_stop
 
 _UNFINISHED = "�"  # what an incomplete UTF-8 sequence decodes to
 

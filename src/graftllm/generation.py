@@ -306,7 +306,7 @@ def stream(
     worker = Thread(target=work, daemon=True)
     worker.start()
     try:
-        yield from up_to_stop(streamer, options.stop)
+        yield from filter(None, up_to_stop(streamer, options.stop))
     finally:
         stopped.set()
         worker.join()

@@ -4,10 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from graftllm.checkpoint import Checkpoint, digest
 from graftllm.delta import Delta
@@ -15,13 +19,14 @@ from graftllm.errors import FusionError, PackError
 from graftllm.fusion.beside import Beside, mixed
 from graftllm.fusion.branches import decode_branches, why_merged_only
 from graftllm.fusion.grafting import plug
+from graftllm.fusion.inventory import runs_beside
 from graftllm.fusion.shelf import Shelf
 from graftllm.generation import load_model
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
 from tests.architectures import load, save_base, save_tuned
-from tests.models import perturb, save_llama
+from tests.models import perturb, save_llama, tokenizer
 
 SERVED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "gpt2")
 MERGED_ONLY = ("qwen3_moe", "mixtral", "gpt_oss", "mamba", "bamba", "t5", "bert", "vit")
@@ -76,6 +81,21 @@ def test_rows_of_one_batch_answer_as_merged_weights_do(name: str, tmp_path: Path
     beside.close()
     assert _digests(model) == before
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", SERVED)
+def test_in_half_precision_rows_without_a_pack_keep_every_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    base = save_base(name, tmp_path / "base", dtype=dtype)
+    pack = _pack(base, save_tuned(base, tmp_path / "tuned"))
+    model = load(name, base)
+    plain = _logits(model)
+    with plug(model, pack):
+        merged = _logits(model)
+    with Beside(model, {"a": pack}).rows(["a", None, "a", None]):
+        found = _logits(model)
+    assert torch.equal(found[1::2], plain[1::2])
+    assert (found - merged)[::2].norm() < 0.5 * (merged - plain)[::2].norm()  # what is merged is rounded, too
 
 
 @pytest.mark.parametrize("name", MERGED_ONLY)
@@ -244,6 +264,69 @@ def test_a_model_that_reads_weights_without_their_module_is_found_out(loaded: Lo
         layer.forward = plain
         for module in model.modules():
             module._forward_hooks.clear()
+
+
+def test_positions_that_look_up_by_more_than_their_input_are_only_merged(tmp_path: Path) -> None:
+    shape = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24, "num_hidden_layers": 1, "vocab_size": 73}
+    OPTForCausalLM(OPTConfig(**shape, num_attention_heads=2)).save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    pack = _pack(tmp_path / "base", save_tuned(tmp_path / "base", tmp_path / "tuned"))
+    model = load_model(tmp_path / "base")
+    assert "embed_positions.weight', of OPTLearnedPositionalEmbedding" in (why_merged_only(model, pack) or "")
+    assert not runs_beside(pack.header)
+
+
+def test_packs_are_either_merged_or_beside(loaded: Loaded) -> None:
+    model, packs = loaded
+    beside = Beside(model, packs)
+    with beside.rows(["one"]), pytest.raises(FusionError, match="rows: packs are beside the weights of this model alr"):
+        beside.rows(["two"]).__enter__()
+    with plug(model, packs["one"]), pytest.raises(FusionError, match="rows: packs are merged into this model already"):
+        beside.rows(["two"]).__enter__()
+    with beside.rows(["two"]):
+        pass
+
+
+class _OneDevice(TorchDispatchMode):
+    """Refuses what a second device would refuse: to calculate with tensors of both."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        used = {one.device for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor) and one.dim()}
+        assert len(used) < 2 or "copy" in str(func), f"{func} mixes {used}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("first", ["lm_head", "model.norm", "model.layers.1"])
+def test_rows_follow_a_model_from_device_to_device(first: str, tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base", dtype=torch.float32, tie_word_embeddings=False)
+    packs = {"a": _pack(base, perturb(base, tmp_path / "tuned", seed=1))}
+    model, ids = load_model(base), torch.arange(4, 16).reshape(2, 6)
+    beside = Beside(model, packs)
+    with beside.rows(["a"]):  # decoded before a part of the model goes where nothing can be read
+        pass
+    beside.close()
+    parts = ["model.layers.1", "model.norm", "lm_head"]
+    for name in parts[parts.index(first) :]:  # as a device map does it: inputs are moved inside `forward`
+        part = model.get_submodule(name).to("meta")
+        add_hook_to_module(part, AlignDevicesHook(execution_device="meta", place_submodules=True))
+    with torch.no_grad(), _OneDevice(), beside.rows(["a", None]):
+        assert model(input_ids=ids).logits.is_meta
+
+
+def test_packs_run_beside_a_base_that_torchao_quantized(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base", hidden_size=64, intermediate_size=128)
+    pack = _pack(base, perturb(base, tmp_path / "tuned", seed=1))
+    model, whole = load_model(base), load_model(base)
+    quantize_(model, Int8WeightOnlyConfig(version=2))
+    plain, bare = _logits(model), _logits(whole)
+    with plug(whole, pack):
+        moved = _logits(whole) - bare
+    with Beside(model, {"a": pack}).rows(["a", None, "a", None]):
+        found = _logits(model)
+    assert torch.equal(found[1::2], plain[1::2])
+    assert (found - plain - moved)[::2].norm() < 0.5 * moved[::2].norm()
+    with pytest.raises(FusionError, match=r"quantized \(Int8Tensor\), and a merged pack replaces whole weights"):
+        plug(model, pack)
 
 
 class _Quantized(nn.Linear):

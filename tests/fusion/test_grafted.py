@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from graftllm.checkpoint import Checkpoint, digest
 from graftllm.delta import Delta
@@ -80,6 +81,13 @@ def test_streamed_pieces_make_the_whole_answer(grafted: GraftedModel) -> None:
         list(grafted.stream("hi", "three", SHORT))
 
 
+def test_pieces_come_before_the_end(grafted: GraftedModel, prompts: list[Prompt]) -> None:
+    long = SHORT.model_copy(update={"max_new_tokens": 60})
+    found = [list(grafted.stream(prompt.question, "one", long)) for prompt in prompts[:8]]
+    assert max(map(len, found)) > 2
+    assert all(piece for pieces in found for piece in pieces)
+
+
 def test_a_conversation_stays_with_the_pack_of_its_first_message(grafted: GraftedModel) -> None:
     chat = Chat(grafted, "auto", SHORT)
     first = "".join(chat.say("31676 4"))
@@ -131,6 +139,39 @@ def test_a_batch_with_a_pack_that_can_only_be_merged_is_answered_pack_by_pack(se
         match=r"^'three': expected packs that can run beside the weights; .* by the operator 'exact', not in factors",
     ):
         model.generate(questions, ["one", "three"], SHORT, way="beside")
+
+
+def test_packs_that_take_more_than_the_limit_together_are_answered_one_by_one(served: Path) -> None:
+    model = GraftedModel.load(served, memory_bytes=1)
+    expected = GraftedModel.load(served).generate(["a", "b"], ["one", "two"], SHORT)
+    assert model.generate(["a", "b"], ["one", "two"], SHORT) == expected
+    assert model.beside.stacked == ()
+    assert model.generate(["a", "b"], ["one", "two"], SHORT, way="beside") == expected
+    assert model.beside.nbytes == 0
+    assert model.shelf is not None
+    assert model.shelf.nbytes == 0
+
+
+def test_a_quantized_base_answers_and_streams_with_any_pack_beside_it(served: Path, base_dir: Path) -> None:
+    base = load_model(base_dir)
+    quantize_(base, Int8WeightOnlyConfig(version=2))
+    model = GraftedModel.load(served, model=base)
+    expected = model.generate(["a", "b"], ["one", None], SHORT, way="beside")
+    assert model.generate(["a"], "one", SHORT) == expected[:1]
+    assert "".join(model.stream("a", "one", SHORT)) == expected[0]
+    with pytest.raises(FusionError, match=r"quantized \(Int8Tensor\)"):
+        model.generate(["a"], "three", SHORT)
+
+
+def test_what_is_no_list_of_conversations_is_refused(served: Path) -> None:
+    model = GraftedModel.load(served)
+    with pytest.raises(FusionError, match=r"conversations: .* found one str that is a conversation itself; put it in"):
+        model.generate("hello", "one", SHORT)
+    with pytest.raises(FusionError, match="found one list that is a conversation itself"):
+        model.generate([Message(role="user", content="hello")], "one", SHORT)  # pyright: ignore[reportArgumentType]
+    for pack in (3, [3]):
+        with pytest.raises(FusionError, match="pack: expected a name, None, or names with weights, found 3."):
+            model.generate(["hello"], pack, SHORT)  # pyright: ignore[reportArgumentType]
 
 
 def test_one_pack_or_mapping_for_each_conversation_is_needed(served: Path) -> None:

@@ -129,7 +129,7 @@ def test_factors_are_added_in_one_pass_as_if_they_were_multiplied_out(base: Chec
         torch.testing.assert_close(model.state_dict()[name], start.float() - 0.5 * lossy.delta(name, start))
 
 
-def test_a_model_that_a_device_map_spread_takes_packs(base: Checkpoint, exact: SkillPack) -> None:
+def test_a_model_that_a_device_map_placed_takes_packs(base: Checkpoint, exact: SkillPack) -> None:
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32, device_map={"": "cpu"})
     before = _digests(model)
     with plug(model, exact):

@@ -32,6 +32,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("task-arithmetic", "task_arithmetic", {"scale": 0.5}, {"lambda": 0.5, "normalize": False}, {}),
         ("linear", "task_arithmetic", {"scale": 1.0}, {"normalize": True}, {}),
+        ("dare", "dare_linear", {"density": 1.0, "scale": 1.0}, {"normalize": False}, {"density": 1.0}),
+        ("dare-ties", "dare_ties", {"density": 1.0, "scale": 1.0}, {"normalize": True}, {"density": 1.0}),
+        ("della", "della", {"density": 1.0, "scale": 1.0}, {"normalize": True}, {"density": 1.0, "epsilon": 0.0}),
         ("ties-tensor", "ties", {"density": 0.3, "scale": 1.0}, {"normalize": True}, {"density": 0.3}),
         ("ties-tensor", "ties", {"density": 1.0, "scale": 0.7}, {"normalize": True, "lambda": 0.7}, {}),
         ("breadcrumbs", "breadcrumbs", {"density": 0.6, "scale": 1.0}, {"normalize": False, "rescale": False},

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from graftllm.errors import FusionError
 from graftllm.fusion.branches import kept_branches
+from graftllm.fusion.grafting import is_plugged
 from graftllm.fusion.names import unknown_pack
 from graftllm.fusion.routing import BASE
 from graftllm.fusion.shelf import Shelf
@@ -58,10 +59,14 @@ class Beside:
             wanted: for each row a pack's name, names with weights, or None for the base.
 
         Raises:
-            FusionError: there is no such pack, a weight is no finite number, one can only be merged, a batch has
-                another number of rows, or the model's code reads weights without calling their module.
+            FusionError: there is no such pack, a weight is no finite number, one can only be merged, packs are merged
+                into the model or run beside it already, a batch has another number of rows, or the model's code
+                reads weights without calling their module.
             PackError: a pack is damaged or was made for another base.
         """
+        if self._batch is not None or is_plugged(self.model):
+            how = "merged into" if self._batch is None else "beside the weights of"
+            raise FusionError(f"rows: packs are {how} this model already; leave that block first, or unplug them.")
         batch = self._batch = self._grouped([mixed(one, self.packs) for one in wanted])
         self._seen = set()
         try:
@@ -158,10 +163,11 @@ class Beside:
             batch = running(inputs, named)
             if batch is None:
                 return None
+            inputs = tuple(value.to(output.device) for value in inputs)  # a device map moves them inside `forward`
             if stacked.linear:
                 return multiplied(stacked, batch, inputs[0], output)
             if not isinstance(module, nn.Embedding):
-                return normed(module, stacked, batch, inputs)
+                return batch.where_packed(normed(module, stacked, batch, inputs), output)
             ids = inputs[0]
             if len(ids) == 1 and batch.size > 1:  # positions, the same for all rows
                 ids, output = ids.expand(batch.size, *ids.shape[1:]), output.expand(batch.size, *output.shape[1:])

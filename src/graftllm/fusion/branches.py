@@ -7,6 +7,7 @@ vectors (norms, biases) are differences. What is stored otherwise can only be me
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from graftllm.errors import FusionError
-from graftllm.fusion.grafting import check_whole, in_base_dtype, touched_bindings, touched_names
+from graftllm.fusion.grafting import check_whole, in_base_dtype, is_quantized, touched_bindings, touched_names
 from graftllm.fusion.shelf import Shelf
 from graftllm.live import Binding, named_values
 from graftllm.skillpack import SkillPack
@@ -95,7 +96,7 @@ def decode_branches(model: nn.Module, pack: SkillPack, *, check: bool = True) ->
     found: dict[str, Branch] = {}
     for name, (binding, owners) in _places(model, pack).items():
         live = values[binding.live[0]]
-        if check and not _quantized(live):
+        if check and not is_quantized(live):
             check_whole(binding.live[0], live, pack, binding)
             pack.check_tensor(name, in_base_dtype(live.detach().cpu(), name, pack))
         if live.dim() == 1:
@@ -142,6 +143,8 @@ def _places(model: nn.Module, pack: SkillPack) -> dict[str, tuple[Binding, list[
         if not bindings[name].plain or not here:
             raise _only_merged(name, pack, "which transformers keeps in another form, as it does stacked experts")
         for _, module, key in here:
+            if isinstance(module, nn.Embedding) and len(signature(type(module).forward).parameters) > 2:
+                raise _only_merged(name, pack, f"of {type(module).__name__}, which looks up by more than its input")
             _check_place(name, pack, module, key, whole=module in vocabulary or isinstance(module, nn.Embedding))
         found[name] = bindings[name], here
     return found
@@ -180,10 +183,6 @@ def _transposed(weight: Factors | Tensor) -> Factors | Tensor:
     return (weight[1].T, weight[0].T) if isinstance(weight, tuple) else weight.T
 
 
-def _quantized(live: Tensor) -> bool:
-    return not live.is_floating_point() or live.itemsize < 2
-
-
 def _dtype(model: PreTrainedModel | nn.Module, live: Tensor) -> torch.dtype:
     """Return the dtype to multiply factors in: the weight's, or of a quantized one the model's."""
-    return live.dtype if not _quantized(live) else getattr(model, "dtype", torch.float32)
+    return live.dtype if not is_quantized(live) else getattr(model, "dtype", torch.float32)

@@ -1,7 +1,7 @@
 """GraftedModel: a live base, its packs and its router; each conversation is answered with the pack it asks for."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError
 from graftllm.fusion.beside import Beside, Mix, mixed
-from graftllm.fusion.branches import why_merged_only
+from graftllm.fusion.branches import kept_branches, why_merged_only
 from graftllm.fusion.directory import AUTO, base_location, open_packs, open_router, read_manifest
-from graftllm.fusion.grafting import Graft
+from graftllm.fusion.grafting import Graft, is_quantized
 from graftllm.fusion.names import unknown_pack
 from graftllm.fusion.routing import BASE, Route, Router, prompt_features, ruled
 from graftllm.fusion.rules import Rule, first_fitting
@@ -55,6 +55,7 @@ class GraftedModel:
     shelf: Shelf | None = None
     _turn: Turn = field(default_factory=Turn, repr=False)
     _checked: set[str] = field(default_factory=set, repr=False)
+    _sizes: dict[str, int] = field(default_factory=dict, repr=False)  # bytes of packs beside the weights, where known
 
     def __post_init__(self) -> None:
         """Start with the bare base."""
@@ -63,6 +64,7 @@ class GraftedModel:
             self.shelf = Shelf(max(weights, _SMALL))
         self.beside = Beside(self.model, self.packs, self.shelf)
         self._graft, self._mix, self._streaming = Graft(self.model, {}), cast(Mix, ()), False
+        self._is_quantized = any(is_quantized(value) for value in self.model.parameters())
 
     @classmethod
     def load(
@@ -127,7 +129,7 @@ class GraftedModel:
         Raises:
             FusionError: no rule fits, and there is no router or one that is older than a pack.
         """
-        messages = [_messages(conversation) for conversation in conversations]
+        messages = [_messages(conversation) for conversation in _several(conversations)]
         routes = [ruled(rule.pack) if (rule := first_fitting(self.rules, one)) else None for one in messages]
         undecided = [i for i, route in enumerate(routes) if route is None]
         for i, route in zip(undecided, self._routed([messages[i] for i in undecided]), strict=True):
@@ -168,33 +170,32 @@ class GraftedModel:
                 or one of these for each conversation.
             options: decoding; one answer each.
             way: `merged` answers the conversations of one pack after those of another, with its weights in place;
-                `beside` answers all of them in common batches. `auto` does so when there are several packs and all can.
+                `beside` answers all of them in common batches. `auto` does so where the base is quantized, or there are
+                several packs, if all of them can and the shelf's limit has room for them.
             seed: of the draws when the temperature is above 0.
 
         Raises:
-            FusionError: a name or way is unknown, a conversation has no message, `auto` is asked for without a router,
-                packs that can only be merged shall run beside the weights, or more than one answer each is asked for.
+            FusionError: a name or way is unknown, a conversation has no message or is no conversation, `auto` is asked
+                for without a router, packs that can only be merged shall run beside the weights, or more than one
+                answer each is asked for.
         """
         if options.samples > 1:
             raise FusionError(f"samples: expected 1, as each conversation gets one answer; found {options.samples}.")
         if way not in get_args(Way):
             raise FusionError(f"way: expected one of {', '.join(get_args(Way))}; found {way!r}.")
-        messages = [_messages(conversation) for conversation in conversations]
+        messages = [_messages(conversation) for conversation in _several(conversations)]
         mixes = self._chosen(messages, pack)
-        kinds = list(dict.fromkeys(mixes))
-        names = list(dict.fromkeys(name for mix in mixes for name, _ in mix))
-        if way == "beside":
-            self._refuse_merged_only(names)
-        if way == "beside" or (way == "auto" and len(kinds) > 1 and not any(map(self.merged_only, names))):
+        if self._goes_beside(mixes, way):
             wanted = [dict(mix) for mix in mixes]
             with self.using(BASE) as model:
                 texts = generate(
                     model, self.tokenizer, messages, options, seed=seed,
                     around=lambda rows: self.beside.rows([wanted[i] for i in rows]),
                 )  # fmt: skip
+                self._let_go()
             return [samples[0] for samples in texts]
         answers = [""] * len(messages)
-        for kind in kinds:
+        for kind in dict.fromkeys(mixes):
             mine = [i for i, mix in enumerate(mixes) if mix == kind]
             with self.using(dict(kind)) as model:
                 texts = generate(model, self.tokenizer, [messages[i] for i in mine], options, seed=seed)
@@ -211,11 +212,14 @@ class GraftedModel:
             FusionError: the pack's name is unknown, or `auto` is asked for without a router.
         """
         mix = self._chosen([_messages(conversation)], [pack])[0]
-        with self.using(dict(mix)) as model:
+        beside = self._goes_beside([mix], "auto")
+        with self.using(BASE if beside else dict(mix)) as model:
             self._streaming = True
             try:
-                yield from stream(model, self.tokenizer, _messages(conversation), options)
+                with self.beside.rows([dict(mix)]) if beside else nullcontext():
+                    yield from stream(model, self.tokenizer, _messages(conversation), options)
             finally:
+                self._let_go()
                 self._streaming = False
 
     def merged_only(self, name: str) -> str | None:
@@ -228,6 +232,31 @@ class GraftedModel:
             raise unknown_pack(name, self.packs)
         with self._turn.taken():  # while another thread answers, modules may hold other parameters than the base's
             return why_merged_only(self.model, self.packs[name])
+
+    def _goes_beside(self, mixes: Sequence[Mix], way: Way) -> bool:
+        """Return whether conversations with these packs are answered beside the weights."""
+        names = list(dict.fromkeys(name for mix in mixes for name, _ in mix))
+        if way == "beside":
+            self._refuse_merged_only(names)
+            return True
+        if way == "merged" or not names or not (self._is_quantized or len(set(mixes)) > 1):
+            return False
+        return not any(map(self.merged_only, names)) and (self._is_quantized or self._fit(names))
+
+    def _fit(self, names: Sequence[str]) -> bool:
+        """Return whether the shelf's limit has room for all of these packs at once; decodes those it knows not yet."""
+        assert self.shelf is not None
+        for name in (name for name in names if name not in self._sizes):
+            with self.using(BASE) as model:
+                found = kept_branches(self.shelf, name, model, self.packs[name], check=True)
+            self._sizes[name] = found.nbytes
+        return sum(self._sizes[name] for name in names) <= self.shelf.limit_bytes
+
+    def _let_go(self) -> None:
+        """Keep nothing of packs that ran beside the weights where that is more than may be kept."""
+        assert self.shelf is not None
+        if self.beside.nbytes > self.shelf.limit_bytes:
+            self.beside.close()
 
     def _refuse_merged_only(self, names: Sequence[str]) -> None:
         reasons = {name: reason for name in names if (reason := self.merged_only(name))}
@@ -243,7 +272,9 @@ class GraftedModel:
         if pack is None or isinstance(pack, str | Mapping):
             wanted = [cast(Wanted, pack)] * len(messages)
         else:
-            wanted = list(pack)
+            wanted = list(pack) if isinstance(pack, Iterable) else [pack]
+        if odd := [one for one in wanted if one is not None and not isinstance(one, str | Mapping)]:
+            raise FusionError(f"pack: expected a name, None, or names with weights, found {odd[0]!r}.")
         if len(wanted) != len(messages):
             raise FusionError(f"pack: expected one for each of {len(messages)} conversations, found {len(wanted)}.")
         for one in wanted:
@@ -268,6 +299,16 @@ class GraftedModel:
             merged = kept_replacement(self.shelf, mix, self.model, packs, check=check)
             self._checked |= {name for name, _ in mix}
             self._graft, self._mix = merged.plug(self.model), mix
+
+
+def _several(conversations: Sequence[Conversation]) -> Sequence[Conversation]:
+    """Refuse one conversation where several are expected: its letters or messages would be answered one by one."""
+    if isinstance(conversations, str) or any(isinstance(one, Mapping) for one in conversations):
+        raise FusionError(
+            "conversations: expected a list of texts or of lists of messages, found one "
+            f"{type(conversations).__name__} that is a conversation itself; put it into a list."
+        )
+    return conversations
 
 
 def _messages(conversation: Conversation) -> Sequence[Message]:

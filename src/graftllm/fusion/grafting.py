@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,8 @@ class Graft:
         parameters = named_values(self.model)
         for name, value in self.base_values.items():
             parameters[name].data = value
+        if self.base_values:
+            _plugged_in[self.model] -= 1
         self.base_values.clear()
 
     def __enter__(self) -> nn.Module:
@@ -73,7 +76,17 @@ class Replacement:
         graft = Graft(model, {name: parameters[name].data for name in self.values})
         for name, value in self.values.items():
             parameters[name].data = value
+        if self.values:
+            _plugged_in[model] = _plugged_in.get(model, 0) + 1
         return graft
+
+
+_plugged_in: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many grafts a model has
+
+
+def is_plugged(model: nn.Module) -> bool:
+    """Return whether packs are in the place of some of the model's weights."""
+    return _plugged_in.get(model, 0) > 0
 
 
 def plug(model: nn.Module, *packs: SkillPack | Weighted, check: bool = True) -> Graft:
@@ -272,11 +285,17 @@ def check_whole(name: str, value: Tensor, pack: SkillPack, binding: Binding) -> 
             "it cannot be replaced. Load the model without offloading, or write a checkpoint with `graftllm apply`."
         )
     dtype = DTYPES[pack.header.tensors[binding.stored[0]].dtype]
-    if dtype.is_floating_point and dtype.itemsize > 1 and (not value.is_floating_point() or value.itemsize < 2):
+    if dtype.is_floating_point and dtype.itemsize > 1 and is_quantized(value):
+        kind = value.dtype if type(value.data) is Tensor else type(value.data).__name__
         raise FusionError(
-            f"{pack.source}: the live model holds {name!r} quantized ({value.dtype}), and a merged pack replaces whole "
+            f"{pack.source}: the live model holds {name!r} quantized ({kind}), and a merged pack replaces whole "
             "weights. Load the base without quantization, or use the pack beside it (way='beside')."
         )
+
+
+def is_quantized(value: Tensor) -> bool:
+    """Return whether a live value is kept in 8 bits or fewer, or by a kind of tensor of its own, as torchao does."""
+    return not value.is_floating_point() or value.itemsize < 2 or type(value.data) is not Tensor
 
 
 def in_base_dtype(value: Tensor, name: str, pack: SkillPack) -> Tensor:

@@ -116,8 +116,8 @@ def runs_beside(header: Header) -> bool:
 
 def _has_branch(name: str, entry: TensorEntry, parents: Collection[str]) -> bool:
     module, _, key = name.rpartition(".")
-    if entry.tuned_spec != entry.spec or entry.role == "expert":
-        return False
+    if entry.tuned_spec != entry.spec or entry.role == "expert" or module.endswith("embed_positions"):
+        return False  # positions by that name, as OPT has them, look up by more than their input
     if len(entry.shape) == 1:
         return module not in parents
     factors = entry.role in ("embedding", "head") or entry.operator in ("factored", "lowrank")

@@ -180,6 +180,15 @@ class Batch:
                 found.append((i, torch.tensor(rows, device=delta.device), scale))
         return found
 
+    def where_packed(self, changed: Tensor, output: Tensor) -> Tensor:
+        """Return what is changed in rows that have packs, and the output as it was, to the bit, in the others."""
+        rows = self.once(("packed", output.device), lambda: self._packed_rows().to(output.device))
+        return torch.where(rows.view(-1, *[1] * (output.dim() - 1)), changed, output)
+
+    def _packed_rows(self) -> Tensor:
+        packed = {row for group in self.groups for row, _ in group}
+        return torch.tensor([row in packed for row in range(self.size)])
+
     def vector(self, stacked: Stacked, name: str, dim: int, own: Tensor | None = None) -> Tensor:
         """Return for each row its packs' delta of a vector, or with `own` their sum, in its dtype.
 
@@ -244,9 +253,9 @@ def normed(module: nn.Module, stacked: Stacked, batch: Batch, inputs: Sequence[T
             batch.vector(stacked, name, dim, own) if name in values else own
             for name, own in (("weight", module.weight), ("bias", module.bias))
         )
-        plain = nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps)
+        plain = nn.functional.layer_norm(x.float(), module.normalized_shape, eps=module.eps)  # rounded once, as it does
         plain = plain if weight is None else plain * weight
-        return plain if bias is None else plain + bias
+        return (plain if bias is None else plain + bias).to(x.dtype)
     return vmap(lambda value, *row: with_values(module, value, *row))(values, *inputs)
 
 

@@ -54,6 +54,42 @@ def save_llama(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16
     return path
 
 
+class Int8Tensor(torch.Tensor):
+    """A weight of 8 bits and a step a row that says it is of another dtype, as torchao's kinds of tensors do."""
+
+    codes: torch.Tensor
+    steps: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, codes: torch.Tensor, steps: torch.Tensor) -> "Int8Tensor":
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=steps.dtype)  # pyright: ignore
+
+    def __init__(self, codes: torch.Tensor, steps: torch.Tensor) -> None:
+        self.codes, self.steps = codes, steps
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear:
+            x, weight, *bias = args
+            return torch.nn.functional.linear(x, weight.codes.to(weight.dtype) * weight.steps, *bias)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].steps)
+        raise NotImplementedError(f"{cls.__name__} dispatch, attempting to run unimplemented {func}")
+
+
+def quantize(model: torch.nn.Module) -> None:
+    """Keep the weights of all linear layers but the head in 8 bits."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            steps = module.weight.detach().abs().amax(1, keepdim=True) / 127
+            codes = (module.weight.detach() / steps).round().to(torch.int8)
+            module.weight = torch.nn.Parameter(Int8Tensor(codes, steps), requires_grad=False)
+
+
 def save_reward_model(path: Path, *, labels: int = 1, template: bool = True) -> Path:
     """Save a random sequence classifier of one layer, width 16."""
     torch.manual_seed(0)

@@ -122,13 +122,26 @@ def test_experts_of_which_one_is_missing_are_refused(tmp_path: Path) -> None:
         bindings(model, specs)
 
 
-def test_experts_that_calibration_did_not_reach_are_noted_in_the_header(tmp_path: Path) -> None:
-    base = save_base("qwen3_moe", tmp_path / "base")
+@pytest.mark.parametrize("options", [PackOptions(strategy="paper"), PackOptions(budget="40%")], ids=["paper", "auto"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_experts_that_calibration_did_not_reach_are_noted_in_the_header(
+    name: str, options: PackOptions, tmp_path: Path
+) -> None:
+    base = save_base(name, tmp_path / "base")
     tuned = save_tuned(base, tmp_path / "tuned")
-    rows = [Prompt("0", ({"role": "user", "content": ""},))]  # three tokens, two experts each
+    rows = [Prompt("0", ({"role": "user", "content": ""},))]  # three tokens, two of four experts each
     delta = Delta(Checkpoint.open(base), Checkpoint.open(tuned))
-    compress(delta, PackOptions(strategy="paper"), calibration=rows).save(tmp_path / "pack.safetensors")
+    compress(delta, options, calibration=rows).save(tmp_path / "pack.safetensors")
     entries = SkillPack.load(tmp_path / "pack.safetensors").header.tensors
     unseen = {name for name, entry in entries.items() if entry.unseen}
     assert unseen == collect_moments(tuned, rows).unseen
     assert unseen
+
+
+def test_biases_of_stacked_experts_are_kept_exactly(tmp_path: Path) -> None:
+    base = save_base("gpt_oss", tmp_path / "base")
+    delta = Delta(Checkpoint.open(base), Checkpoint.open(save_tuned(base, tmp_path / "tuned")))
+    entries = compress(delta, PackOptions(budget="40%")).header.tensors
+    biases = [entry for name, entry in entries.items() if name.endswith("_proj_bias")]
+    assert len(biases) == 4
+    assert all(entry.operator == "exact" for entry in biases)

@@ -110,7 +110,7 @@ class TensorEntry(Part):
     """One parameter: what it is in the base, and how its delta is stored.
 
     `tuned_shape` and `tuned_dtype` are there where the tuned model's are not the base's; `unseen` where
-    it is an expert's matrix that no calibration token reached, so that it was coded without calibration;
+    it is an expert's matrix that no calibration token reached, or a stack of experts one of which none did;
     `refinement` where an exact layer lies on top, the error is that of the lossy layer then; `tuned_digest`
     where the tuned bits are coded, by the operator or that layer.
     """

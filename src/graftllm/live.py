@@ -8,6 +8,7 @@ architecture and uses to load and save. Those rules are asked here; no architect
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,11 @@ from transformers.core_model_loading import (
 
 from graftllm.checkpoint import DTYPES, TensorSpec
 from graftllm.errors import CheckpointError
+
+
+def looks_up_its_input(module: nn.Module) -> bool:
+    """Return whether a module is an embedding that looks up its input; OPT's positions look up something else."""
+    return isinstance(module, nn.Embedding) and len(signature(type(module).forward).parameters) == 2
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
+from transformers import GraniteMoeConfig, GraniteMoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression import sensitivity
-from graftllm.compression.calibration import collect_moments
+from graftllm.compression.calibration import Calibration, collect_moments
 from graftllm.compression.experts import Slice, slices_of
 from graftllm.compression.measures import Measures
 from graftllm.compression.sensitivity import Sensitivity, answered, measure_sensitivity, to_calibrate
+from graftllm.delta import Delta
 from graftllm.generation import load_model, load_tokenizer, render_answered
 from graftllm.live import bindings
+from graftllm.packer import compress
+from graftllm.packing_options import PackOptions
 from graftllm.records import Message, Prompt
-from tests.architectures import save_base
+from tests.architectures import save_base, save_tuned
 from tests.models import rows, save_llama, tokenizer
 
 _INPUTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")  # the first that gets each
@@ -228,15 +231,50 @@ def test_the_same_rows_give_the_same_sensitivity(model: Model) -> None:
         assert torch.equal(value, second.outputs[name])
 
 
-def test_where_nothing_was_measured_an_error_costs_the_average() -> None:
-    found = Sensitivity({"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([4.0])}, {}, {})
-    blind = found.metric("c", None)
-    assert (blind.scale, blind.rows, blind.right) == (3.0, None, None)
-    moments = torch.diag(torch.tensor([2.0, 6.0]))
-    shaped = found.metric("c", moments)
-    assert shaped.scale == 3.0
-    assert torch.equal(shaped.right, moments / 4)
-    assert Sensitivity({}, {}, {}).metric("c", None).scale == 1.0
+@pytest.mark.parametrize("name", ["gpt2", "mamba", "bamba"])
+def test_what_is_used_without_a_layer_that_can_be_watched_has_a_price(name: str, tmp_path: Path) -> None:
+    path, prompts = save_base(name, tmp_path / "model", dtype=torch.float32), rows(40)
+    model = Model(path, load_model(path).float().eval(), prompts, _measured(path, prompts))
+    before, found = _predictions(model), []
+    for key, value in model.live.named_parameters():
+        if re.search(r"wpe|conv1d.weight|A_log", key) and value.ndim > 1:
+            error = 0.003 * value.detach().std() * torch.randn(value.shape)
+            foreseen = model.measures.metric(key, tuple(value.shape)).cost(error.flatten(1).double())
+            measured = _divergence(model, before, value, error)
+            assert measured / 4 < foreseen < 4 * measured, key
+            found.append(key)
+    assert len(found) == {"gpt2": 1, "mamba": 4, "bamba": 1}[name]
+
+
+def test_where_nothing_was_measured_an_error_costs_what_it_does_in_others_of_its_kind() -> None:
+    outputs = {"0.a": torch.tensor([1.0, 3.0]), "1.a": torch.tensor([4.0]), "0.b": torch.tensor([9.0])}
+    eye = {"0.a": torch.eye(2), "1.a": 2 * torch.eye(2), "0.b": torch.eye(2)}
+    found = Measures(Calibration(eye, 1, unseen=frozenset({"3.a"})), Sensitivity(outputs, {}, {}))
+    same = found.metric("2.a", (2, 3))
+    assert (same.scale, same.rows, same.right) == ((2 + 8) / 2, None, None)
+    assert found.metric("c", (2, 3)).scale == pytest.approx((2 + 8 + 9) / 3)
+    assert found.metric("3.a", (2, 3)).scale == pytest.approx(sensitivity.DAMPING * 5)
+    assert Measures(None, Sensitivity({}, {}, {})).metric("c", (2, 3)).scale == 1.0
+
+
+def test_experts_that_no_token_reached_take_no_bytes_from_those_that_some_did(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer()), hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, num_experts=16, num_experts_per_tok=1, moe_intermediate_size=32,
+        decoder_sparse_step=1, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=3,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    delta = Delta(Checkpoint.open(tmp_path / "base"), Checkpoint.open(save_tuned(tmp_path / "base", tmp_path / "t")))
+    pack = compress(delta, PackOptions(budget="9%"), calibration=rows(12), device="cpu")
+    taken: dict[bool, list[int]] = {True: [], False: []}
+    for name, entry in pack.header.tensors.items():
+        if ".experts." in name:
+            taken[entry.unseen].append(entry.nbytes)
+    assert min(map(len, taken.values())) > 5
+    means = {unseen: sum(found) / len(found) for unseen, found in taken.items()}
+    assert means[True] < 0.5 * means[False]
 
 
 _STACKED = GraniteMoeConfig(

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from graftllm.checkpoint import Checkpoint, digest
@@ -26,7 +25,7 @@ from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
 from tests.architectures import load, save_base, save_tuned
-from tests.models import perturb, save_llama, tokenizer
+from tests.models import perturb, quantize, save_llama, tokenizer
 
 SERVED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "gpt2")
 MERGED_ONLY = ("qwen3_moe", "mixtral", "gpt_oss", "mamba", "bamba", "t5", "bert", "vit")
@@ -313,11 +312,11 @@ def test_rows_follow_a_model_from_device_to_device(first: str, tmp_path: Path) -
         assert model(input_ids=ids).logits.is_meta
 
 
-def test_packs_run_beside_a_base_that_torchao_quantized(tmp_path: Path) -> None:
+def test_packs_run_beside_a_base_of_quantized_tensors(tmp_path: Path) -> None:
     base = save_llama(tmp_path / "base", hidden_size=64, intermediate_size=128)
     pack = _pack(base, perturb(base, tmp_path / "tuned", seed=1))
     model, whole = load_model(base), load_model(base)
-    quantize_(model, Int8WeightOnlyConfig(version=2))
+    quantize(model)
     plain, bare = _logits(model), _logits(whole)
     with plug(whole, pack):
         moved = _logits(whole) - bare

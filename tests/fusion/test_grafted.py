@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from graftllm.checkpoint import Checkpoint, digest
 from graftllm.delta import Delta
@@ -22,7 +21,7 @@ from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.recipe import RouterOptions, SamplingOptions
 from graftllm.records import Message, Prompt, read_prompts, write_rows
-from tests.models import perturb, rows, save_llama
+from tests.models import perturb, quantize, rows, save_llama
 
 SHORT = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=8)
 
@@ -154,7 +153,7 @@ def test_packs_that_take_more_than_the_limit_together_are_answered_one_by_one(se
 
 def test_a_quantized_base_answers_and_streams_with_any_pack_beside_it(served: Path, base_dir: Path) -> None:
     base = load_model(base_dir)
-    quantize_(base, Int8WeightOnlyConfig(version=2))
+    quantize(base)
     model = GraftedModel.load(served, model=base)
     expected = model.generate(["a", "b"], ["one", None], SHORT, way="beside")
     assert model.generate(["a"], "one", SHORT) == expected[:1]

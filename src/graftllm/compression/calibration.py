@@ -39,7 +39,7 @@ class Calibration:
             linear layer, and experts that no token reached, are not in it. A tied embedding has those of the head.
         tokens: how many tokens made them; padding is not counted.
         transposed: names whose input side is dimension 0 of the stored tensor, not 1 (Conv1D).
-        unseen: names of experts' matrices that no token reached.
+        unseen: names of experts' matrices, and of stacks of them, of which no token reached one.
         shared: by parameter name, the key of its moments; equal for layers that get the same input.
     """
 
@@ -181,8 +181,8 @@ class _Watcher:
 
     def calibration(self, tokens: int) -> Calibration:
         shared = {name: key for name, key in self.shared.items() if key in self.sums}
-        moments, unseen = Moments(self.sums, shared, tokens), frozenset(self.experts.matrices - set(shared))
-        return Calibration(moments, tokens, frozenset(self.transposed), unseen, shared)
+        moments = Moments(self.sums, shared, tokens)
+        return Calibration(moments, tokens, frozenset(self.transposed), self.experts.unreached, shared)
 
     def _watch(self, stored: tuple[str, ...], module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]

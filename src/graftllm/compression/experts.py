@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from graftllm.checkpoint import TensorSpec
@@ -65,9 +66,12 @@ class ExpertWatcher(TorchFunctionMode):
         super().__init__()
         self.mask = torch.empty(0)  # (rows, length) of the running forward pass, true where there is no padding
         self.slices: dict[str, list[Slice]] = {}  # by live name
-        self._told, self._turned, self._specs = told, turned, specs
+        self._told, self._turned = told, turned
         self._running: dict[int, Slice] = {}  # by address, while their module runs
+        self._reached: set[int] = set()
         for name, module in model.named_modules():
+            if isinstance(module, _ConvNd):
+                continue
             for key, parameter in module._parameters.items():
                 live = f"{name}.{key}"
                 if parameter is not None and parameter.ndim == 3 and live in found:
@@ -76,10 +80,10 @@ class ExpertWatcher(TorchFunctionMode):
                     module.register_forward_hook(self._leave_module, always_call=True)
 
     @property
-    def matrices(self) -> set[str]:
-        """Names of the stored tensors that are a matrix of one expert."""
-        parts = [part for slices in self.slices.values() for part in slices]
-        return {name for part in parts for name in part.stored if len(self._specs[name].shape) == 2}
+    def unreached(self) -> frozenset[str]:
+        """Names of the stored tensors, a matrix each or stacks, that hold an expert which no token reached so far."""
+        parts = [part for slices in self.slices.values() for part in slices if id(part) not in self._reached]
+        return frozenset(name for part in parts for name in part.stored)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -87,7 +91,10 @@ class ExpertWatcher(TorchFunctionMode):
         if told is not None and self._running and len(args) > 1 and args[1].ndim == 2:
             part = self._running.get(args[1].data_ptr())
             if part is not None and part.stored:
-                told(part, args[0].flatten(0, -2), output)
+                x = args[0].flatten(0, -2)
+                if id(part) not in self._reached and bool(x.any()):
+                    self._reached.add(id(part))
+                told(part, x, output)
         return output
 
     def _enter_module(

@@ -1,8 +1,10 @@
 """What calibration measured of a model, and that as a file, so that no process needs it all in memory."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from safetensors import safe_open
@@ -12,7 +14,7 @@ from graftllm.checkpoint import DTYPE_NAMES, TensorSpec, raw_bytes, write_safete
 from graftllm.compression.calibration import Calibration
 from graftllm.compression.matrix import DOUBLE, matrix_shape
 from graftllm.compression.metric import Metric
-from graftllm.compression.sensitivity import Sensitivity, input_metric
+from graftllm.compression.sensitivity import DAMPING, Sensitivity, input_metric, normal
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,24 @@ class Measures:
 
     calibration: Calibration | None = None
     sensitivity: Sensitivity | None = None
+    known_prices: Mapping[str, float] | None = None  # `prices`, where they were computed before
+
+    @cached_property
+    def prices(self) -> Mapping[str, float]:
+        """What an error costs on average in matrices of a kind, those whose names differ in numbers alone.
+
+        Of all matrices together it is under the empty name.
+        """
+        if self.known_prices is not None or self.sensitivity is None:
+            return self.known_prices or {}
+        found: dict[str, list[float]] = {}
+        moments = {} if self.calibration is None else self.calibration.moments
+        for name in self.sensitivity.measured:
+            metric = self.sensitivity.metric(name, moments.get(name))
+            if metric is not None:
+                for kind in ("", _kind(name)):
+                    found.setdefault(kind, []).append(metric.scale)
+        return {kind: sum(scales) / len(scales) for kind, scales in found.items()}
 
     def moments(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         """Return the second moments of the layer's input, where they are known and fit the parameter's shape."""
@@ -32,14 +52,31 @@ class Measures:
     def metric(self, name: str, shape: tuple[int, ...]) -> Metric:
         """Return what errors in a parameter cost."""
         moments = self.moments(name, shape)
-        found = input_metric(moments) if self.sensitivity is None else self.sensitivity.metric(name, moments)
+        if self.sensitivity is None:
+            found = input_metric(moments)
+        else:
+            found = self.sensitivity.metric(name, moments) or self._unmeasured(name, moments)
         if found.right is None or len(found.right) > DOUBLE:
             return found
         return Metric(found.scale, None if found.rows is None else found.rows.double(), found.right.double())
 
+    def _unmeasured(self, name: str, moments: Tensor | None) -> Metric:
+        """Return what errors cost that nothing was measured of: as much as in others of its kind, or in all.
+
+        An expert that no token reached is worth as little as the rows that none needed.
+        """
+        price = self.prices.get(_kind(name), self.prices.get("", 1.0))
+        if self.calibration is not None and name in self.calibration.unseen:
+            price *= DAMPING
+        return Metric(price, None, None if moments is None else normal(moments))
+
     def transposed(self, name: str) -> bool:
         """Return whether a parameter's input side is dimension 0."""
         return self.calibration is not None and name in self.calibration.transposed
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
 
 
 def save_measures(measures: Measures, path: Path) -> None:
@@ -54,7 +91,7 @@ def save_measures(measures: Measures, path: Path) -> None:
         facts |= {"tokens": known.tokens, "keys": keys}
         facts |= {"transposed": sorted(known.transposed), "unseen": sorted(known.unseen)}
     if sensitivity is not None:
-        facts["reached"] = dict(sensitivity.reached)
+        facts |= {"reached": dict(sensitivity.reached), "prices": dict(measures.prices)}
         for kind in _KINDS:
             found: Mapping[str, Tensor] = getattr(sensitivity, kind)
             parts |= {f"{kind}/{name}": (found, name) for name in found}
@@ -88,11 +125,13 @@ def load_measures(path: Path) -> Measures:
             frozenset(facts["unseen"]),
             facts["keys"],
         )
-    sensitivity = Sensitivity(*map(mapped, _KINDS), reached=facts["reached"]) if facts["sensitivity"] else None
-    return Measures(calibration, sensitivity)
+    if not facts["sensitivity"]:
+        return Measures(calibration)
+    sensitivity = Sensitivity(**{kind: mapped(kind) for kind in _KINDS}, reached=facts["reached"])
+    return Measures(calibration, sensitivity, facts["prices"])
 
 
-_KINDS = ("outputs", "reads", "read_outputs")
+_KINDS = ("outputs", "reads", "read_outputs", "rows")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from graftllm.checkpoint import Checkpoint
@@ -29,7 +29,7 @@ from graftllm.compression.matrix import matrix_shape
 from graftllm.compression.metric import Metric
 from graftllm.errors import CompressionError
 from graftllm.generation import load_model, load_tokenizer, pad, render_answered
-from graftllm.live import Binding, bindings
+from graftllm.live import Binding, bindings, looks_up_its_input
 from graftllm.progress import track
 from graftllm.records import Prompt
 
@@ -38,7 +38,7 @@ SEQUENCES = 512  # rows; with 128, packs of the demo's fine-tunes have up to twi
 MAX_LENGTH = 2048  # tokens; longer rows are cut
 _TOKENS = 1 << 18  # of all rows together, as many as GPTQ reads
 _TEMPERATURE = 2.0  # 1.5 to 4 are about as good; at 1, packs of sure models had up to a hundred times the divergence
-_DAMPING = 0.05  # share of the mean that is added to row weights: what calibration never saw may matter too
+DAMPING = 0.05  # share of the mean that is added to row weights: what calibration never saw may matter too
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,24 @@ class Sensitivity:
             multiplies those of experts that are stored inputs first, shape (experts x d_in,).
         read_outputs: of what is read, shape (d, d), for each time.
         reached: of each expert's matrix, the share of the tokens that it saw.
+        rows: of each row of what the model uses without a layer that could be watched, shape (d_out,).
     """
 
     outputs: Mapping[str, Tensor]
     reads: Mapping[str, Tensor]
     read_outputs: Mapping[str, Tensor]
     reached: Mapping[str, float] = field(default_factory=dict)
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def metric(self, name: str, moments: Tensor | None) -> Metric:
+    @property
+    def measured(self) -> list[str]:
+        """The names of all that has a price of its own."""
+        return list(dict.fromkeys([*self.outputs, *self.reads, *self.rows]))
+
+    def metric(self, name: str, moments: Tensor | None) -> Metric | None:
         """Return what errors in a matrix cost, from the second moments of its layer's input.
 
-        Where nothing was measured (no linear layer, or an expert that no token reached) an error
-        costs what it costs in the average measured matrix.
+        None where nothing was measured, as of an expert that no token reached.
         """
         parts = []  # (rows, right) of each use; a tied matrix has two
         if moments is not None and name in self.outputs:
@@ -70,25 +76,22 @@ class Sensitivity:
             parts.append((self.outputs[name], moments / self.reached.get(name, 1.0)))
         if name in self.reads:
             parts.append((self.reads[name], self.read_outputs[name]))
+        if name in self.rows:
+            rows = self.rows[name]
+            return Metric(float(rows.mean()), _damped(rows), None if moments is None else normal(moments))
         if not parts:
-            return Metric(scale=self._average, right=None if moments is None else _normal(moments))
+            return None
         # The sum of two Kronecker products is brought to one by the mean of each factor.
         right = torch.stack([rows.mean() * of_input for rows, of_input in parts]).sum(0)
         rows = torch.stack([rows * of_input.diagonal().mean() for rows, of_input in parts]).sum(0)
-        normal = rows / rows.mean().clamp(min=torch.finfo(rows.dtype).tiny)
-        return Metric(float(right.diagonal().mean()), (normal + _DAMPING) / (1 + _DAMPING), _normal(right))
-
-    @property
-    def _average(self) -> float:
-        found = [float(rows.mean()) for rows in self.outputs.values()]
-        return sum(found) / len(found) if found else 1.0
+        return Metric(float(right.diagonal().mean()), _damped(rows), normal(right))
 
 
 def input_metric(moments: Tensor | None) -> Metric:
     """Return what errors cost when only the second moments of the layer's input are known, or nothing at all."""
     if moments is None:
         return Metric()
-    return Metric(float(moments.diagonal().mean()), None, _normal(moments))
+    return Metric(float(moments.diagonal().mean()), None, normal(moments))
 
 
 def fits_in_memory(checkpoint: Checkpoint, device: torch.device, copies: int = 2) -> bool:
@@ -125,8 +128,9 @@ def measure_sensitivity(tuned: Path, rows: Sequence[Prompt], *, device: str = "a
     model.set_experts_implementation("eager")  # one product per expert, which can be watched
     found = {live: binding for binding in bindings(model, checkpoint.specs) for live in binding.live}
     stored = {live: binding.stored[0] for live, binding in found.items() if binding.plain}
-    watcher = _Watcher(model, stored, found, checkpoint)
     sequences = to_calibrate(tokenizer, rows)
+    uncalled = _uncalled(model, stored, sequences)
+    watcher = _Watcher(model, stored, found, checkpoint, uncalled)
     draw = torch.Generator(device=model.device).manual_seed(0)
     predicted = 0
     for start in track(range(0, len(sequences), _BATCH), label="sensitivity"):
@@ -139,6 +143,7 @@ def measure_sensitivity(tuned: Path, rows: Sequence[Prompt], *, device: str = "a
         chances = (logits / _TEMPERATURE).log_softmax(-1)
         drawn = torch.multinomial(chances.detach().exp(), 1, generator=draw)
         (_TEMPERATURE * chances.gather(1, drawn)).sum().backward()
+        watcher.collect()
         predicted += len(drawn)
     lengths = [len(row) for row, _ in sequences]
     return watcher.sensitivity(predicted, sum(lengths)), watcher.weights(lengths)
@@ -184,11 +189,45 @@ def check_reads_text(model: Any, checkpoint: Checkpoint) -> None:
         )
 
 
+def _is_watched(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D) or looks_up_its_input(module)
+
+
+@torch.no_grad()
+def _uncalled(
+    model: PreTrainedModel, stored: Mapping[str, str], sequences: Sequence[Answered]
+) -> dict[str, nn.Parameter]:
+    """Return by stored name the matrices that the model uses without running a layer that could be watched.
+
+    Such are convolutions, a state-space layer's decay, and what its fused kernels read; stacks of experts are not.
+    """
+    called: set[int] = set()
+    hooks = [
+        module.register_forward_hook(lambda module, *_: called.add(id(module.weight)))
+        for module in model.modules()
+        if _is_watched(module)
+    ]
+    if sequences:
+        model(input_ids=torch.tensor([sequences[0][0]], device=model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {
+        stored[name]: value
+        for name, value in model.named_parameters()
+        if name in stored and id(value) not in called and min(matrix_shape(tuple(value.shape))) > 1
+    }
+
+
 class _Watcher:
     """Sums the squared gradients at the outputs of linear layers and embeddings, padding left out."""
 
     def __init__(
-        self, model: nn.Module, stored: Mapping[str, str], found: Mapping[str, Binding], checkpoint: Checkpoint
+        self,
+        model: nn.Module,
+        stored: Mapping[str, str],
+        found: Mapping[str, Binding],
+        checkpoint: Checkpoint,
+        uncalled: Mapping[str, nn.Parameter],
     ) -> None:
         self.ids = self.mask = torch.empty(0)  # of the running pass, (rows, length)
         self.outputs: dict[str, Tensor] = {}
@@ -200,15 +239,30 @@ class _Watcher:
         self._specs, self._reached = checkpoint.specs, Counter[str]()  # how many tokens each expert's matrix saw
         self._times = Counter[str]()  # how many tokens read each embedding, or matrices of a stack
         self.experts = ExpertWatcher(model, found, checkpoint.specs, self._expert, self._turned_expert)
+        stacks = {found[live].stored[0] for live in self.experts.slices}
+        self.rows: dict[str, Tensor] = {}
+        self._uncalled = {name: value.requires_grad_() for name, value in uncalled.items() if name not in stacks}
         tied = {id(value): stored[name] for name, value in model.named_parameters() if name in stored}
         for module in model.modules():
             weight = getattr(module, "weight", None)
             if not isinstance(weight, Tensor) or id(weight) not in tied:
                 continue
-            if isinstance(module, nn.Embedding):
+            if looks_up_its_input(module):
                 module.register_forward_hook(partial(self._read, tied[id(weight)]))
-            elif isinstance(module, nn.Linear | Conv1D):
+            elif _is_watched(module):
                 module.register_forward_hook(partial(self._linear, tied[id(weight)]))
+
+    def collect(self) -> None:
+        """Take the gradients of the running pass off what no layer was seen to use.
+
+        Answers are drawn, so gradients of different tokens cancel on average, and the square of their sum is, on
+        average, the sum of their squares.
+        """
+        for name, value in self._uncalled.items():
+            if value.grad is not None:
+                squares = value.grad.float().square().reshape(matrix_shape(tuple(value.shape)))
+                self.rows[name] = self.rows.get(name, 0) + squares.mean(1)
+                value.grad = None
 
     def sensitivity(self, predicted: int, tokens: int) -> Sensitivity:
         """Return what was found, as half the mean over predicted tokens; `tokens` are all that were read."""
@@ -218,6 +272,7 @@ class _Watcher:
             {name: (total * share).cpu() for name, total in self.reads.items()},
             {name: (total / self._times[name]).cpu() for name, total in self.read_outputs.items()},
             {name: count / tokens for name, count in self._reached.items()},
+            {name: (total * share).cpu() for name, total in self.rows.items()},
         )
 
     def weights(self, lengths: Sequence[int]) -> Weights:
@@ -275,10 +330,12 @@ class _Watcher:
         output.register_hook(add)
 
     def _read(self, name: str, module: nn.Embedding, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if inputs[0].shape != self.ids.shape:
+        ids = inputs[0]
+        if ids.shape[-1] != self.ids.shape[1] or ids.numel() not in (ids.shape[-1], self.ids.numel()):
             return output
-        output = output.detach().requires_grad_()
-        ids = inputs[0][self.mask]
+        # Positions may be the same for all rows: each row gets its own, so that gradients are told apart.
+        output = output.detach().expand(*self.ids.shape, output.shape[-1]).requires_grad_()
+        ids = ids.expand(self.ids.shape)[self.mask]
         counts = torch.bincount(ids, minlength=module.num_embeddings).float()
         self.reads[name] = self.reads.get(name, 0) + counts
         self._times[name] += len(ids)
@@ -296,6 +353,11 @@ class _Watcher:
         return kept.float()
 
 
-def _normal(moments: Tensor) -> Tensor:
+def normal(moments: Tensor) -> Tensor:
     """Return moments with a diagonal of mean 1."""
     return moments / moments.diagonal().mean().clamp(min=torch.finfo(moments.dtype).tiny)
+
+
+def _damped(rows: Tensor) -> Tensor:
+    """Return what rows cost with mean 1, and none of them nothing."""
+    return (rows / rows.mean().clamp(min=torch.finfo(rows.dtype).tiny) + DAMPING) / (1 + DAMPING)

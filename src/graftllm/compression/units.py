@@ -177,7 +177,7 @@ def _look(job: Job, unit: Unit) -> None:
     spec = delta.tuned.specs[name]
     if delta.unchanged(name):
         write_code(job, unit, Unchanged(), np.empty(0, np.uint8), 0.0)
-    elif min(matrix_shape(spec.shape)) == 1 or not _is_floating(job, name):
+    elif _is_small(name, spec.shape) or not _is_floating(job, name):
         write_code(job, unit, *encode_exact(*_pair(job, name)), 0.0)
     else:
         served = role_of(name, spec.shape) in SERVED and len(spec.shape) == 2
@@ -253,6 +253,11 @@ def _publish(job: Job, unit: Unit) -> None:
     change = change.cpu()
     error, norm = frobenius(operator.delta(payload, base).sub_(change)), frobenius(change)
     return write_code(job, unit, operator, payload, error / norm if norm else 0.0)
+
+
+def _is_small(name: str, shape: tuple[int, ...]) -> bool:
+    """Return whether a parameter is no matrix: a vector, or the biases of a stack of experts."""
+    return min(matrix_shape(shape)) == 1 or role_of(name, shape) in ("norm", "bias")
 
 
 def _is_floating(job: Job, name: str) -> bool:

@@ -130,7 +130,7 @@ def pack_lines(header: Header, file_bytes: int) -> list[str]:
         "tokenizer": "not the base's; `apply` writes the base's, so copy the tuned model's over it"
         if header.tokenizer_changed
         else "",
-        "unseen": f"{unseen:,} matrices of experts that no calibration token reached" if unseen else "",
+        "unseen": f"{unseen:,} matrices or stacks of experts that not all saw a calibration token" if unseen else "",
     }
     lines = [f"{card.name or 'unnamed'}: {card.description or 'no description'}"]
     return [printable(line) for line in lines + [f"{key:<12} {fact}" for key, fact in facts.items() if fact]]

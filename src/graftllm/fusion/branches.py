@@ -7,7 +7,6 @@ vectors (norms, biases) are differences. What is stored otherwise can only be me
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from graftllm.errors import FusionError
 from graftllm.fusion.grafting import check_whole, in_base_dtype, is_quantized, touched_bindings, touched_names
 from graftllm.fusion.shelf import Shelf
-from graftllm.live import Binding, named_values
+from graftllm.live import Binding, looks_up_its_input, named_values
 from graftllm.skillpack import SkillPack
 
 Factors = tuple[Tensor, Tensor]
@@ -143,7 +142,7 @@ def _places(model: nn.Module, pack: SkillPack) -> dict[str, tuple[Binding, list[
         if not bindings[name].plain or not here:
             raise _only_merged(name, pack, "which transformers keeps in another form, as it does stacked experts")
         for _, module, key in here:
-            if isinstance(module, nn.Embedding) and len(signature(type(module).forward).parameters) > 2:
+            if isinstance(module, nn.Embedding) and not looks_up_its_input(module):
                 raise _only_merged(name, pack, f"of {type(module).__name__}, which looks up by more than its input")
             _check_place(name, pack, module, key, whole=module in vocabulary or isinstance(module, nn.Embedding))
         found[name] = bindings[name], here

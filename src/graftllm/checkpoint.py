@@ -10,6 +10,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -189,7 +190,8 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the name, dtype, shape and digest of every tensor; reads the whole checkpoint."""
-        return fingerprint((name, spec, self.digest(name)) for name, spec in self.specs.items())
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            return fingerprint(zip(self.specs, self.specs.values(), threads.map(self.digest, self.specs), strict=True))
 
 
 def fingerprint(tensors: Iterable[tuple[str, TensorSpec, str]]) -> str:

@@ -1,15 +1,19 @@
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError, StorageError
+from graftllm.fusion import directory
 from graftllm.fusion.branches import why_merged_only
 from graftllm.fusion.directory import (
     MANIFEST,
@@ -28,7 +32,7 @@ from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.storage import only_writer
 from tests.architectures import CONFIGS, load, save_base, save_tuned
-from tests.models import perturb, save_llama
+from tests.models import perturb, save_llama, with_vocabulary
 
 
 class _Router:
@@ -43,13 +47,18 @@ class _Router:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base and packs of it: `one` and `three` exact, `two` in factors, and `other` for another base."""
+    """A base and packs of it: `one` and `three` exact, `two` in factors, `wide` with added vocabulary rows.
+
+    `other` is for another base.
+    """
     home = tmp_path_factory.mktemp("home")
     base = save_llama(home / "base")
     for seed, name in enumerate(("one", "two", "three"), 1):
         delta = Delta(Checkpoint.open(base), Checkpoint.open(perturb(base, home / f"{name}-tuned", seed=seed)))
         options = PackOptions(strategy="paper" if name == "two" else "exact")
         compress(delta, options, card=Card(name=name, description=f"Skill {name}")).save(home / f"{name}.safetensors")
+    wide = with_vocabulary(base, home / "wide-tuned", 80)
+    compress(Delta(Checkpoint.open(base), Checkpoint.open(wide)), PackOptions()).save(home / "wide.safetensors")
     other = save_llama(home / "other", seed=8)
     delta = Delta(Checkpoint.open(other), Checkpoint.open(perturb(other, home / "other-tuned", seed=1)))
     compress(delta, PackOptions(strategy="exact")).save(home / "other.safetensors")
@@ -66,6 +75,10 @@ def grafted(home: Path, tmp_path: Path) -> Path:
 def _contents(directory: Path) -> dict[str, tuple[int, bytes]]:
     files = [file for file in sorted(directory.rglob("*")) if file.is_file()]
     return {str(file.relative_to(directory)): (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
+
+
+def _fail(*_: object) -> None:
+    raise OSError("not on this file system")
 
 
 def test_adding_touches_nothing_but_the_manifest(home: Path, grafted: Path) -> None:
@@ -86,10 +99,7 @@ def test_adding_and_removing_again_gives_the_old_directory_back(home: Path, graf
 
 
 def test_where_files_cannot_be_linked_they_are_copied(home: Path, grafted: Path, monkeypatch) -> None:
-    def link(*_: object) -> None:
-        raise OSError("another file system")
-
-    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(os, "link", _fail)
     add_packs(grafted, {"three": home / "three.safetensors"})
     assert not (grafted / "packs" / "three.safetensors").samefile(home / "three.safetensors")
     assert list(open_packs(grafted, read_manifest(grafted))) == ["one", "two", "three"]
@@ -182,6 +192,13 @@ def test_bad_changes_change_nothing(home: Path, grafted: Path, tmp_path: Path) -
             FusionError,
             r"other.safetensors: made for the base other \(\w{12}\), but .*base is \w{12}. Use that",
         ),
+        (
+            "three",
+            "wide",
+            FusionError,
+            r"wide.safetensors: expected 73 rows of 'model.embed_tokens.weight', as the base has, found 80: a grafted "
+            r"model has no room for added vocabulary. Write a checkpoint with `graftllm apply` and use that instead.",
+        ),
         ("three", "none", PackError, r"cannot be read"),
     ):
         with pytest.raises(error, match=message):
@@ -202,6 +219,77 @@ def test_bad_changes_change_nothing(home: Path, grafted: Path, tmp_path: Path) -
     with pytest.raises(FusionError, match="expected a grafted model, found no manifest.json in it"):
         add_packs(tmp_path / "nothing", {"three": home / "three.safetensors"})
     assert not (tmp_path / "nothing").exists()
+    assert _contents(grafted) == before
+
+
+@pytest.mark.parametrize("bad", ["other", "wide", "none"])
+def test_of_several_packs_none_comes_when_one_does_not_fit(home: Path, grafted: Path, tmp_path: Path, bad: str) -> None:
+    packs = {name: home / f"{name}.safetensors" for name in ("three", bad)}
+    before = _contents(grafted)
+    with pytest.raises((FusionError, PackError), match=f"{bad}.safetensors: "):
+        add_packs(grafted, packs)
+    assert _contents(grafted) == before
+    for out in (grafted, tmp_path / "new"):
+        with pytest.raises((FusionError, PackError), match=f"{bad}.safetensors: "):
+            write_grafted(out, str(home / "base"), packs)
+    assert _contents(tmp_path) == {f"g/{name}": content for name, content in before.items()}
+    assert [file.name for file in tmp_path.iterdir()] == ["g"]
+
+
+def _full_after(number: int, copy: Callable[..., None]) -> Callable[..., None]:
+    """Return a copy of files to a disk that is full after so many."""
+    done: list[object] = []
+
+    def copying(source: BinaryIO, place: BinaryIO) -> None:
+        if len(done) == number:
+            place.write(source.read(100))
+            raise OSError(errno.ENOSPC, "No space left on device")
+        done.append(copy(source, place))
+
+    return copying
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_disk_that_is_full_in_the_middle_keeps_no_pack(
+    home: Path, grafted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    packs = {name: home / f"{name}.safetensors" for name in ("three", "again")}
+    shutil.copy(packs["three"], packs["again"])
+    before = _contents(grafted)
+    monkeypatch.setattr(os, "link", _fail)
+    for change in (
+        lambda: add_packs(grafted, packs),
+        lambda: write_grafted(tmp_path / "new", str(home / "base"), packs),
+    ):
+        with monkeypatch.context() as disk:
+            disk.setattr(shutil, "copyfileobj", _full_after(number, shutil.copyfileobj))
+            with pytest.raises(StorageError, match="no space left to write it; nothing half-written was kept"):
+                change()
+    assert _contents(grafted) == before
+    assert [file.name for file in tmp_path.iterdir()] == ["g"]
+    add_packs(grafted, packs)
+    assert list(open_packs(grafted, read_manifest(grafted))) == ["one", "two", "three", "again"]
+
+
+def test_what_a_failed_change_put_goes_but_nothing_that_was_there(
+    home: Path, grafted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_router(grafted, _Router("one"))  # type: ignore
+    shutil.copy(home / "three.safetensors", grafted / "packs")  # the only one of its name, or one that a kill left
+    before = _contents(grafted)
+    packs = {"three": grafted / "packs" / "three.safetensors", "again": home / "three.safetensors"}
+    with pytest.raises(FusionError, match="router: knows the pack 'four', which is not there"):
+        add_packs(grafted, packs, router=_Router("one", "four"))  # type: ignore
+
+    changes = (
+        lambda: add_packs(grafted, packs, router=_Router("one", "again")),  # type: ignore
+        lambda: set_router(grafted, _Router("two")),  # type: ignore
+    )
+    for place, name in ((directory, "write_text"), (os, "replace")):  # of the manifest, and of the router
+        for change in changes:
+            with monkeypatch.context() as disk, pytest.raises(OSError, match="not on this file system"):
+                disk.setattr(place, name, _fail)
+                change()
     assert _contents(grafted) == before
 
 

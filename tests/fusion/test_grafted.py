@@ -440,6 +440,29 @@ def test_a_moved_run_directory_still_loads(shelf: Path, tmp_path: Path) -> None:
     assert set(GraftedModel.load(tmp_path / "moved" / "grafted").packs) == {"one", "two"}
 
 
+def test_a_base_that_was_replaced_is_refused_before_it_answers_or_teaches(shelf: Path, tmp_path: Path) -> None:
+    shutil.copytree(shelf.parent, tmp_path / "home")
+    directory, weights = tmp_path / "home" / "grafted", tmp_path / "home" / "base" / "model.safetensors"
+    before, asked = GraftedModel.load(directory), ["31676 4", "hello"]
+    answers, routes = before.generate(asked, "base", SHORT), before.route(asked)
+    write_rows(tmp_path / "late.jsonl", rows(5, answered=False, task="late"))
+    kept = weights.rename(tmp_path / "kept.safetensors")
+    shutil.copy(save_llama(tmp_path / "seed", seed=8) / "model.safetensors", weights)
+    told = (
+        r"base: expected the base of .*grafted \(\w{12}\), found other weights \(\w{12}\): they were changed or "
+        r"replaced. Put the old ones back, or make packs of this base and run `graftllm fuse` again.$"
+    )
+    with pytest.raises(FusionError, match=told):
+        GraftedModel.load(directory)
+    with pytest.raises(FusionError, match=told):
+        join_packs(directory, {"late": tmp_path / "home" / "one.safetensors"}, router_data=tmp_path / "late.jsonl")
+    GraftedModel.load(directory, check=False)
+    shutil.copy(kept, weights)  # another file with the same bytes
+    after = GraftedModel.load(directory)
+    assert after.generate(asked, "base", SHORT) == answers
+    assert after.route(asked) == routes
+
+
 def test_packs_are_shared_with_the_files_they_came_from(shelf: Path) -> None:
     assert (shelf / "packs" / "one.safetensors").samefile(shelf.parent / "one.safetensors")
 

@@ -6,7 +6,8 @@ import pytest
 
 from graftllm.checkpoint import Checkpoint, copy_companions
 from graftllm.delta import Delta
-from graftllm.errors import RecipeError, TrainingError
+from graftllm.errors import FusionError, RecipeError, TrainingError
+from graftllm.fusion import assembly
 from graftllm.fusion.merging import apply_packs
 from graftllm.generation import generate, load_model, load_tokenizer
 from graftllm.packer import compress
@@ -74,6 +75,23 @@ def test_a_pack_of_it_applies_and_answers_with_the_tuned_tokenizer(
     apply_packs(base, [(pack, 1.0)], tmp_path / "out")
     assert Checkpoint.open(tmp_path / "out").specs == tuned.specs
     assert _answers(tmp_path / "out", tuned.path) == ["alfa alfa", "bravo bravo"]
+
+
+def test_a_pack_of_it_is_refused_by_a_grafted_model_before_a_router_learns(
+    base: Checkpoint, tuned: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress(Delta(base, tuned), PackOptions(strategy="exact")).save(tmp_path / "p.safetensors")
+    write_rows(tmp_path / "rows.jsonl", [replace(row, task="say") for row in ROWS])
+    monkeypatch.delattr(assembly, "fit_router")
+    known = base.specs["model.embed_tokens.weight"].shape[0]
+    told = (
+        f"p.safetensors: expected {known} rows of 'model.embed_tokens.weight', as the base has, found {known + 2}: a "
+        "grafted model has no room for added vocabulary. Write a checkpoint with `graftllm apply` and use that instead."
+    )
+    with pytest.raises(FusionError, match=f"{re.escape(told)}$"):
+        packs = {"say": tmp_path / "p.safetensors"}
+        assembly.fuse_packs(tmp_path / "g", str(base.path), packs, router_data=tmp_path / "rows.jsonl")
+    assert not (tmp_path / "g").exists()
 
 
 def test_tokens_that_are_there_already_add_no_row(tuned: Checkpoint, tmp_path: Path) -> None:

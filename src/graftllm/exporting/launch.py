@@ -5,10 +5,9 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftllm.checkpoint import Checkpoint
 from graftllm.errors import ServingError
 from graftllm.exporting.adapter import LEGAL_RANKS, Adapter, export_adapter
-from graftllm.fusion.directory import base_location, read_manifest
+from graftllm.fusion.directory import open_base, read_manifest
 from graftllm.storage import whole_directory, write_text
 
 
@@ -45,7 +44,7 @@ def export_shelf(
     manifest = read_manifest(directory)
     if not manifest.packs:
         raise ServingError(f"{directory}: there are no packs to export; put some there with `graftllm add`.")
-    base = Checkpoint.open(base_location(directory, manifest.base)).path
+    base = open_base(directory, manifest).path
     with whole_directory(out, over=["launch.sh"], beside=[base, directory]) as partial:
         adapters = {
             name: export_adapter(

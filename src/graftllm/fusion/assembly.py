@@ -8,9 +8,10 @@ from graftllm.errors import FusionError
 from graftllm.fusion.directory import (
     Manifest,
     add_packs,
-    base_location,
     check_fusable,
     check_new,
+    open_base,
+    open_fitting,
     open_router,
     read_manifest,
     write_grafted,
@@ -45,8 +46,8 @@ def fuse_packs(
         device: `auto` takes a GPU when there is one.
 
     Raises:
-        FusionError: a name is reserved, packs are of different bases, a rule names no pack, a pack has no prompts, or
-            there are options but no rows.
+        FusionError: a name is reserved, a pack is for another base, adds vocabulary rows or has no prompts, a rule
+            names no pack, or there are options but no rows.
         PackError: a pack is damaged or was made for another base.
     """
     check_names(packs)
@@ -55,8 +56,9 @@ def fuse_packs(
         raise FusionError("router: expected prompt rows (--router-data) to train it on, found none; give some.")
     check_fusable(out, [*packs.values(), *([] if router_data is None else [router_data])])
     if router_data is not None:
-        prompts = _prompts(router_data, packs)
-        router = fit_router(Checkpoint.open(base).path, prompts, options or RouterOptions(), device=device)
+        prompts, checkpoint = _prompts(router_data, packs), Checkpoint.open(base)
+        open_fitting(packs, checkpoint)
+        router = fit_router(checkpoint.path, prompts, options or RouterOptions(), device=device)
     write_grafted(out, base, packs, router, rules)
 
 
@@ -82,8 +84,9 @@ def join_packs(
         The new manifest.
 
     Raises:
-        FusionError: a name is taken or reserved, a pack is for another base or has no prompts, there is no router to
-            teach, the new prompts are too much like an old pack's, or another process changed the router meanwhile.
+        FusionError: a name is taken or reserved, a pack is for another base, adds vocabulary rows or has no prompts,
+            the base was changed, there is no router to teach, the new prompts are too much like an old pack's, or
+            another process changed the router meanwhile.
         PackError: a pack is damaged or was made for another base.
     """
     manifest, router = read_manifest(directory), None
@@ -100,8 +103,9 @@ def join_packs(
                 "`graftllm fuse --router-data`, or add packs without --router-data."
             )
         prompts = _prompts(router_data, packs)
-        base = Checkpoint.open(base_location(directory, manifest.base)).path
-        model, tokenizer = load_model(base, device=device), load_tokenizer(base)
+        base = open_base(directory, manifest)
+        open_fitting(packs, base)
+        model, tokenizer = load_model(base.path, device=device), load_tokenizer(base.path)
         for name in packs:
             label = f"router: {name}"
             features = features_of(model, tokenizer, prompts[name], router.options, label=label)

@@ -7,7 +7,7 @@
 
 The base is referred to, not copied; a relative path keeps a moved run directory whole. The manifest
 alone says what belongs: files are put in place before it is replaced and taken away after, so a
-process killed at any moment leaves the old model or the new one.
+process killed at any moment leaves the old model or the new one. A change that fails takes back what it put.
 """
 
 import hashlib
@@ -31,6 +31,7 @@ from graftllm.storage import check_apart, only_writer, whole_directory, whole_fi
 
 AUTO = "auto"
 MANIFEST = "manifest.json"
+_PASSING = ".router.safetensors"  # a router's name until its bytes, and with them its hash, are known
 _HASH = 12  # hexadecimal digits of the SHA-256 of a router's file that are in its name
 
 PackName = Annotated[str, AfterValidator(plain_name)]
@@ -59,7 +60,7 @@ class Manifest(BaseModel):
     format: Literal["graftllm/grafted"] = "graftllm/grafted"
     version: Literal[1] = 1
     base: str
-    fingerprint: str
+    fingerprint: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
     packs: dict[PackName, ShelvedPack]
     router: ShelvedRouter | None = None
     rules: tuple[Rule, ...] = ()
@@ -83,14 +84,14 @@ def write_grafted(
         rules: prompts that go to a pack whatever the router says.
 
     Raises:
-        FusionError: a name is reserved, packs are of different bases, or a rule names no pack.
+        FusionError: a name is reserved, a pack is for another base or adds vocabulary rows, or a rule names no pack.
         PackError: a pack is damaged or was made for another base.
     """
     checkpoint = Checkpoint.open(base)
     check_fusable(out, list(packs.values()))
     manifest = Manifest(
         base=base if not Path(base).is_dir() else os.path.relpath(Path(base).resolve(), out.resolve()),
-        fingerprint="",
+        fingerprint=checkpoint.fingerprint,
         packs={},
     )
     with whole_directory(out, over=[MANIFEST], beside=[checkpoint.path]) as partial:
@@ -130,19 +131,18 @@ def add_packs(
         The new manifest.
 
     Raises:
-        FusionError: a name is taken or reserved, a pack is for another base, the directory has got another router
-            since `taught`, or this is no grafted model.
+        FusionError: a name is taken or reserved, a pack is for another base or adds vocabulary rows, the directory has
+            got another router since `taught`, or this is no grafted model.
         PackError: a pack is damaged or was made for another base.
         StorageError: another process changes the directory now, or it cannot be written.
     """
-    with _changing(directory) as manifest:
+    with _changing(directory, packs) as manifest:
         if taught is not None and manifest.router != taught.router:
             raise FusionError(
                 f"{directory}: expected the router that learnt of {', '.join(packs)}, found another; it was changed "
                 "meanwhile. Nothing was added; run the same command again."
             )
-        base = Checkpoint.open(base_location(directory, manifest.base))
-        changed = _with_packs(directory, manifest, packs, base)
+        changed = _with_packs(directory, manifest, packs, open_base(directory, manifest, check=False))
         if router is not None:
             changed = _with_router(directory, changed, router)
         _commit(directory, changed, manifest)
@@ -258,10 +258,27 @@ def _open_router(path: Path) -> Router:
     return Router.load(path)
 
 
-def base_location(directory: Path, base: str) -> str | Path:
-    """Return the checkpoint directory or Hub id that a manifest's `base` means."""
-    beside = Path(os.path.normpath(directory.resolve() / base))
-    return beside if beside.is_dir() or base.startswith(".") else base
+def open_base(directory: Path, manifest: Manifest, *, check: bool = True) -> Checkpoint:
+    """Open the base of a grafted directory.
+
+    Args:
+        directory: a grafted model.
+        manifest: what it consists of.
+        check: compare the weights with the fingerprint, for which all of them are read.
+
+    Raises:
+        FusionError: the weights are not those that the packs were made for.
+        CheckpointError: the base is missing or not whole.
+    """
+    beside = Path(os.path.normpath(directory.resolve() / manifest.base))
+    base = Checkpoint.open(beside if beside.is_dir() or manifest.base.startswith(".") else manifest.base)
+    if check and base.fingerprint != manifest.fingerprint:
+        raise FusionError(
+            f"{base.path}: expected the base of {directory} ({manifest.fingerprint[:12]}), found other weights "
+            f"({base.fingerprint[:12]}): they were changed or replaced. Put the old ones back, or make packs of this "
+            "base and run `graftllm fuse` again."
+        )
+    return base
 
 
 def check_new(directory: Path, manifest: Manifest, names: Collection[str]) -> None:
@@ -278,12 +295,50 @@ def check_new(directory: Path, manifest: Manifest, names: Collection[str]) -> No
         )
 
 
+def open_fitting(packs: Mapping[str, Path], base: Checkpoint) -> dict[str, SkillPack]:
+    """Open packs that are to come to a shelf, by name; headers alone are read.
+
+    Raises:
+        FusionError: one adds vocabulary rows.
+        PackError: one is damaged or was made for another base.
+    """
+    opened = {name: SkillPack.load(path) for name, path in packs.items()}
+    for pack in opened.values():
+        pack.check_base(base)
+        for tensor, entry in pack.header.tensors.items():
+            if entry.tuned_spec.shape != entry.shape:
+                raise FusionError(
+                    f"{pack.source}: expected {entry.shape[0]:,} rows of {tensor!r}, as the base has, found "
+                    f"{entry.tuned_spec.shape[0]:,}: a grafted model has no room for added vocabulary. Write a "
+                    "checkpoint with `graftllm apply` and use that instead."
+                )
+    return opened
+
+
 @contextmanager
-def _changing(directory: Path) -> Iterator[Manifest]:
-    """Yield the manifest while no other process may change the directory."""
+def _changing(directory: Path, coming: Collection[str] = ()) -> Iterator[Manifest]:
+    """Yield the manifest while no other process may change the directory.
+
+    Args:
+        directory: a grafted model; if the change fails, routers and packs go that were not there before.
+        coming: names of packs that the change puts there.
+    """
     read_manifest(directory)  # before a lock makes a directory of a name that was mistyped
     with only_writer(directory):
-        yield read_manifest(directory)
+        manifest, before = read_manifest(directory), _there(directory, coming)
+        try:
+            yield manifest
+        except BaseException:
+            for file in _there(directory, coming) - before - _files(read_manifest(directory)):
+                (directory / file).unlink()
+            raise
+
+
+def _there(directory: Path, names: Collection[str]) -> set[str]:
+    """Return the files of routers and of packs of these names, whether the manifest names them or not."""
+    packs = {f"packs/{file.name}" for file in directory.glob("packs/*.safetensors") if file.stem in names}
+    routers = [file for pattern in ("router-*.safetensors", _PASSING) for file in directory.glob(pattern)]
+    return packs | {file.name for file in routers}
 
 
 def _commit(directory: Path, changed: Manifest, old: Manifest) -> None:
@@ -299,23 +354,22 @@ def _files(manifest: Manifest) -> set[str]:
 
 
 def _with_packs(directory: Path, manifest: Manifest, packs: Mapping[str, Path], base: Checkpoint) -> Manifest:
-    """Put pack files into a directory; return its manifest with them."""
+    """Put pack files into a directory, when all are known to fit; return its manifest with them."""
     check_new(directory, manifest, packs)
-    (directory / "packs").mkdir(exist_ok=True)
-    shelved, fingerprint = dict(manifest.packs), manifest.fingerprint
-    for name, path in packs.items():
-        pack = SkillPack.load(path)
-        pack.check_base(base)
-        fingerprint = fingerprint or base.fingerprint
-        if (made_for := pack.header.base).fingerprint != fingerprint:
+    opened = open_fitting(packs, base)
+    for pack in opened.values():
+        if (made_for := pack.header.base).fingerprint != manifest.fingerprint:
             raise FusionError(
-                f"{path}: made for the base {made_for.name} ({made_for.fingerprint[:12]}), but {base.path} is "
-                f"{fingerprint[:12]}. Use that base or rebuild the pack."
+                f"{pack.source}: made for the base {made_for.name} ({made_for.fingerprint[:12]}), but {base.path} is "
+                f"{manifest.fingerprint[:12]}. Use that base or rebuild the pack."
             )
+    (directory / "packs").mkdir(exist_ok=True)
+    shelved = dict(manifest.packs)
+    for name, pack in opened.items():
         file = f"packs/{name}.safetensors"
         _link_or_copy(Path(pack.source), directory / file)
         shelved[name] = ShelvedPack(file=file, sha256=sha256_of(directory / file))
-    return manifest.model_copy(update={"packs": shelved, "fingerprint": fingerprint})
+    return manifest.model_copy(update={"packs": shelved})
 
 
 def _with_router(directory: Path, manifest: Manifest, router: Router | None) -> Manifest:
@@ -325,7 +379,7 @@ def _with_router(directory: Path, manifest: Manifest, router: Router | None) -> 
     known = [name for name in router.classes if name != BASE]
     if missing := [name for name in known if name not in manifest.packs]:
         raise FusionError(f"router: knows the pack {missing[0]!r}, which is not there; expected {_list(manifest)}.")
-    passing = directory / ".router.safetensors"
+    passing = directory / _PASSING
     router.save(passing)
     file = f"router-{sha256_of(passing)[:_HASH]}.safetensors"
     os.replace(passing, directory / file)

@@ -8,11 +8,10 @@ from typing import Literal, cast, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError
 from graftllm.fusion.beside import Beside, Mix, mixed
 from graftllm.fusion.branches import kept_branches, why_merged_only
-from graftllm.fusion.directory import AUTO, base_location, open_packs, open_router, read_manifest
+from graftllm.fusion.directory import AUTO, open_base, open_packs, open_router, read_manifest
 from graftllm.fusion.grafting import Graft, is_quantized
 from graftllm.fusion.names import unknown_pack
 from graftllm.fusion.routing import BASE, Route, Router, prompt_features, ruled
@@ -74,6 +73,7 @@ class GraftedModel:
         device: str = "auto",
         model: PreTrainedModel | None = None,
         memory_bytes: int | None = None,
+        check: bool = True,
     ) -> "GraftedModel":
         """Load the base and open the packs of a grafted directory.
 
@@ -82,16 +82,17 @@ class GraftedModel:
             device: `auto` takes a GPU when there is one.
             model: the base, if you loaded it yourself, such as over several devices or quantized.
             memory_bytes: how much of decoded packs may be kept; see `shelf`.
+            check: compare all weights in the base's files with the manifest's fingerprint first.
 
         Raises:
-            FusionError: the directory is no grafted model, or a file of it was changed.
+            FusionError: the directory is no grafted model, or a file of it or the base was changed.
             CheckpointError: the base is missing or cannot be loaded.
             PackError: a pack is damaged or was made for another base.
         """
         directory = Path(directory)
         manifest = read_manifest(directory)
         packs = open_packs(directory, manifest)
-        base = Checkpoint.open(base_location(directory, manifest.base))
+        base = open_base(directory, manifest, check=check)
         for pack in packs.values():
             pack.check_base(base)
         return cls(

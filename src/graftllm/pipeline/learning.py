@@ -110,7 +110,7 @@ def learn(work: Work, into: Path, *, on: Sequence[str] = ()) -> Learned:
     """
     refuse_added_tokens(work.recipe)
     manifest = read_manifest(into)
-    if manifest.fingerprint not in ("", work.target.fingerprint):
+    if manifest.fingerprint != work.target.fingerprint:
         raise RecipeError(
             f"target: expected the base of {into}, {manifest.base} ({manifest.fingerprint[:12]}), found "
             f"{work.recipe.target} ({work.target.fingerprint[:12]})."

@@ -97,7 +97,7 @@ class Library:
         """Serve what the directory holds now, with the base that is in memory."""
         assert self.engine is not None
         manifest = read_manifest(self._directory)
-        grafted = _knowing(GraftedModel.load(self._directory, model=self.grafted.model))
+        grafted = _knowing(GraftedModel.load(self._directory, model=self.grafted.model, check=False))
         self._manifest, self.grafted = manifest, grafted
         self.engine.adopt(grafted, self.digests)
 

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import random
+import resource
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -33,6 +34,31 @@ KINDS = (
     *("unchanged", "raw", "difference", "predicted", "predicted float", "sparse", "lowrank"),
     *("elementwise", "convolution", "factored", "hybrid", "transposed", "product", "layered"),
 )
+
+
+_MOST = 256 << 20  # bytes that a test may take beyond what the process has; a tensor here has a few hundred
+
+
+@pytest.fixture(autouse=True)
+def bounded() -> Iterator[None]:
+    """Let no damaged pack take much memory: beyond the limit it would be an error that is no PackError."""
+    pages = Path("/proc/self/statm")
+    if not pages.exists():
+        yield  # not Linux
+        return
+    _samples()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(pages.read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + _MOST, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_the_limit_on_memory_holds() -> None:
+    with pytest.raises((MemoryError, RuntimeError)):
+        torch.ones(2 * _MOST, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)

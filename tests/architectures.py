@@ -78,10 +78,10 @@ _AUTO: Mapping[str, Any] = {
 }
 
 
-def save_base(name: str, path: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Save a model of one architecture, with its tokenizer."""
+def save_base(name: str, path: Path, *, dtype: torch.dtype = torch.bfloat16, kind: Any = None) -> Path:
+    """Save a model of one architecture, with its tokenizer; `kind` is another auto class than the usual one."""
     torch.manual_seed(0)
-    model = _AUTO.get(name, AutoModelForCausalLM).from_config(CONFIGS[name])
+    model = (kind or _AUTO.get(name, AutoModelForCausalLM)).from_config(CONFIGS[name])
     for value in model.parameters():  # some are made as zeros or ones, which hide mistakes
         value.data += 0.1 * torch.randn_like(value)
     model.to(dtype).save_pretrained(path)

@@ -19,6 +19,7 @@ from graftllm.generation import (
 )
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Message, Prompt
+from tests.models import save_reward_model
 
 GREEDY = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=12, batch_size=7)
 DRAWN = SamplingOptions(samples=3, temperature=1.0, top_p=1.0, max_new_tokens=12, batch_size=7)
@@ -162,6 +163,15 @@ def test_what_is_no_language_model_is_named(tmp_path: Path, base_dir: Path) -> N
         load_model(tmp_path)
     with pytest.raises(CheckpointError, match="transformers cannot load its tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_parameter_that_the_checkpoint_lacks_is_not_drawn_at_random(tmp_path: Path) -> None:
+    save_reward_model(tmp_path)
+    with pytest.raises(
+        CheckpointError,
+        match=r"has no tensor for 'lm_head.weight' of LlamaForCausalLM, which .* config.json names another class",
+    ):
+        load_model(tmp_path)
 
 
 def test_tokens_are_counted_to_the_end_of_the_answer_or_to_the_padding() -> None:

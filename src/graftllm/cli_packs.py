@@ -12,6 +12,11 @@ import typer
 from graftllm.errors import FusionError
 from graftllm.terminal import AsJson, Base, Device, print_json, print_lines, print_table
 
+Layer = Annotated[
+    Literal["lossy", "exact"] | None,
+    typer.Option(help="Layer of packs that have two.  [default: exact where there is one]"),
+]
+
 
 def pack(
     base: Base,
@@ -31,7 +36,10 @@ def pack(
     ] = None,
     servable: Annotated[
         int | None,
-        typer.Option(metavar="RANK", help="Keep attention and MLP matrices at this rank or below (auto only)."),
+        typer.Option(
+            metavar="RANK",
+            help="Keep attention and MLP matrices at this rank or below (auto, and the lossy layer of exact).",
+        ),
     ] = None,
     distill: Annotated[
         int | None,
@@ -105,14 +113,13 @@ def pack(
     checkpoint = Checkpoint.open(base)
     with tuned_model(tuned, checkpoint, live=bool(rows)) as fine_tune:
         delta = Delta(checkpoint, fine_tune)
-        measure = divergence_on(delta, rows, device=device) if rows else None
         made = compress_to(
             out,
             delta,
             options,
             calibration=rows,
             card=card,
-            measure=measure,
+            measure=divergence_on(delta, rows, options, device=device),
             device=device,
             workers=workers,
             engine=engine,
@@ -176,6 +183,7 @@ def verify(
     prompts: Annotated[
         Path | None, typer.Option(help="JSONL prompt rows to compare answers on; needs --tuned.")
     ] = None,
+    layer: Layer = None,
     device: Device = "auto",
     json: AsJson = False,
 ) -> None:
@@ -191,7 +199,7 @@ def verify(
     """
     from graftllm.evaluation.fidelity import verify_pack
 
-    found = verify_pack(base, pack, tuned, prompts, device=device)
+    found = verify_pack(base, pack, tuned, prompts, layer=layer, device=device)
     if json:
         print_json(found.figures())
     else:
@@ -205,10 +213,7 @@ def apply(
     weight: Annotated[
         list[float] | None, typer.Option(help="Weight of each pack, in the same order.  [default: 1]")
     ] = None,
-    layer: Annotated[
-        Literal["lossy", "exact"] | None,
-        typer.Option(help="Layer of packs that have two.  [default: exact where there is one]"),
-    ] = None,
+    layer: Layer = None,
 ) -> None:
     """Write base + packs as an ordinary checkpoint, tokenizer included."""
     from graftllm.checkpoint import Checkpoint

@@ -60,19 +60,26 @@ def load_model(path: str | Path, *, device: str = "auto", device_map: str | None
         device_map: spread the model over devices as accelerate does (`auto`, `balanced`, ...) instead.
 
     Raises:
-        CheckpointError: it is not there, not whole, or transformers cannot load it.
+        CheckpointError: it is not there, lacks a parameter, or transformers cannot load it.
     """
     where = resolve_device(device)
     path = Checkpoint.open(path).path
     transformers_logging.disable_progress_bar()
     try:
         dtype = torch.float32 if where.type == "cpu" else "auto"
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map)
+        model, found = cast(Any, AutoModelForCausalLM).from_pretrained(
+            path, dtype=dtype, device_map=device_map, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{path}: transformers cannot load it as a causal language model ({_first_line(error)})."
         ) from error
-    return (model if device_map else cast(Any, model).to(where)).eval()
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(
+            f"{path}: has no tensor for {missing[0]!r} of {type(model).__name__}, which would be drawn at random. "
+            "The checkpoint is incomplete or its config.json names another class."
+        )
+    return (model if device_map else model.to(where)).eval()
 
 
 def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:

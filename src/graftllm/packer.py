@@ -20,10 +20,11 @@ from graftllm.delta import Delta
 from graftllm.errors import BudgetError, CheckpointError, CompressionError, WorkerError
 from graftllm.generation import resolve_device
 from graftllm.header import BaseInfo, Card, Header, Run, TensorEntry, file_bytes, opening
-from graftllm.packing_options import PackOptions, budget_bytes, kl_target
+from graftllm.packing_options import PackOptions, budget_bytes
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
 from graftllm.storage import check_apart
+from graftllm.streaming import is_language_model
 
 _ENTRY = 64  # bytes of a parameter's entry in the compressed header, about; mostly its two digests
 _TABLE = 80  # bytes in which the file says how long its payloads are
@@ -130,9 +131,10 @@ def _compressed(
 
 
 def _measured(job: Job, calibration: Sequence[Prompt]) -> Measures:
-    """Run the tuned model over calibration rows."""
+    """Run the tuned model over calibration rows; errors are priced by what it says where it is a language model."""
     tuned, sensitivity, weights = job.delta.tuned, None, None
-    if job.options.strategy != "paper" and fits_in_memory(tuned, resolve_device(job.device)):
+    fits = fits_in_memory(tuned, resolve_device(job.device))
+    if job.options.strategy != "paper" and fits and is_language_model(tuned):
         sensitivity, weights = measure_sensitivity(tuned.path, calibration, device=job.device)
     moments = collect_moments(
         tuned.path, calibration, weights=weights, device=job.device, spool=job.workspace.directory
@@ -150,7 +152,7 @@ def _within_budget(
     def build(budget: int | None, refined: bool = False) -> SkillPack:
         return _build(job, crew, budget, card=card, calibration=calibration, rows=rows, refined=refined)
 
-    size, target = None, None if options.budget is None else kl_target(options.budget)
+    size, target = None, options.divergence
     if target is not None:
         if measure is None:
             raise CompressionError(

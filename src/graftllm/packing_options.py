@@ -53,6 +53,11 @@ class PackOptions(Section):
         """Whether a lossy layer is asked for, and an exact one on top of it."""
         return self.strategy == "exact" and self.budget is not None
 
+    @property
+    def divergence(self) -> float | None:
+        """The KL divergence that the budget asks for; None where it is a size, or there is none."""
+        return None if self.budget is None else kl_target(self.budget)
+
     @model_validator(mode="after")
     def _bands_cover_everything(self) -> "PackOptions":
         if any(not (1 <= bits <= 8 and share > 0) for bits, share in self.bit_bands):
@@ -88,7 +93,7 @@ class PackOptions(Section):
     def _distilled_is_sized(self) -> "PackOptions":
         if self.distill and self.strategy != "auto":
             raise ValueError(f"distill: trains codes of the strategy auto, found {self.strategy}; leave it out")
-        if self.distill and self.budget is not None and kl_target(self.budget) is not None:
+        if self.distill and self.divergence is not None:
             raise ValueError(
                 f"distill: would learn from the rows that a budget of {self.budget} is measured on; "
                 "give a size, such as 5%"

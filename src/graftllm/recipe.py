@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from graftllm.errors import RecipeError
-from graftllm.packing_options import PackOptions, Strategy, kl_target
+from graftllm.packing_options import PackOptions, Strategy
 from graftllm.training_options import DpoOptions, LoraOptions, Reporter, SftOptions
 from graftllm.transfer_options import (
     ContaminationOptions,
@@ -79,7 +79,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _lora_has_a_rank(self) -> "Recipe":
-        if self.method == "lora" and self.lora.rank is None and kl_target(self.pack.budget or "1") is not None:
+        if self.method == "lora" and self.lora.rank is None and self.pack.divergence is not None:
             raise ValueError("lora: pack.budget says nothing of its bytes; add a `rank`, such as 16")
         return self
 

@@ -2,7 +2,8 @@
 
 A block is an element of an outermost `nn.ModuleList`, which is what layers stand in, or any module
 outside of those with parameters of its own. Its parameters exist, in float32, while its `forward`
-runs; nothing is copied on disk. Tensors are read and named by `live`.
+runs; nothing is copied on disk. Tensors are read and named by `live`. From such a model it is told,
+before anything is read, whether a checkpoint holds a language model.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import CheckpointError
@@ -52,6 +53,32 @@ def stream_model(checkpoint: Checkpoint, *, device: torch.device) -> StreamedMod
     for places in _blocks(model):
         _Loader(checkpoint, found, places, device).attach()
     return StreamedModel(model, device, found)
+
+
+def is_language_model(checkpoint: Checkpoint) -> bool:
+    """Return whether a checkpoint holds a head for words and everything before it, as AutoModelForCausalLM loads them.
+
+    Classifiers and encoders without a head do not, nor do models that read one text and write another.
+
+    Raises:
+        CheckpointError: transformers does not know the class that `config.json` names.
+    """
+    model = _empty_model(checkpoint)
+    loads = type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING and not model.config.is_encoder_decoder
+    return loads and model.get_output_embeddings() is not None
+
+
+def check_language_model(checkpoint: Checkpoint, *, asked: str, mend: str) -> None:
+    """Refuse a model whose next tokens cannot be compared with another's, though somebody `asked` for it.
+
+    Raises:
+        CheckpointError: it is no language model; or as for `is_language_model`.
+    """
+    if not is_language_model(checkpoint):
+        raise CheckpointError(
+            f"{asked}: compares next tokens, which takes a language model, but {checkpoint.path} is a "
+            f"{checkpoint.config['architectures'][0]}. {mend}"
+        )
 
 
 def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:

@@ -1,23 +1,29 @@
 import gc
+import json
 import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.pytorch_utils import Conv1D
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression import calibration
 from graftllm.compression.calibration import collect_moments, read_calibration
+from graftllm.delta import Delta
 from graftllm.errors import CheckpointError, CompressionError, RecordError
 from graftllm.generation import load_model, load_tokenizer, render_answered
 from graftllm.live import bindings
+from graftllm.packer import compress
+from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt
-from graftllm.streaming import stream_model
-from tests.architectures import CONFIGS, load, save_base
+from graftllm.streaming import is_language_model, stream_model
+from tests.architectures import CONFIGS, load, save_base, save_tuned
 
 
 def test_moments_are_those_of_single_unpadded_rows(tuned: Checkpoint, prompts: list[Prompt]) -> None:
@@ -205,8 +211,58 @@ def test_no_weight_stays_in_memory(tuned: Checkpoint) -> None:
     ],
 )
 def test_models_that_do_not_read_one_text_are_refused(name: str, message: str, tmp_path: Path) -> None:
+    base = save_base(name, tmp_path / "base")
     with pytest.raises(CompressionError, match=message):
-        collect_moments(save_base(name, tmp_path / name), prompts_of_many_lengths())
+        collect_moments(base, prompts_of_many_lengths())
+    delta = Delta(Checkpoint.open(base), Checkpoint.open(save_tuned(base, tmp_path / "tuned")))
+    for options in (PackOptions(), PackOptions(strategy="paper"), PackOptions(strategy="exact", budget="20%")):
+        with pytest.raises(CompressionError, match=message):
+            compress(delta, options, calibration=prompts_of_many_lengths())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_a_classifier_is_calibrated_by_what_its_layers_see_and_packs_alike_twice(name: str, tmp_path: Path) -> None:
+    base = save_base(name, tmp_path / "base", kind=AutoModelForSequenceClassification)
+    delta = Delta(Checkpoint.open(base), Checkpoint.open(save_tuned(base, tmp_path / "tuned")))
+    files = []
+    for seed, rows in enumerate((prompts_of_many_lengths(), prompts_of_many_lengths(), [])):
+        torch.manual_seed(seed)
+        pack = compress(delta, PackOptions(budget="40%"), calibration=rows)
+        pack.save(tmp_path / "pack.safetensors")
+        assert bool(pack.header.calibration_tokens) == bool(rows)
+        files.append((tmp_path / "pack.safetensors").read_bytes())
+    assert files[0] == files[1] != files[2]
+
+
+def test_a_classifier_without_a_token_for_padding_is_calibrated(tmp_path: Path) -> None:
+    tuned = save_base("llama", tmp_path / "tuned", kind=AutoModelForSequenceClassification)
+    config = json.loads((tuned / "config.json").read_text())
+    found = []
+    for pad in (3, None):
+        (tuned / "config.json").write_text(json.dumps(config | {"pad_token_id": pad}))
+        found.append(collect_moments(tuned, prompts_of_many_lengths()))
+    assert found[0].tokens == found[1].tokens
+    assert set(found[0].moments) == set(found[1].moments)
+    assert "score.weight" in found[1].moments
+    assert all(torch.equal(value, found[1].moments[name]) for name, value in found[0].moments.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "expected"),
+    [
+        ("llama", None, True),
+        ("gemma2", None, True),
+        ("bert", None, True),
+        ("t5", None, False),
+        ("vit", None, False),
+        ("llama", AutoModelForSequenceClassification, False),
+        ("gemma2", AutoModelForSequenceClassification, False),  # though the tied embedding could be its head
+        ("bert", AutoModelForTokenClassification, False),
+        ("llama", AutoModel, False),
+    ],
+)
+def test_a_language_model_has_a_head_for_words(name: str, kind: Any, expected: bool, tmp_path: Path) -> None:
+    assert is_language_model(Checkpoint.open(save_base(name, tmp_path, kind=kind))) == expected
 
 
 def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:

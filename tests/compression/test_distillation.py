@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from graftllm import packer
 from graftllm.checkpoint import Checkpoint
@@ -18,7 +19,7 @@ from graftllm.compression.elementwise import encode_elementwise
 from graftllm.compression.factored import MatrixCode, encode_factored, encode_hybrid, weighted_svd
 from graftllm.compression.metric import Metric
 from graftllm.delta import Delta
-from graftllm.errors import CompressionError
+from graftllm.errors import CheckpointError, CompressionError
 from graftllm.evaluation.fidelity import measure_fidelity
 from graftllm.fusion.grafting import plug
 from graftllm.generation import load_model
@@ -206,6 +207,12 @@ def test_without_rows_there_is_nothing_to_learn_from(tiny: Delta, monkeypatch: p
     monkeypatch.setattr(packer, "encode_job", lambda *_, **__: pytest.fail("coded before that is told"))
     with pytest.raises(CompressionError, match=r"distill: .* there are none. Give some \(--calibration\)"):
         compress(tiny, _DISTILLED, device="cpu")
+
+
+def test_a_classifier_has_no_answers_to_learn(tmp_path: Path) -> None:
+    base = Checkpoint.open(save_base("llama", tmp_path, kind=AutoModelForSequenceClassification))
+    with pytest.raises(CheckpointError, match="distill: compares next tokens, .* is a LlamaForSequence.* Leave it out"):
+        compress(Delta(base, base), _DISTILLED, calibration=rows(8), device="cpu")
 
 
 def test_a_model_that_is_too_large_is_told(tiny: Delta, monkeypatch: pytest.MonkeyPatch) -> None:

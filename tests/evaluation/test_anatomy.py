@@ -12,6 +12,7 @@ from graftllm.compression.metric import Metric
 from graftllm.delta import Delta
 from graftllm.errors import PackError
 from graftllm.evaluation.anatomy import by_layer, by_role, figures, portion, strengths
+from graftllm.evaluation.tables import pack_lines
 from graftllm.header import BaseInfo, Card, Header, TensorEntry
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
@@ -81,6 +82,21 @@ def test_figures_are_json_and_hold_the_whole_header(pack: SkillPack) -> None:
     assert anatomy["roles"]["mlp"]["operators"] == {"lowrank": 6}
     attention = anatomy["layers"]["1"]["roles"]["attention"]
     assert attention["bits_per_parameter"] == pytest.approx(8 * attention["bytes"] / attention["parameters"])
+
+
+def test_a_pack_of_two_layers_shows_both(delta: Delta, pack: SkillPack) -> None:
+    two = compress(delta, PackOptions(strategy="exact", budget="25%"))
+    found = figures(two.header, 20_000)["anatomy"]
+    lossy = portion(two.header.lossy_layer().tensors.values())
+    assert found["lossy_layer"] == lossy.figures()
+    assert found["lossy_layer"]["median_error"] > 0 == found["median_error"]
+    assert lossy.nbytes + found["exact_layer"]["bytes"] == found["bytes"]
+    lines = pack_lines(two.header, 20_000)
+    errors = f"median error of the delta {lossy.median_error:.1%}, worst {lossy.max_error:.1%}"
+    assert f"lossy layer  {lossy.nbytes:,} bytes, {errors}" in lines
+    assert f"exact layer  {found['exact_layer']['bytes']:,} bytes more, no error" in lines
+    assert not {"lossy_layer", "exact_layer"} & set(figures(pack.header, 20_000)["anatomy"])
+    assert not any(line.startswith(("lossy", "exact")) for line in pack_lines(pack.header, 20_000))
 
 
 def test_strengths_of_a_lowrank_delta_are_near_its_singular_values(pack: SkillPack, delta: Delta) -> None:

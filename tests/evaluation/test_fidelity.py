@@ -1,19 +1,22 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.cli_packs import verify
 from graftllm.delta import Delta
-from graftllm.errors import CheckpointError
+from graftllm.errors import CheckpointError, PackError
 from graftllm.evaluation.fidelity import (
     CLOSE_KL,
     FAITHFUL_KL,
     FAITHFUL_TOP1,
     Fidelity,
     Verification,
+    divergence_on,
     error_by_role,
     measure_fidelity,
     verify_pack,
@@ -22,6 +25,8 @@ from graftllm.generation import load_model, load_tokenizer, render_answered
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt, write_rows
+from graftllm.skillpack import SkillPack
+from tests.architectures import save_base, save_tuned
 from tests.models import perturb
 
 
@@ -54,6 +59,39 @@ def test_divergence_is_that_of_the_definition(delta: Delta, prompts: list[Prompt
     assert found.top1_agreement == pytest.approx(same / count)
     assert found.nll_tuned == pytest.approx(surprise[0] / count, rel=1e-4)
     assert found.nll_packed == pytest.approx(surprise[1] / count, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kl", "agreement", "sentence"),
+    [
+        (0.001, 1.0, "faithful; KL divergence at most 0.01, agreement at least 99%."),
+        (
+            0.0092,
+            0.9167,
+            "close, but not faithful; agreement is 91.67%, not at least 99%. A larger budget brings it nearer.",
+        ),
+        (
+            0.02,
+            0.99,
+            "close, but not faithful; KL divergence is 0.02000, not at most 0.01. A larger budget brings it nearer.",
+        ),
+        (
+            0.02,
+            0.9,
+            "close, but not faithful; KL divergence is 0.02000, not at most 0.01, and agreement is 90.00%, "
+            "not at least 99%. A larger budget brings it nearer.",
+        ),
+        (
+            0.2,
+            0.9,
+            "not faithful; KL divergence is 0.20000, not at most 0.1. Pack again with a larger budget, calibrated on "
+            "the skill's own rows.",
+        ),
+    ],
+)
+def test_the_verdict_names_what_was_missed(kl: float, agreement: float, sentence: str) -> None:
+    found = Fidelity(kl=kl, top1_agreement=agreement, nll_tuned=0.1, nll_packed=0.2, tokens=10)
+    assert Verification(1, {}, found).sentences()[-1] == f"Verdict: {sentence}"
 
 
 @pytest.mark.parametrize(
@@ -129,5 +167,59 @@ def test_verify_checks_what_it_is_given(
     measured = {"kl", "top1_agreement", "nll_tuned", "nll_packed", "tokens", "verdict", "error_by_role"}
     assert measured <= set(full.figures())
     assert len(full.sentences()) == 5
+    for kind in (full, alone):
+        assert kind.sentences()[0].startswith("The pack is intact and fits its base: 20 tensors checked")
     with pytest.raises(CheckpointError, match="--prompts: the answers are compared with those of a tuned model"):
         verify_pack(base_dir, tmp_path / "p.safetensors", None, tmp_path / "rows.jsonl")
+
+
+def test_each_layer_of_a_pack_with_two_is_verified(
+    base_dir: Path, tuned_dir: Path, delta: Delta, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    file, rows = tmp_path / "p.safetensors", tmp_path / "rows.jsonl"
+    compress(delta, PackOptions(strategy="exact", budget="25%")).save(file)
+    write_rows(rows, prompts)
+    lossy = verify_pack(base_dir, file, tuned_dir, rows, layer="lossy")
+    exact = verify_pack(base_dir, file, tuned_dir, rows, layer="exact")
+    assert lossy.fidelity is not None and exact.fidelity is not None
+    assert lossy.fidelity.kl > 1e-4 > exact.fidelity.kl
+    assert lossy.error_by_role is not None and lossy.error_by_role["mlp"] > 0
+    assert set(exact.error_by_role or [1]) == set(lossy.error_by_role)
+    assert set((exact.error_by_role or {}).values()) == {0.0}
+    assert lossy.sentences()[0].startswith("The lossy layer is intact and fits its base: 20 tensors")
+    assert verify_pack(base_dir, file, None, None, layer="lossy").sentences() == lossy.sentences()[:1]
+    SkillPack.load(file, "lossy").save(tmp_path / "lossy.safetensors")
+    with pytest.raises(PackError, match="expected a pack with an exact layer"):
+        verify_pack(base_dir, tmp_path / "lossy.safetensors", None, None, layer="exact")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "named"),
+    [
+        ("t5", None, "T5ForConditionalGeneration"),
+        ("vit", None, "ViTForImageClassification"),
+        ("gemma2", AutoModelForSequenceClassification, "Gemma2ForSequenceClassification"),
+    ],
+)
+def test_answers_of_what_is_no_language_model_are_not_compared(
+    name: str, kind: Any, named: str, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    base = save_base(name, tmp_path / "base", kind=kind)
+    tuned = save_tuned(base, tmp_path / "tuned")
+    delta = Delta(Checkpoint.open(base), Checkpoint.open(tuned))
+    compress(delta, PackOptions(strategy="exact")).save(tmp_path / "p.safetensors")
+    write_rows(tmp_path / "rows.jsonl", prompts)
+    told = f"compares next tokens, which takes a language model, but .*base is a {named}"
+    with pytest.raises(
+        CheckpointError, match=f"--prompts: {told}. Leave it out to compare the weights alone; .* apply"
+    ):
+        verify_pack(base, tmp_path / "p.safetensors", tuned, tmp_path / "rows.jsonl")
+    assert verify_pack(base, tmp_path / "p.safetensors", tuned, None).error_by_role
+    with pytest.raises(CheckpointError, match=f"budget: kl=0.1: {told}. Give a size, such as 5%"):
+        divergence_on(delta, prompts, PackOptions(budget="kl=0.1"), device="cpu")
+
+
+def test_nothing_is_measured_where_a_size_is_asked_for(delta: Delta, prompts: list[Prompt]) -> None:
+    assert divergence_on(delta, prompts, PackOptions(budget="5%"), device="cpu") is None
+    assert divergence_on(delta, [], PackOptions(budget="kl=0.1"), device="cpu") is None
+    assert divergence_on(delta, prompts, PackOptions(budget="kl=0.1"), device="cpu") is not None

@@ -99,6 +99,9 @@ def collect_moments(
     checkpoint = Checkpoint.open(tuned)
     streamed = stream_model(checkpoint, device=resolve_device(device))
     check_reads_text(streamed.model, checkpoint)
+    text = streamed.model.config.get_text_config()
+    if getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = 0  # as rows are padded; classifiers refuse several rows otherwise
     tokenizer = load_tokenizer(checkpoint.path)
     sequences = [ids for ids, _ in to_calibrate(tokenizer, rows)]
     watcher = _Watcher(streamed, checkpoint, Sums(spool, MEMORY_BYTES), weights or {})

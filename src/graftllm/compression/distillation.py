@@ -40,6 +40,7 @@ from graftllm.generation import load_model, load_tokenizer, pad, resolve_device
 from graftllm.live import Binding, bindings, named_values
 from graftllm.progress import progress
 from graftllm.records import Prompt
+from graftllm.streaming import check_language_model
 
 _BATCH = 32
 _WAY = 6.0  # codes that Adam could move one in all steps, if its rate did not fall: about twice what it can
@@ -88,6 +89,7 @@ def distill_job(job: Job, parts: Sequence[Compressed], rows: Sequence[Prompt]) -
 
 def check_distillable(job: Job, rows: Sequence[Prompt]) -> None:
     """Check what can be checked before anything is coded; arguments and errors are those of `distill_job`."""
+    check_language_model(job.delta.tuned, asked="distill", mend="Leave it out.")
     _to_train_on(job, load_tokenizer(job.delta.tuned.path), rows)
 
 

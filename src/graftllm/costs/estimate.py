@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from graftllm.costs.amounts import Amount, Asked
 from graftllm.costs.hardware import USABLE, Hardware
-from graftllm.packing_options import DEFAULT_SHARE, PackOptions, budget_bytes, kl_target
+from graftllm.packing_options import DEFAULT_SHARE, PackOptions, budget_bytes
 from graftllm.training.memory import activation_bytes, fit_batch, held_bytes
 
 TRAINING_SHARE = 0.4  # of the peak that training reaches, recomputed activations not counted
@@ -94,7 +94,7 @@ def _trained(amount: Amount, on: Hardware, processes: int, *, sharded: bool, num
 def pack_bytes(options: PackOptions, tuned_bytes: float) -> float | None:
     """Return the size of a pack by its options; None where only packing tells."""
     if options.budget is not None and not options.layered:
-        return None if kl_target(options.budget) is not None else budget_bytes(options.budget, round(tuned_bytes))
+        return None if options.divergence is not None else budget_bytes(options.budget, round(tuned_bytes))
     return DEFAULT_SHARE * tuned_bytes if options.strategy == "auto" else None
 
 

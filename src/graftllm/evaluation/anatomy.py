@@ -77,6 +77,14 @@ def portion(entries: Iterable[TensorEntry]) -> Portion:
     )
 
 
+def layered(header: Header) -> tuple[Portion, int] | None:
+    """Return the lossy layer of a pack that has two, and how many bytes the exact one adds; None for other packs."""
+    if not any(entry.refinement for entry in header.tensors.values()):
+        return None
+    lossy = portion(header.lossy_layer().tensors.values())
+    return lossy, portion(header.tensors.values()).nbytes - lossy.nbytes
+
+
 def by_role(entries: Iterable[TensorEntry]) -> dict[str, list[TensorEntry]]:
     """Return parameters by their role, in the order in which roles first appear."""
     roles: dict[str, list[TensorEntry]] = {}
@@ -151,6 +159,8 @@ def figures(header: Header, file_bytes: int) -> dict[str, Any]:
             for layer, entries in by_layer(header).items()
         },
     }
+    if (two := layered(header)) is not None:
+        anatomy |= {"lossy_layer": two[0].figures(), "exact_layer": {"bytes": two[1]}}
     return header.model_dump(mode="json") | {"anatomy": anatomy}
 
 

@@ -26,9 +26,11 @@ from graftllm.delta import Delta
 from graftllm.errors import CheckpointError
 from graftllm.fusion.grafting import plug
 from graftllm.generation import load_model, load_tokenizer, pad, render_answered
+from graftllm.packing_options import PackOptions
 from graftllm.progress import track
 from graftllm.records import Prompt, read_prompts
-from graftllm.skillpack import SkillPack
+from graftllm.skillpack import Layer, SkillPack
+from graftllm.streaming import check_language_model
 
 ROWS = 512  # prompts that KL is measured on; bounds the temporary file
 FAITHFUL_KL = 0.01  # nats per token; docs/method.md says where these come from
@@ -117,19 +119,38 @@ def _distances(tuned: Tensor, packed: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([kl, agreement.double(), *nll])
 
 
-def divergence_on(delta: Delta, rows: Sequence[Prompt], *, device: str) -> Callable[[SkillPack], float]:
-    """Return a function that measures a pack's KL divergence, on rows that calibration does not see where there are."""
+def divergence_on(
+    delta: Delta, rows: Sequence[Prompt], options: PackOptions, *, device: str
+) -> Callable[[SkillPack], float] | None:
+    """Return a function that measures a pack's KL divergence, on rows that calibration does not see where there are.
+
+    None where the budget asks for no divergence, or there are no rows.
+
+    Raises:
+        CheckpointError: the budget asks for one of models that are no language models.
+    """
+    if options.divergence is None or not rows:
+        return None
+    check_language_model(delta.base, asked=f"budget: {options.budget}", mend="Give a size, such as 5%.")
     held_out = rows[SEQUENCES:] or rows
     return lambda pack: measure_fidelity(delta.base, pack, delta.tuned, held_out, device=device).kl
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What `graftllm verify` found; the later parts need a tuned model and prompts."""
+    """What `graftllm verify` found; the later parts need a tuned model and prompts.
+
+    Attributes:
+        parameters: how many tensors were checked.
+        error_by_role: relative errors of the delta.
+        fidelity: distance of the answers.
+        layer: the one that was checked, if one was asked for.
+    """
 
     parameters: int
     error_by_role: Mapping[str, float] | None = None
     fidelity: Fidelity | None = None
+    layer: Layer | None = None
 
     def figures(self) -> dict[str, Any]:
         """Return what `graftllm verify --json` prints."""
@@ -142,7 +163,8 @@ class Verification:
 
     def sentences(self) -> list[str]:
         """Return the findings, a line each."""
-        lines = [f"The pack is intact and fits its base: {self.parameters} tensors checked and decoded."]
+        what = f"{self.layer} layer" if self.layer else "pack"
+        lines = [f"The {what} is intact and fits its base: {self.parameters} tensors checked and decoded."]
         if self.error_by_role is not None:
             errors = ", ".join(f"{role} {error:.2%}" for role, error in self.error_by_role.items())
             lines.append(f"Relative error of the delta: {errors}.")
@@ -153,45 +175,66 @@ class Verification:
                 f"same most probable token for {found.top1_agreement:.2%}.",
                 f"Negative log-likelihood of the answers: {found.nll_tuned:.5f} nats per token under the tuned model, "
                 f"{found.nll_packed:.5f} under the packed one.",
-                _VERDICTS[found.verdict],
+                _why(found),
             ]
         return lines
 
 
-_VERDICTS: Mapping[Verdict, str] = {
-    "faithful": f"Verdict: faithful; KL divergence at most {FAITHFUL_KL}, agreement at least {FAITHFUL_TOP1:.0%}.",
-    "close": f"Verdict: close, but not faithful; KL divergence is at most {CLOSE_KL}, but above {FAITHFUL_KL}, or "
-    f"agreement below {FAITHFUL_TOP1:.0%}. A larger budget brings it nearer.",
-    "not faithful": f"Verdict: not faithful; KL divergence is above {CLOSE_KL}. Pack again with a larger budget, "
-    "calibrated on the skill's own rows.",
-}
+def _why(found: Fidelity) -> str:
+    """Return the verdict with the thresholds that decided it."""
+    if found.verdict == "faithful":
+        return f"Verdict: faithful; KL divergence at most {FAITHFUL_KL}, agreement at least {FAITHFUL_TOP1:.0%}."
+    if found.verdict == "not faithful":
+        return (
+            f"Verdict: not faithful; KL divergence is {found.kl:.5f}, not at most {CLOSE_KL}. "
+            "Pack again with a larger budget, calibrated on the skill's own rows."
+        )
+    missed = []
+    if found.kl > FAITHFUL_KL:
+        missed.append(f"KL divergence is {found.kl:.5f}, not at most {FAITHFUL_KL}")
+    if found.top1_agreement < FAITHFUL_TOP1:
+        missed.append(f"agreement is {found.top1_agreement:.2%}, not at least {FAITHFUL_TOP1:.0%}")
+    return f"Verdict: close, but not faithful; {', and '.join(missed)}. A larger budget brings it nearer."
 
 
 def verify_pack(
-    base: Path, pack: Path, tuned: Path | None, prompts: Path | None, *, device: str = "auto"
+    base: Path,
+    pack: Path,
+    tuned: Path | None,
+    prompts: Path | None,
+    *,
+    layer: Layer | None = None,
+    device: str = "auto",
 ) -> Verification:
-    """Check a pack file against its base and, where they are given, a tuned model and prompts.
+    """Check a pack file, or one layer of it, against its base and, where they are given, a tuned model and prompts.
 
     Raises:
-        PackError: the pack is damaged or was made for another base.
-        CheckpointError: a model cannot be read, or prompts are given without a tuned model.
+        PackError: the pack is damaged or was made for another base, or has no such layer.
+        CheckpointError: a model cannot be read, or prompts are given without a tuned model or for no language model.
     """
     if prompts is not None and tuned is None:
         raise CheckpointError("--prompts: the answers are compared with those of a tuned model; give --tuned as well.")
-    checkpoint, opened = Checkpoint.open(base), SkillPack.load(pack)
+    checkpoint, opened = Checkpoint.open(base), SkillPack.load(pack, layer)
     opened.check_base(checkpoint)
+    if prompts is not None:
+        check_language_model(
+            checkpoint,
+            asked="--prompts",
+            mend="Leave it out to compare the weights alone; to compare what the models say, write the packed one with "
+            "graftllm apply and run both on your own task.",
+        )
     if tuned is None:
         for name in track(checkpoint.names(), label="checking"):
             value = checkpoint.tensor(name)
             opened.check_tensor(name, value)
             opened.restore(name, value)
-        return Verification(len(checkpoint.specs))
+        return Verification(len(checkpoint.specs), layer=layer)
     with tuned_model(tuned, checkpoint, live=prompts is not None) as fine_tune:
         errors = error_by_role(Delta(checkpoint, fine_tune), opened)
         fidelity = None
         if prompts is not None:
             fidelity = measure_fidelity(checkpoint, opened, fine_tune, read_prompts(prompts), device=device)
-    return Verification(len(checkpoint.specs), errors, fidelity)
+    return Verification(len(checkpoint.specs), errors, fidelity, layer)
 
 
 def error_by_role(delta: Delta, pack: SkillPack) -> Mapping[str, float]:

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from graftllm.evaluation.anatomy import OTHER, by_layer, by_role, portion
+from graftllm.evaluation.anatomy import OTHER, by_layer, by_role, layered, portion
 from graftllm.evaluation.plots import PLOTS, draw_plots
 from graftllm.evaluation.report import Report
 from graftllm.evaluation.scores import Score
@@ -120,6 +120,7 @@ def pack_lines(header: Header, file_bytes: int) -> list[str]:
         f"{8 * file_bytes / max(1, parameters):.2f} bits per parameter",
         "strategy": f"{_pack_options(header.options)}, calibrated on {header.calibration_tokens:,} tokens",
         "operators": _operator_counts(header),
+        **_layers(header),
         "sources": ", ".join(made.sources) or "not recorded",
         "trained on": f"{made.sft_rows:,} rows, {made.preference_pairs:,} preference pairs" if made.sft_rows else "",
         "SFT": _knobs(made.sft),
@@ -193,6 +194,15 @@ def _operator_counts(header: Header) -> str:
         if counts:
             parts.append(f"{kind}: " + ", ".join(f"{count:,} {operator}" for operator, count in counts.items()))
     return "; ".join(parts)
+
+
+def _layers(header: Header) -> dict[str, str]:
+    """Return what the layers of a pack with two take; nothing for other packs."""
+    if (two := layered(header)) is None:
+        return {}
+    lossy, exact_bytes = two
+    errors = f"median error of the delta {lossy.median_error:.1%}, worst {lossy.max_error:.1%}"
+    return {"lossy layer": f"{lossy.nbytes:,} bytes, {errors}", "exact layer": f"{exact_bytes:,} bytes more, no error"}
 
 
 def _pack_options(options: PackOptions) -> str:

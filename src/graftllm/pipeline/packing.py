@@ -52,7 +52,7 @@ def pack(work: Work, skill: str, trained: Stamp, scores: Mapping[str, Measured])
             recipe.pack,
             calibration=rows,
             card=with_room(work, skill, card),
-            measure=divergence_on(delta, rows, device=work.device),
+            measure=divergence_on(delta, rows, recipe.pack, device=work.device),
             device=work.device,
         )
         signed = sign(work, skill, made, work.pack(skill))

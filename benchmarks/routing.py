@@ -64,10 +64,11 @@ def main() -> None:
     model, tokenizer = load_model(base, device=given.device), load_tokenizer(base)
     train, test = questions(prompts, TRAINED, seed=0), questions(prompts, TESTED, seed=1, test=True)
     by_layer = layers(model, tokenizer, train, test)
-    first = {name: read(model, tokenizer, rows, 1) for name, rows in (("train", train), ("test", test))}
+    general = {BASE: [list(row.question) for row in read_prompts(prompts / "general.test.jsonl")]}
+    first, second, fresh = (read(model, tokenizer, rows, 1) for rows in (train, test, general))
     scaling = []
     for count in COUNTS:
-        scaling.append(scale(first["train"], first["test"], count, given.seeds))
+        scaling.append(scale(first, second, fresh[BASE], count, given.seeds))
         print(json.dumps(scaling[-1]), flush=True)
     print("share of a prefill:", json.dumps(cost(tokenizer, WIDTHS[given.size], model.device)))
     draw(by_layer, scaling, given.image or image)
@@ -126,8 +127,11 @@ def layers(
     return found
 
 
-def scale(train: Features, test: Features, count: int, seeds: Sequence[int]) -> dict[str, float | int]:
-    """Return what a router of `count` packs does: means over seeds (and draws of packs), and their standard errors."""
+def scale(train: Features, test: Features, general: Tensor, count: int, seeds: Sequence[int]) -> dict[str, float | int]:
+    """Return what a router of `count` packs does: means over seeds (and draws of packs), and their standard errors.
+
+    False accepts are of `general`, shape (prompts, width), all general test prompts there are.
+    """
     found: dict[str, list[float]] = {}
     for seed in seeds:
         names = random.Random(seed).sample([name for name in train if name != BASE], min(count, 64))
@@ -137,11 +141,13 @@ def scale(train: Features, test: Features, count: int, seeds: Sequence[int]) -> 
         one = {"seconds": time.perf_counter() - started, "accuracy": _accuracy(router, test)}
         one["held out"] = router.accuracy
         one |= baselines(few, test)
-        one["false accept"] = 1 - _accuracy(router, {BASE: test[BASE]}, only=BASE)
+        one["false accept"] = mean(route.name != BASE for route in router.route(general))
+        one["stated false accept"] = router.false_accept
         one["bytes"] = _bytes(router)
         if count > 1:
             smaller = router.without(names[-1])
             one["moved by the last pack"] = _moved(smaller, router, {n: test[n] for n in (BASE, *names[:-1])})
+            one["drift"] = max(smaller.drift(router).values())
             if count <= 8:
                 one["unknown accepted"] = mean(unknown_accepted(router).values())
         for key, value in one.items():
@@ -225,10 +231,9 @@ def _asked(text: str) -> Message:
     return Message(role="user", content=text)
 
 
-def _accuracy(router: Router, features: Features, *, only: str = "") -> float:
+def _accuracy(router: Router, features: Features) -> float:
     """Return the share of prompts of the router's classes that go where they belong."""
-    names = [only] if only else list(router.classes)
-    return mean(route.name == name for name in names for route in router.route(features[name]))
+    return mean(route.name == name for name in router.classes for route in router.route(features[name]))
 
 
 def _moved(first: Router, second: Router, features: Features) -> float:

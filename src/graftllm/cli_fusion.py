@@ -67,7 +67,9 @@ def add(
     ] = None,
     drift: Annotated[
         float | None,
-        typer.Option(help="Share of the old packs' prompts that may go elsewhere then.  [default: the router's, 0.01]"),
+        typer.Option(
+            help="Share of any old class's prompts that may go elsewhere then.  [default: the router's, 0.01]"
+        ),
     ] = None,
     device: Device = "auto",
 ) -> None:

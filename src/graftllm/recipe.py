@@ -47,12 +47,12 @@ class RouterOptions(Section):
         default=0.5, ge=0, lt=1, description="below this probability of all packs together, the base answers"
     )
     false_accept: float = Field(
-        default=0.01, gt=0, lt=1, description="share of general prompts that may go to a pack; raises the threshold"
+        default=0.01, gt=0, lt=1, description="share of fresh general prompts that may go to a pack, on average"
     )
     samples: int = Field(default=128, ge=8, description="prompts of each pack that the router keeps")
     steps: int = Field(default=300, ge=1, le=100_000)
     drift: float = Field(
-        default=0.01, ge=0, le=1, description="share of old decisions that a new pack may change; more is refused"
+        default=0.01, ge=0, le=1, description="share of any old class's decisions that a new pack may change"
     )
     soft: int = Field(default=1, ge=1, description="packs that may answer together, weighted by their probabilities")
 

@@ -71,7 +71,7 @@ def test_a_grafted_model_is_compared_with_where_prompts_belong(base_dir: Path, d
     assert found.accuracy.n == 40
     assert found.accuracy.value > 0.9
     assert found.figures()["router"]["packs"] == ["digits"]
-    assert any(line.startswith("stated: ") for line in found.sentences())
+    assert "at most 2.44% of fresh general prompts expected to go to a pack (1.00% asked for)" in found.sentences()[2]
     set_rules(tmp_path / "g", [Rule(pack="base", pattern=r"^\d"), Rule(pack="digits", pattern="backward")])
     wrong = evaluate_router(tmp_path / "g", [tmp_path / "test.jsonl"])
     assert wrong.confusion == {"base": {"digits": 20}, "digits": {"base": 20}}

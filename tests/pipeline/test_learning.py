@@ -136,8 +136,8 @@ def test_the_recipe_says_how_many_old_prompts_a_new_pack_may_move(
     before = _files(taught.shelf)
     remove_pack(taught.shelf, "double")
     with monkeypatch.context() as patched:
-        patched.setattr(Router, "drift", lambda *_: 0.5)
-        with pytest.raises(FusionError, match="50.0% of the old packs' .* and 1.0% may; .* or allow more: --drift of"):
+        patched.setattr(Router, "drift", lambda *_: {"base": 0.0, "next": 0.5})
+        with pytest.raises(FusionError, match="50.0% of the held-out prompts of 'next' .* and 1.0% of any"):
             learn(taught.work, taught.shelf)
         assert "double" not in read_manifest(taught.shelf).packs
         router = taught.work.recipe.router.model_copy(update={"drift": 0.6})

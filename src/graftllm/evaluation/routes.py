@@ -31,7 +31,7 @@ class RouterResult:
         reasons: how many prompts were decided by the router, a rule, or left to the base as unsure or unknown.
         confident: for each prompt, most confident first, the confidence and whether the choice was right.
         unknown: share of a pack's examples that a router without this pack still sends to another, for some packs.
-        stated: the router's calibration, as its file keeps it; empty without a router.
+        stated: what the router's file says of it; empty without a router.
     """
 
     classes: Sequence[str]
@@ -99,8 +99,8 @@ class RouterResult:
         if self.stated:
             lines.append(
                 f"stated: {self.stated['accuracy']:.2%} of the {self.stated['examples']} examples right when held out, "
-                f"{self.stated['false_accept']:.2%} of the general ones accepted by a pack "
-                f"(at most {self.stated['false_accept_limit']:.2%} asked for); threshold "
+                f"at most {self.stated['false_accept']:.2%} of fresh general prompts expected to go to a pack "
+                f"({self.stated['false_accept_limit']:.2%} asked for); threshold "
                 f"{self.stated['threshold']:.3f}, temperature {self.stated['temperature']:.2f}"
             )
         if self.unknown:
@@ -180,6 +180,7 @@ def _confidence(route: Route) -> float:
 def _stated(router: Router) -> dict[str, Any]:
     return {
         **asdict(router.calibration),
+        "false_accept": router.false_accept,
         "false_accept_limit": router.options.false_accept,
         "accuracy": router.accuracy,
         "examples": sum(map(len, router.examples.values())),

@@ -77,7 +77,7 @@ def join_packs(
         packs: pack files by the names they shall have.
         router_data: JSONL prompt rows, of which those whose task is a new pack's name are for that pack; the prompts
             of the old packs are not needed.
-        drift: share of the old packs' prompts that may go elsewhere then; what the router says by default.
+        drift: share of any old class's held-out prompts that may go elsewhere then; the router's own by default.
         device: `auto` takes a GPU when there is one.
 
     Returns:

@@ -5,7 +5,7 @@ that it is taken for is left to the base, too. Nothing here knows texts, names o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -84,13 +84,11 @@ class Calibration:
         temperature: logits are divided by it, so that probabilities match frequencies.
         threshold: when it is not more probable than this that any pack is asked for, the base answers.
         limits: by class, how strange a prompt of it may be; else the base answers.
-        false_accept: share of held-out general prompts that a pack answers.
     """
 
     temperature: float
     threshold: float
     limits: tuple[float, ...]
-    false_accept: float
 
 
 @dataclass(frozen=True)
@@ -141,11 +139,11 @@ def train_classifier(
         labels = torch.cat([torch.full((len(rows),), i) for i, rows in enumerate(classes)])
         own = strangeness.gather(1, labels[:, None])[:, 0].split([len(rows) for rows in classes])
         limits = tuple(_MARGIN * float(rows.max()) for rows in own)
-        loose = Calibration(_temperature(logits, labels), 0.0, limits, 0.0)
+        loose = Calibration(_temperature(logits, labels), 0.0, limits)
         verdict = judge(logits[labels == 0], strangeness[labels == 0], loose)
         asked = torch.where(verdict.chosen > 0, verdict.packed, 0.0)  # of general prompts
         threshold = max(options.threshold, _exceeded_by(asked, options.false_accept))
-        calibration = Calibration(loose.temperature, threshold, limits, float((asked > threshold).float().mean()))
+        calibration = replace(loose, threshold=threshold)
         held_out = judge(logits, strangeness, calibration).chosen.to(torch.int16)
         return _fit(classes, options.steps, seed), calibration, held_out
 
@@ -213,12 +211,14 @@ def _likeliest(logits: Tensor) -> Tensor:
 
 
 def _exceeded_by(values: Tensor, rate: float) -> float:
-    """Return a value that a new draw exceeds with at most this probability, as far as so few values can tell.
+    """Return which of the values a new draw exceeds with at most this probability, or the largest.
 
-    The k-th largest of n values, k = floor(rate * (n + 1)) + 1 (split conformal prediction, arXiv 2107.07511).
+    A new draw exceeds the k-th largest of n with probability k / (n + 1), or less where some are equal (split conformal
+    prediction, arXiv 2107.07511). So k = floor(rate * (n + 1)), and where that is 0, n values can promise no such
+    rate: k is 1 then, and 1 / (n + 1) is the least that they can.
     """
-    ordered = values.sort(descending=True).values
-    return float(ordered[min(int(rate * (len(values) + 1)), len(values) - 1)])
+    k = max(1, int(rate * (len(values) + 1)))
+    return float(values.sort(descending=True).values[k - 1])
 
 
 def _temperature(logits: Tensor, labels: Tensor) -> float:

@@ -93,6 +93,15 @@ class Router:
         right = torch.cat([self.held_out[name] == i for i, name in enumerate(self.classes)])
         return float(right.float().mean())
 
+    @property
+    def false_accept(self) -> float:
+        """Share of fresh general prompts that packs answer, at most, on average over routers and prompts like these.
+
+        (accepted + 1) / (examples + 1), of the held-out general examples, and one more for the fresh prompt.
+        """
+        found = self.held_out[BASE]
+        return (int((found > 0).sum()) + 1) / (len(found) + 1)
+
     def route(self, features: Tensor) -> list[Route]:
         """Return one route for each row of `prompt_features`."""
         if not len(features):
@@ -107,11 +116,12 @@ class Router:
         Args:
             name: of the pack.
             features: `prompt_features` of its prompts, after the layer `options.layer`.
-            drift: share of the old prompts that may be sent elsewhere; `options.drift` by default.
+            drift: share of each old class's held-out examples that may be sent elsewhere, and one may unless this is 0;
+                `options.drift` by default.
 
         Raises:
-            FusionError: the pack is known already or has too few prompts, or more of the old prompts would be sent
-                elsewhere than may be.
+            FusionError: the pack is known already or has too few prompts, or more of an old class's examples would be
+                sent elsewhere than may be.
         """
         if name in self.examples:
             raise FusionError(f"router: knows the pack {name!r} already; remove it first, or choose another name.")
@@ -119,10 +129,12 @@ class Router:
         added = keep_examples(features, self.options.samples, seed=self.seed)
         changed = _trained({**self.examples, name: added}, self.options, self.seed)
         moved, allowed = self.drift(changed), self.options.drift if drift is None else drift
-        if moved > allowed:
+        if over := [old for old, share in moved.items() if share > _allowed(allowed, len(self.held_out[old]))]:
+            most = max(over, key=moved.__getitem__)
             raise FusionError(
-                f"router: with {name!r}, {moved:.1%} of the old packs' held-out prompts would go elsewhere, and "
-                f"{allowed:.1%} may; the prompts of {name!r} are too much like theirs. Use a rule or name the pack "
+                f"router: with {name!r}, {moved[most]:.1%} of the held-out prompts of {most!r} would go elsewhere, and "
+                f"{allowed:.1%} of any old class's may; they are too much like those of {name!r}, or were hard to tell "
+                f"from others before. Leave out prompts of {name!r} that are like them, use a rule or name the pack "
                 "instead, or allow more: --drift of `graftllm add`, router.drift in the recipe of `graftllm learn`."
             )
         return changed
@@ -138,13 +150,13 @@ class Router:
         rest = {key: kept for key, kept in self.examples.items() if key != name}
         return _trained(rest, self.options, self.seed)
 
-    def drift(self, changed: "Router") -> float:
-        """Return the share of this router's held-out examples that another router sends elsewhere."""
-        moved = [
-            torch.tensor([self.classes[i] != changed.classes[j] for i, j in zip(old, new, strict=True)])
-            for old, new in ((self.held_out[name].tolist(), changed.held_out[name].tolist()) for name in self.classes)
-        ]
-        return float(torch.cat(moved).float().mean())
+    def drift(self, changed: "Router") -> dict[str, float]:
+        """Return, by class of this router, the share of its held-out examples that another router sends elsewhere."""
+        found = {name: (self.held_out[name].tolist(), changed.held_out[name].tolist()) for name in self.classes}
+        return {
+            name: sum(self.classes[i] != changed.classes[j] for i, j in zip(old, new, strict=True)) / len(old)
+            for name, (old, new) in found.items()
+        }
 
     @cached_property
     def classifier(self) -> Classifier:
@@ -201,6 +213,11 @@ class Router:
             return Route(BASE, probabilities, "unknown" if strange else "unsure" if unsure else "router", {})
         best = sorted(self.packs, key=lambda pack: (pack != name, -probabilities[pack]))[: self.options.soft]
         return Route(name, probabilities, "router", _tenths({pack: probabilities[pack] for pack in best}))
+
+
+def _allowed(share: float, count: int) -> float:
+    """Return the share of so many examples that may move: one of them at least, unless none may."""
+    return max(share, 1 / count) if share else 0.0
 
 
 def _tenths(shares: Mapping[str, float]) -> dict[str, float]:
@@ -324,7 +341,7 @@ def _restored(about: object, state: Mapping[str, Tensor]) -> Router:
 def _calibration(told: Mapping[str, Any], classes: int) -> Calibration:
     """Return the calibration of a file's metadata, if it is one for so many classes."""
     limits = tuple(map(float, told["limits"]))
-    rest = {name: float(told[name]) for name in ("temperature", "threshold", "false_accept")}
+    rest = {name: float(told[name]) for name in ("temperature", "threshold")}
     if len(limits) != classes or not all(map(math.isfinite, (*limits, *rest.values()))) or rest["temperature"] <= 0:
         raise ValueError(f"expected a calibration of finite numbers, with {classes} limits; found {dict(told)}")
     return Calibration(limits=limits, **rest)

@@ -50,7 +50,7 @@ class Learned(BaseModel):
         old: the columns that were there before.
         moved: of each old column, how many prompts now go elsewhere than before.
         packs_unchanged: whether every old pack is the same bytes.
-        drift: by skill learnt, share of the old packs' examples that the new router sends elsewhere.
+        drift: by skill learnt, largest share of any old class's examples that the new router sends elsewhere.
     """
 
     rows: list[str]
@@ -175,7 +175,8 @@ def _start(work: Work, into: Path, on: Sequence[str]) -> Path:
 def _join(work: Work, into: Path, name: str, start: Path) -> Stamp:
     """Train, pack and add one skill.
 
-    The result is the `drift`, the share of old examples that the router sends elsewhere, and the `shelf` as it then is.
+    The result is the `drift`, the largest share of any old class's examples that the router sends elsewhere, and the
+    `shelf` as it then is.
     """
     check_target(work)
     score(work, name)
@@ -219,10 +220,10 @@ def _add(work: Work, into: Path, name: str) -> None:
 
 
 def _drift_of(into: Path, name: str) -> float:
-    """Return the share of the examples of all others that the router sent elsewhere before it knew a pack."""
+    """Return the largest share of any other class's examples that the router sent elsewhere before it knew a pack."""
     router = _router(into, read_manifest(into))
     assert router is not None  # it knows every pack, and there is one
-    return router.without(name).drift(router)
+    return max(router.without(name).drift(router).values())
 
 
 def _state(into: Path) -> dict[str, Any]:

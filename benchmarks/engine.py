@@ -21,7 +21,7 @@ from openai import OpenAI
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from graftllm.fusion.directory import read_manifest
+from graftllm.fusion.manifest import read_manifest
 from graftllm.generation import generate, load_model, load_tokenizer
 from graftllm.records import Prompt, read_prompts
 from graftllm.transfer_options import SamplingOptions

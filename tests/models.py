@@ -78,7 +78,7 @@ class Int8Tensor(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.detach.default:
             return cls(args[0].codes, args[0].steps)
-        raise NotImplementedError(f"{cls.__name__} dispatch, attempting to run unimplemented {func}")
+        raise NotImplementedError(f"{cls.__name__}: {func}")  # torchao refuses what it does not know so, too
 
 
 def quantize(model: torch.nn.Module) -> None:

@@ -15,17 +15,9 @@ from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError, StorageError
 from graftllm.fusion import directory
 from graftllm.fusion.branches import why_merged_only
-from graftllm.fusion.directory import (
-    MANIFEST,
-    add_packs,
-    open_packs,
-    read_manifest,
-    remove_pack,
-    set_router,
-    set_rules,
-    write_grafted,
-)
+from graftllm.fusion.directory import add_packs, remove_pack, set_router, set_rules, write_grafted
 from graftllm.fusion.inventory import runs_beside, take_inventory
+from graftllm.fusion.manifest import MANIFEST, open_packs, read_manifest
 from graftllm.fusion.rules import Rule
 from graftllm.header import Card
 from graftllm.packer import compress
@@ -115,7 +107,8 @@ def test_removing_every_pack_leaves_the_base(grafted: Path) -> None:
 _KILLED = """
 import os, sys
 from pathlib import Path
-from graftllm.fusion.directory import add_packs, open_packs, read_manifest, remove_pack, MANIFEST
+from graftllm.fusion.directory import add_packs, remove_pack
+from graftllm.fusion.manifest import open_packs, read_manifest, MANIFEST
 directory, pack, change = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 steps = {"os.rename", "os.link", "os.remove", "os.mkdir", "os.truncate"}
 

@@ -14,8 +14,9 @@ from graftllm.errors import FusionError, PackError
 from graftllm.fusion import assembly
 from graftllm.fusion.assembly import fuse_packs, join_packs
 from graftllm.fusion.chat import Chat
-from graftllm.fusion.directory import Manifest, add_packs, read_manifest, remove_pack, set_router, write_grafted
+from graftllm.fusion.directory import add_packs, remove_pack, set_router, write_grafted
 from graftllm.fusion.grafted import GraftedModel
+from graftllm.fusion.manifest import Manifest, read_manifest
 from graftllm.generation import GREEDY, generate, load_model, load_tokenizer
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions

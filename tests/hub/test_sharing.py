@@ -10,8 +10,9 @@ from graftllm.adapters import open_tuned
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError, FusionError, GraftError, HubError, PackError, StorageError
-from graftllm.fusion.directory import MANIFEST, read_manifest, write_grafted
+from graftllm.fusion.directory import write_grafted
 from graftllm.fusion.grafted import GraftedModel
+from graftllm.fusion.manifest import MANIFEST, read_manifest
 from graftllm.fusion.rules import Rule
 from graftllm.hub.sharing import pull, push
 from graftllm.packer import compress

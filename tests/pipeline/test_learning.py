@@ -9,8 +9,9 @@ import torch
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError, RecipeError
-from graftllm.fusion.directory import MANIFEST, add_packs, read_manifest, remove_pack, set_rules, write_grafted
+from graftllm.fusion.directory import add_packs, remove_pack, set_rules, write_grafted
 from graftllm.fusion.grafted import GraftedModel
+from graftllm.fusion.manifest import MANIFEST, read_manifest
 from graftllm.fusion.routing import BASE, Router, fit_router
 from graftllm.fusion.rules import Rule
 from graftllm.generation import render

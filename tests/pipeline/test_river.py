@@ -10,8 +10,8 @@ import pytest
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.evaluation.plots import PLOTS
-from graftllm.fusion.directory import read_manifest
 from graftllm.fusion.grafted import GraftedModel
+from graftllm.fusion.manifest import read_manifest
 from graftllm.header import Card
 from graftllm.pipeline import river
 from graftllm.pipeline.work import open_work

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from graftllm.errors import FusionError, PackError
-from graftllm.fusion.directory import read_manifest
 from graftllm.fusion.grafted import GraftedModel
+from graftllm.fusion.manifest import read_manifest
 from graftllm.generation import load_tokenizer
 from graftllm.serving.batch import Batch, check_servable
 from graftllm.serving.engine import Engine

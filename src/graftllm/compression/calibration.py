@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression.experts import ExpertWatcher, Slice, slices_of
 from graftllm.compression.moments import Moments, Sums
-from graftllm.compression.sensitivity import Weights, check_reads_text, to_calibrate
+from graftllm.compression.sensitivity import Weights, to_calibrate
 from graftllm.errors import CompressionError
 from graftllm.generation import load_tokenizer, resolve_device
 from graftllm.progress import progress
@@ -98,7 +98,7 @@ def collect_moments(
     """
     checkpoint = Checkpoint.open(tuned)
     streamed = stream_model(checkpoint, device=resolve_device(device))
-    check_reads_text(streamed.model, checkpoint)
+    _check_reads_text(streamed.model, checkpoint)
     text = streamed.model.config.get_text_config()
     if getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = 0  # as rows are padded; classifiers refuse several rows otherwise
@@ -124,6 +124,16 @@ def collect_moments(
             tokens += int(mask.sum())
             show(tokens, sum(map(len, sequences)))
     return watcher.calibration(tokens)
+
+
+def _check_reads_text(model: Any, checkpoint: Checkpoint) -> None:
+    """Refuse a model that calibration text cannot run through."""
+    reads = "one text and writes another" if model.config.is_encoder_decoder else model.main_input_name
+    if reads != "input_ids":
+        raise CompressionError(
+            f"{checkpoint.path}: calibration text needs a model that reads input_ids alone, but "
+            f"{type(model).__name__} reads {reads}. Pack it without calibration."
+        )
 
 
 def _batches(sequences: Sequence[list[int]]) -> Iterator[list[int]]:

@@ -36,10 +36,10 @@ class Measures:
         found: dict[str, list[float]] = {}
         moments = {} if self.calibration is None else self.calibration.moments
         for name in self.sensitivity.measured:
-            metric = self.sensitivity.metric(name, moments.get(name))
-            if metric is not None:
+            price = self.sensitivity.price(name, moments.get(name))
+            if price is not None:
                 for kind in ("", _kind(name)):
-                    found.setdefault(kind, []).append(metric.scale)
+                    found.setdefault(kind, []).append(price)
         return {kind: sum(scales) / len(scales) for kind, scales in found.items()}
 
     def moments(self, name: str, shape: tuple[int, ...]) -> Tensor | None:

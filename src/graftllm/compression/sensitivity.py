@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,6 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.compression.experts import ExpertWatcher, Slice
 from graftllm.compression.matrix import matrix_shape
 from graftllm.compression.metric import Metric
-from graftllm.errors import CompressionError
 from graftllm.generation import load_model, load_tokenizer, pad, render_answered
 from graftllm.live import Binding, bindings, looks_up_its_input
 from graftllm.progress import track
@@ -65,26 +63,38 @@ class Sensitivity:
         """The names of all that has a price of its own."""
         return list(dict.fromkeys([*self.outputs, *self.reads, *self.rows]))
 
+    def price(self, name: str, moments: Tensor | None) -> float | None:
+        """Return the scale of `metric` alone."""
+        if name in self.rows:
+            return float(self.rows[name].mean())
+        uses = self._uses(name, moments)
+        return sum(float(rows.mean() * right.diagonal().mean()) for rows, right in uses) if uses else None
+
     def metric(self, name: str, moments: Tensor | None) -> Metric | None:
         """Return what errors in a matrix cost, from the second moments of its layer's input.
 
         None where nothing was measured, as of an expert that no token reached.
         """
-        parts = []  # (rows, right) of each use; a tied matrix has two
-        if moments is not None and name in self.outputs:
-            # An expert's gradients and inputs are sums over its own tokens, and each is told over all tokens.
-            parts.append((self.outputs[name], moments / self.reached.get(name, 1.0)))
-        if name in self.reads:
-            parts.append((self.reads[name], self.read_outputs[name]))
         if name in self.rows:
             rows = self.rows[name]
             return Metric(float(rows.mean()), _damped(rows), None if moments is None else normal(moments))
+        parts = self._uses(name, moments)
         if not parts:
             return None
         # The sum of two Kronecker products is brought to one by the mean of each factor.
         right = torch.stack([rows.mean() * of_input for rows, of_input in parts]).sum(0)
         rows = torch.stack([rows * of_input.diagonal().mean() for rows, of_input in parts]).sum(0)
         return Metric(float(right.diagonal().mean()), _damped(rows), normal(right))
+
+    def _uses(self, name: str, moments: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """Return `rows` and `right` of each use of a matrix; a tied one has two."""
+        found = []
+        if moments is not None and name in self.outputs:
+            # An expert's gradients and inputs are sums over its own tokens, and each is told over all tokens.
+            found.append((self.outputs[name], moments / self.reached.get(name, 1.0)))
+        if name in self.reads:
+            found.append((self.reads[name], self.read_outputs[name]))
+        return found
 
 
 def input_metric(moments: Tensor | None) -> Metric:
@@ -118,12 +128,10 @@ def measure_sensitivity(tuned: Path, rows: Sequence[Prompt], *, device: str = "a
         of the gradient at the output. Layers that get the same input share the sum of theirs, under the first's name.
 
     Raises:
-        CheckpointError: transformers cannot load the model or its tokenizer.
-        CompressionError: the model does not read text, or reads it on one side and writes on another.
+        CheckpointError: transformers cannot load the model, as a causal language model, or its tokenizer.
     """
     checkpoint = Checkpoint.open(tuned)
     model, tokenizer = load_model(tuned, device=device), load_tokenizer(tuned)
-    check_reads_text(model, checkpoint)
     model.requires_grad_(False)
     model.set_experts_implementation("eager")  # one product per expert, which can be watched
     found = {live: binding for binding in bindings(model, checkpoint.specs) for live in binding.live}
@@ -177,16 +185,6 @@ def predicting(batch: Sequence[Answered], mask: Tensor) -> Tensor:
     for i, (row, first) in enumerate(batch):
         places[i, (first if first < len(row) else 1) - 1 : len(row) - 1] = True
     return places
-
-
-def check_reads_text(model: Any, checkpoint: Checkpoint) -> None:
-    """Refuse a model that calibration text cannot run through."""
-    reads = "one text and writes another" if model.config.is_encoder_decoder else model.main_input_name
-    if reads != "input_ids":
-        raise CompressionError(
-            f"{checkpoint.path}: calibration text needs a model that reads input_ids alone, but "
-            f"{type(model).__name__} reads {reads}. Pack it without calibration."
-        )
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -18,8 +18,8 @@ from typing import Any
 from graftllm.errors import FusionError, RecordError
 from graftllm.evaluation.tasks import BY_TASK
 from graftllm.fusion.beside import mixed
-from graftllm.fusion.directory import AUTO, MANIFEST
 from graftllm.fusion.grafted import Conversation, GraftedModel
+from graftllm.fusion.manifest import AUTO, MANIFEST
 from graftllm.fusion.routing import BASE
 from graftllm.generation import load_model, load_tokenizer
 from graftllm.records import Message

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from graftllm.evaluation.scores import Evaluation, evaluate
-from graftllm.fusion.directory import AUTO, MANIFEST
 from graftllm.fusion.grafted import GraftedModel, Wanted
+from graftllm.fusion.manifest import AUTO, MANIFEST
 from graftllm.fusion.routing import BASE
 from graftllm.generation import GREEDY, generate, load_model, load_tokenizer
 from graftllm.recipe import SamplingOptions

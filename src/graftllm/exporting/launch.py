@@ -7,7 +7,7 @@ from pathlib import Path
 
 from graftllm.errors import ServingError
 from graftllm.exporting.adapter import LEGAL_RANKS, Adapter, export_adapter
-from graftllm.fusion.directory import open_base, read_manifest
+from graftllm.fusion.manifest import open_base, read_manifest
 from graftllm.storage import whole_directory, write_text
 
 

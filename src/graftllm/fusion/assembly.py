@@ -5,17 +5,8 @@ from pathlib import Path
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError
-from graftllm.fusion.directory import (
-    Manifest,
-    add_packs,
-    check_fusable,
-    check_new,
-    open_base,
-    open_fitting,
-    open_router,
-    read_manifest,
-    write_grafted,
-)
+from graftllm.fusion.directory import add_packs, check_fusable, check_new, open_fitting, write_grafted
+from graftllm.fusion.manifest import Manifest, open_base, open_router, read_manifest
 from graftllm.fusion.names import check_names
 from graftllm.fusion.routing import BASE, features_of, fit_router
 from graftllm.fusion.rules import Rule

@@ -142,8 +142,6 @@ def _places(model: nn.Module, pack: SkillPack) -> dict[str, tuple[Binding, list[
         if not bindings[name].plain or not here:
             raise _only_merged(name, pack, "which transformers keeps in another form, as it does stacked experts")
         for _, module, key in here:
-            if isinstance(module, nn.Embedding) and not looks_up_its_input(module):
-                raise _only_merged(name, pack, f"of {type(module).__name__}, which looks up by more than its input")
             _check_place(name, pack, module, key, whole=module in vocabulary or isinstance(module, nn.Embedding))
         found[name] = bindings[name], here
     return found
@@ -156,6 +154,8 @@ def _check_place(name: str, pack: SkillPack, module: nn.Module, key: str, *, who
         raise _only_merged(name, pack, "whose tuned model has another dtype or vocabulary")
     if len(entry.shape) == 1 and not any(True for _ in module.children()):
         return
+    if isinstance(module, nn.Embedding) and not looks_up_its_input(module):
+        raise _only_merged(name, pack, f"of {type(module).__name__}, which looks up by more than its input")
     if key != "weight" or not isinstance(module, nn.Linear | Conv1D | nn.Embedding):
         raise _only_merged(name, pack, f"a parameter of {type(module).__name__}")
     if not whole and entry.operator not in ("factored", "lowrank"):

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from graftllm.errors import FusionError
-from graftllm.fusion.directory import AUTO
 from graftllm.fusion.grafted import GraftedModel, Wanted
+from graftllm.fusion.manifest import AUTO
 from graftllm.fusion.routing import BASE, Route
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Message

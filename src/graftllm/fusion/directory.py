@@ -10,65 +10,32 @@ alone says what belongs: files are put in place before it is replaced and taken 
 process killed at any moment leaves the old model or the new one. A change that fails takes back what it put.
 """
 
-import hashlib
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError
-from graftllm.fusion.names import check_names, plain_name, unknown_pack
+from graftllm.fusion.manifest import (
+    HASH,
+    MANIFEST,
+    Manifest,
+    ShelvedPack,
+    ShelvedRouter,
+    open_base,
+    open_router_file,
+    read_manifest,
+    sha256_of,
+)
+from graftllm.fusion.names import check_names, unknown_pack
 from graftllm.fusion.routing import BASE, Router
 from graftllm.fusion.rules import Rule
-from graftllm.recipe import PACK_NAME
 from graftllm.skillpack import SkillPack
 from graftllm.storage import check_apart, only_writer, whole_directory, whole_file, write_text
 
-AUTO = "auto"
-MANIFEST = "manifest.json"
 _PASSING = ".router.safetensors"  # a router's name until its bytes, and with them its hash, are known
-_HASH = 12  # hexadecimal digits of the SHA-256 of a router's file that are in its name
-
-PackName = Annotated[str, AfterValidator(plain_name)]
-
-
-class ShelvedPack(BaseModel):
-    """One pack of a grafted model: its file, relative to the directory, and the file's SHA-256."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    file: Annotated[str, StringConstraints(pattern=rf"^packs/{PACK_NAME}\.safetensors$")]
-    sha256: str
-
-
-class ShelvedRouter(BaseModel):
-    """The router's file, relative to the directory, and the SHA-256 of each pack that it was trained on, by name."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    file: Annotated[str, StringConstraints(pattern=rf"^router-[0-9a-f]{{{_HASH}}}\.safetensors$")]
-    packs: dict[PackName, str]
-
-
-class Manifest(BaseModel):
-    """What a grafted model consists of. `base` is a path relative to the directory, or a Hub id."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    format: Literal["graftllm/grafted"] = "graftllm/grafted"
-    version: Literal[1] = 1
-    base: str
-    fingerprint: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
-    packs: dict[PackName, ShelvedPack]
-    router: ShelvedRouter | None = None
-    rules: tuple[Rule, ...] = ()
-
-    def unrouted(self) -> list[str]:
-        """Return the packs that the router does not know, or knows as other files: it is older than they are."""
-        known = {} if self.router is None else self.router.packs
-        return [name for name, pack in self.packs.items() if known.get(name) != pack.sha256]
 
 
 def write_grafted(
@@ -172,7 +139,7 @@ def remove_pack(directory: Path, name: str) -> Manifest:
             )
         changed = manifest.model_copy(update={"packs": {key: p for key, p in manifest.packs.items() if key != name}})
         if manifest.router is not None and name in manifest.router.packs:
-            router = _open_router(directory / manifest.router.file)
+            router = open_router_file(directory / manifest.router.file)
             changed = _with_router(directory, changed, router.without(name))
         _commit(directory, changed, manifest)
     return changed
@@ -208,77 +175,6 @@ def set_rules(directory: Path, rules: Sequence[Rule]) -> Manifest:
         changed = _with_rules(directory, manifest, rules)
         _commit(directory, changed, manifest)
     return changed
-
-
-def read_manifest(directory: Path) -> Manifest:
-    """Read what a grafted directory consists of.
-
-    Raises:
-        FusionError: there is no such directory, or its manifest is not one.
-    """
-    try:
-        return Manifest.model_validate_json((directory / MANIFEST).read_bytes())
-    except OSError as error:
-        raise FusionError(
-            f"{directory}: expected a grafted model, found no {MANIFEST} in it; make one with `graftllm fuse`."
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise FusionError(
-            f"{directory / MANIFEST}: {'.'.join(map(str, first['loc']))}: "
-            f"{first['msg'].removeprefix('Value error, ')}. Run `graftllm fuse` again."
-        ) from error
-
-
-def open_packs(directory: Path, manifest: Manifest) -> dict[str, SkillPack]:
-    """Open the packs of a grafted directory by name.
-
-    Raises:
-        FusionError: a file is missing or was changed.
-        PackError: a pack is damaged.
-    """
-    return {name: _open_pack(directory, shelved) for name, shelved in manifest.packs.items()}
-
-
-def open_router(directory: Path, manifest: Manifest) -> Router | None:
-    """Open the router of a grafted directory, if it has one.
-
-    Raises:
-        FusionError: the file is missing, damaged or was changed.
-    """
-    return None if manifest.router is None else _open_router(directory / manifest.router.file)
-
-
-def _open_router(path: Path) -> Router:
-    with suppress(OSError):  # which the router tells
-        if path.stem.removeprefix("router-") != (found := sha256_of(path)[:_HASH]):
-            raise FusionError(
-                f"{path}: expected what its name says, found {found}: it was changed. Run `graftllm fuse` again."
-            )
-    return Router.load(path)
-
-
-def open_base(directory: Path, manifest: Manifest, *, check: bool = True) -> Checkpoint:
-    """Open the base of a grafted directory.
-
-    Args:
-        directory: a grafted model.
-        manifest: what it consists of.
-        check: compare the weights with the fingerprint, for which all of them are read.
-
-    Raises:
-        FusionError: the weights are not those that the packs were made for.
-        CheckpointError: the base is missing or not whole.
-    """
-    beside = Path(os.path.normpath(directory.resolve() / manifest.base))
-    base = Checkpoint.open(beside if beside.is_dir() or manifest.base.startswith(".") else manifest.base)
-    if check and base.fingerprint != manifest.fingerprint:
-        raise FusionError(
-            f"{base.path}: expected the base of {directory} ({manifest.fingerprint[:12]}), found other weights "
-            f"({base.fingerprint[:12]}): they were changed or replaced. Put the old ones back, or make packs of this "
-            "base and run `graftllm fuse` again."
-        )
-    return base
 
 
 def check_new(directory: Path, manifest: Manifest, names: Collection[str]) -> None:
@@ -381,7 +277,7 @@ def _with_router(directory: Path, manifest: Manifest, router: Router | None) -> 
         raise FusionError(f"router: knows the pack {missing[0]!r}, which is not there; expected {_list(manifest)}.")
     passing = directory / _PASSING
     router.save(passing)
-    file = f"router-{sha256_of(passing)[:_HASH]}.safetensors"
+    file = f"router-{sha256_of(passing)[:HASH]}.safetensors"
     os.replace(passing, directory / file)
     packs = {name: manifest.packs[name].sha256 for name in known}
     return manifest.model_copy(update={"router": ShelvedRouter(file=file, packs=packs)})
@@ -401,20 +297,6 @@ def _list(manifest: Manifest) -> str:
     return ", ".join(manifest.packs) or "no pack, since there is none"
 
 
-def _open_pack(directory: Path, shelved: ShelvedPack) -> SkillPack:
-    path = directory / shelved.file
-    if not path.is_file():
-        raise FusionError(
-            f"{directory}: the manifest names {shelved.file}, which is not there. Run `graftllm fuse` again."
-        )
-    if (found := sha256_of(path)) != shelved.sha256:
-        raise FusionError(
-            f"{path}: expected SHA-256 {shelved.sha256[:12]}..., found {found[:12]}...; "
-            "the file was changed. Run `graftllm fuse` again."
-        )
-    return SkillPack.load(path)
-
-
 def _link_or_copy(source: Path, place: Path) -> None:
     """Put a file in its place whole; what a killed process may have left there is no pack of the manifest."""
     if place.exists() and place.samefile(source):
@@ -425,9 +307,3 @@ def _link_or_copy(source: Path, place: Path) -> None:
     except OSError:  # another file system, or one without links
         with open(source, "rb") as file, whole_file(place) as copy:
             shutil.copyfileobj(file, copy)
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from graftllm.fusion.directory import Manifest, read_manifest
+from graftllm.fusion.manifest import Manifest, read_manifest
 from graftllm.fusion.rules import Rule
 from graftllm.header import Header, TensorEntry, read_header
 

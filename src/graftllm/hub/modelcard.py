@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from huggingface_hub import EvalResult, ModelCardData
 
 from graftllm.evaluation.tables import Grid, pack_lines, role_grid
-from graftllm.fusion.directory import Manifest
+from graftllm.fusion.manifest import Manifest
 from graftllm.header import Header, file_bytes
 
 MARK = "<!-- Written by graftllm push; take this line out to keep your own text. -->"

@@ -18,7 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from graftllm.checkpoint import Checkpoint
 from graftllm.downloads import Repository, download, hub_errors, repository
 from graftllm.errors import HubError, PackError
-from graftllm.fusion.directory import MANIFEST, Manifest, open_packs, open_router, read_manifest
+from graftllm.fusion.manifest import MANIFEST, Manifest, open_packs, open_router, read_manifest
 from graftllm.hub.modelcard import MARK, grafted_card, pack_card
 from graftllm.progress import track
 from graftllm.skillpack import PACK_FILE, SkillPack

@@ -8,7 +8,7 @@ from typing import cast
 
 from graftllm.evaluation.report import Report, Results, build_report
 from graftllm.evaluation.tables import write_report
-from graftllm.fusion.directory import AUTO
+from graftllm.fusion.manifest import AUTO
 from graftllm.launched import leads
 from graftllm.pipeline.baselines import BASELINES
 from graftllm.pipeline.measuring import (

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
 from graftllm.errors import GraftError
-from graftllm.fusion.directory import AUTO
+from graftllm.fusion.manifest import AUTO
 from graftllm.generation import render
 from graftllm.records import Message
 from graftllm.serving.engine import Engine

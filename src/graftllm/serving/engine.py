@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from graftllm.fusion.beside import Mix
-from graftllm.fusion.directory import AUTO
 from graftllm.fusion.grafted import GraftedModel
+from graftllm.fusion.manifest import AUTO
 from graftllm.fusion.names import unknown_pack
 from graftllm.fusion.routing import BASE, Route
 from graftllm.serving.batch import check_servable

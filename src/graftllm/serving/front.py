@@ -16,7 +16,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from graftllm.errors import ServingError
-from graftllm.fusion.directory import AUTO
+from graftllm.fusion.manifest import AUTO
 from graftllm.fusion.names import unknown_pack
 from graftllm.fusion.routing import BASE
 from graftllm.records import Message

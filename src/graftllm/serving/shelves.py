@@ -6,8 +6,9 @@ from threading import Lock
 from typing import Any
 
 from graftllm.evaluation.anatomy import figures
-from graftllm.fusion.directory import AUTO, add_packs, read_manifest, remove_pack
+from graftllm.fusion.directory import add_packs, remove_pack
 from graftllm.fusion.grafted import GraftedModel
+from graftllm.fusion.manifest import AUTO, read_manifest
 from graftllm.fusion.names import unknown_pack
 from graftllm.fusion.routing import BASE
 from graftllm.serving.engine import Engine

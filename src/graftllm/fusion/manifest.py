@@ -1,0 +1,153 @@
+"""What a grafted directory consists of, as its manifest says, and its parts opened; `directory` changes it."""
+
+import hashlib
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
+
+from graftllm.checkpoint import Checkpoint
+from graftllm.errors import FusionError
+from graftllm.fusion.names import plain_name
+from graftllm.fusion.routing import Router
+from graftllm.fusion.rules import Rule
+from graftllm.recipe import PACK_NAME
+from graftllm.skillpack import SkillPack
+
+AUTO = "auto"
+MANIFEST = "manifest.json"
+HASH = 12  # hexadecimal digits of the SHA-256 of a router's file that are in its name
+
+PackName = Annotated[str, AfterValidator(plain_name)]
+
+
+class ShelvedPack(BaseModel):
+    """One pack of a grafted model: its file, relative to the directory, and the file's SHA-256."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    file: Annotated[str, StringConstraints(pattern=rf"^packs/{PACK_NAME}\.safetensors$")]
+    sha256: str
+
+
+class ShelvedRouter(BaseModel):
+    """The router's file, relative to the directory, and the SHA-256 of each pack that it was trained on, by name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    file: Annotated[str, StringConstraints(pattern=rf"^router-[0-9a-f]{{{HASH}}}\.safetensors$")]
+    packs: dict[PackName, str]
+
+
+class Manifest(BaseModel):
+    """What a grafted model consists of. `base` is a path relative to the directory, or a Hub id."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format: Literal["graftllm/grafted"] = "graftllm/grafted"
+    version: Literal[1] = 1
+    base: str
+    fingerprint: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+    packs: dict[PackName, ShelvedPack]
+    router: ShelvedRouter | None = None
+    rules: tuple[Rule, ...] = ()
+
+    def unrouted(self) -> list[str]:
+        """Return the packs that the router does not know, or knows as other files: it is older than they are."""
+        known = {} if self.router is None else self.router.packs
+        return [name for name, pack in self.packs.items() if known.get(name) != pack.sha256]
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read what a grafted directory consists of.
+
+    Raises:
+        FusionError: there is no such directory, or its manifest is not one.
+    """
+    try:
+        return Manifest.model_validate_json((directory / MANIFEST).read_bytes())
+    except OSError as error:
+        raise FusionError(
+            f"{directory}: expected a grafted model, found no {MANIFEST} in it; make one with `graftllm fuse`."
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise FusionError(
+            f"{directory / MANIFEST}: {'.'.join(map(str, first['loc']))}: "
+            f"{first['msg'].removeprefix('Value error, ')}. Run `graftllm fuse` again."
+        ) from error
+
+
+def open_packs(directory: Path, manifest: Manifest) -> dict[str, SkillPack]:
+    """Open the packs of a grafted directory by name.
+
+    Raises:
+        FusionError: a file is missing or was changed.
+        PackError: a pack is damaged.
+    """
+    return {name: _open_pack(directory, shelved) for name, shelved in manifest.packs.items()}
+
+
+def open_router(directory: Path, manifest: Manifest) -> Router | None:
+    """Open the router of a grafted directory, if it has one.
+
+    Raises:
+        FusionError: the file is missing, damaged or was changed.
+    """
+    return None if manifest.router is None else open_router_file(directory / manifest.router.file)
+
+
+def open_router_file(path: Path) -> Router:
+    """Open a router by its file, whose name tells its hash.
+
+    Raises:
+        FusionError: the file is missing, damaged or was changed.
+    """
+    with suppress(OSError):  # which the router tells
+        if path.stem.removeprefix("router-") != (found := sha256_of(path)[:HASH]):
+            raise FusionError(
+                f"{path}: expected what its name says, found {found}: it was changed. Run `graftllm fuse` again."
+            )
+    return Router.load(path)
+
+
+def open_base(directory: Path, manifest: Manifest, *, check: bool = True) -> Checkpoint:
+    """Open the base of a grafted directory.
+
+    Args:
+        directory: a grafted model.
+        manifest: what it consists of.
+        check: compare the weights with the fingerprint, for which all of them are read.
+
+    Raises:
+        FusionError: the weights are not those that the packs were made for.
+        CheckpointError: the base is missing or not whole.
+    """
+    beside = Path(os.path.normpath(directory.resolve() / manifest.base))
+    base = Checkpoint.open(beside if beside.is_dir() or manifest.base.startswith(".") else manifest.base)
+    if check and base.fingerprint != manifest.fingerprint:
+        raise FusionError(
+            f"{base.path}: expected the base of {directory} ({manifest.fingerprint[:12]}), found other weights "
+            f"({base.fingerprint[:12]}): they were changed or replaced. Put the old ones back, or make packs of this "
+            "base and run `graftllm fuse` again."
+        )
+    return base
+
+
+def _open_pack(directory: Path, shelved: ShelvedPack) -> SkillPack:
+    path = directory / shelved.file
+    if not path.is_file():
+        raise FusionError(
+            f"{directory}: the manifest names {shelved.file}, which is not there. Run `graftllm fuse` again."
+        )
+    if (found := sha256_of(path)) != shelved.sha256:
+        raise FusionError(
+            f"{path}: expected SHA-256 {shelved.sha256[:12]}..., found {found[:12]}...; "
+            "the file was changed. Run `graftllm fuse` again."
+        )
+    return SkillPack.load(path)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,6 +11,7 @@ from graftllm.checkpoint import fingerprint
 from graftllm.compression.calibration import Calibration, collect_moments
 from graftllm.compression.crew import Crew, Engine, default_workers, open_crew
 from graftllm.compression.distillation import check_distillable, distill_job
+from graftllm.compression.filling import Budget
 from graftllm.compression.measures import Measures, save_measures
 from graftllm.compression.sensitivity import SEQUENCES, fits_in_memory, measure_sensitivity
 from graftllm.compression.strategy import encode_job, refine_job
@@ -26,8 +27,7 @@ from graftllm.skillpack import SkillPack
 from graftllm.storage import check_apart
 from graftllm.streaming import is_language_model
 
-_ENTRY = 64  # bytes of a parameter's entry in the compressed header, about; mostly its two digests
-_TABLE = 80  # bytes in which the file says how long its payloads are
+_SPARE = 2  # bytes of a parameter's entry that may be longer in the compressed header when its codes are trained
 _TRIES = 8  # packs that are built to meet a target divergence
 _CLOSE = 0.8  # of the target: near enough
 
@@ -252,25 +252,26 @@ def _build(
         )
 
     def described(coded: Sequence[Compressed]) -> Header:
-        entries = {part.name: entry(part) for part in coded}
+        by_name = {part.name: part for part in coded}
+        entries = {name: entry(by_name[name]) for name in delta if name in by_name}
         found = fingerprint((name, entry.spec, entry.base_digest) for name, entry in entries.items())
         base = header.base.model_copy(update={"fingerprint": found})
         return header.model_copy(update={"base": base, "tensors": entries})
 
-    beside = len(opening(header)) + _TABLE + _ENTRY * len(delta)
+    def beside(coded: Sequence[Compressed]) -> int:
+        return len(opening(described(coded)))
+
+    room = budget
+    if room is not None and options.distill:
+        room -= _SPARE * len(delta)
     while True:
-        coded = encode_job(job, crew, payload_budget=None if budget is None else budget - beside)
-        whole = described(coded)
-        if options.distill and (budget is None or file_bytes(whole) <= budget):
+        coded = encode_job(job, crew, None if room is None else Budget(room, beside))
+        if options.distill:
             coded = distill_job(job, coded, rows)
-            whole = described(coded)
-        size = file_bytes(whole)
-        if budget is None or size <= budget:
+        whole = described(coded)
+        if budget is None or room is None or file_bytes(whole) <= budget:
             break
-        short = size - beside - sum(part.facts.nbytes for part in coded)
-        if short <= 0:
-            raise BudgetError(f"budget: expected at least {size:,} bytes for this delta, found {budget:,}. Raise it.")
-        beside += short  # the estimate was that much too low
+        room -= file_bytes(whole) - budget  # `paper` does not know how long its header will be
     parts = {part.name: part for part in (refine_job(job, crew, coded) if refined else coded)}
     if refined:
         whole = whole.model_copy(update={"tensors": {name: entry(part) for name, part in parts.items()}})

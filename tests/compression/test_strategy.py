@@ -1,5 +1,6 @@
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from graftllm.compression.allocation import foreseen, step_for
 from graftllm.compression.calibration import collect_moments
 from graftllm.compression.crew import open_crew
 from graftllm.compression.factored import Factored
+from graftllm.compression.filling import Budget
 from graftllm.compression.matrix import Source
 from graftllm.compression.measures import Measures, save_measures
 from graftllm.compression.metric import Metric
@@ -40,15 +42,20 @@ def _encoded(
     options: PackOptions,
     *,
     measures: Measures | None = None,
-    payload_budget: int | None = None,
+    budget: Budget | None = None,
     workspace: Workspace | None = None,
 ) -> dict[str, Compressed]:
     job = Job(delta, options, "cpu", workspace or Workspace.temporary())
     if measures is not None:
         save_measures(measures, job.measures_file)
     with open_crew(job, 1) as crew:
-        found = encode_job(job, crew, payload_budget=payload_budget)
+        found = encode_job(job, crew, budget)
     return {part.name: part for part in found}
+
+
+def _payloads(nbytes: int) -> Budget:
+    """A budget of payloads alone."""
+    return Budget(nbytes, lambda _: 0)
 
 
 def _bytes(parts: dict[str, Compressed]) -> int:
@@ -80,14 +87,14 @@ def test_auto_keeps_what_changed_in_few_bits_exactly_when_there_is_room(
     tensors["model.norm.weight"] = before["model.norm.weight"]
     save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
     delta = Delta(base, Checkpoint.open(tuned))
-    auto = _encoded(delta, PackOptions(), payload_budget=base.nbytes)
+    auto = _encoded(delta, PackOptions(), budget=_payloads(base.nbytes))
     assert auto[hardly].encoded.operator.operator == "exact"
     assert auto["model.norm.weight"].encoded.operator.operator == "unchanged"
     assert auto["model.layers.0.mlp.down_proj.weight"].encoded.operator.operator != "unchanged"
 
 
 def test_auto_with_room_for_every_bit_is_as_small_as_exact(delta: Delta) -> None:
-    auto = _encoded(delta, PackOptions(), payload_budget=delta.tuned.nbytes)
+    auto = _encoded(delta, PackOptions(), budget=_payloads(delta.tuned.nbytes))
     assert all(part.facts.error == 0 for part in auto.values())
     assert _bytes(auto) == _bytes(_encoded(delta, PackOptions(strategy="exact")))
 
@@ -209,9 +216,19 @@ def test_paper_is_calibrated_where_the_input_side_comes_first(tmp_path: Path) ->
 @pytest.mark.parametrize("share", [0.05, 0.2])
 def test_auto_fills_its_budget_and_never_more(delta: Delta, share: float) -> None:
     budget = round(share * delta.tuned.nbytes)
-    parts = _encoded(delta, PackOptions(), payload_budget=budget)
+    parts = _encoded(delta, PackOptions(), budget=_payloads(budget))
     taken = sum(part.encoded.nbytes for part in parts.values())
     assert 0.9 * budget < taken <= budget
+
+
+@pytest.mark.parametrize("entry", [0, 40, 300])
+def test_what_is_said_of_parameters_is_counted_as_they_are_coded(delta: Delta, entry: int) -> None:
+    def beside(parts: Sequence[Compressed]) -> int:
+        return 500 + entry * sum(part.facts.operator.operator != "unchanged" for part in parts)
+
+    for budget in (round(share * delta.tuned.nbytes) for share in (0.2, 0.35)):
+        parts = _encoded(delta, PackOptions(), budget=Budget(budget, beside))
+        assert 0.96 * budget < _bytes(parts) + beside(list(parts.values())) <= budget
 
 
 @pytest.mark.parametrize("more", [0.97, 1.003, 1.008, 1.01, 1.03, 1.2])
@@ -237,7 +254,7 @@ def test_where_codes_take_more_than_foreseen_all_are_coded_coarser_and_none_is_l
     monkeypatch.setattr(filling, "carry_out", lambda *_: None)
     step = step_for([(one, None) for one in outlooks.values()], 8 * room * filling._AIM)
     looks = {name: Unit(name, "look") for name in outlooks}
-    taken = filling._Filling(None, lambda *_: None, looks, outlooks, room).filled(step).values()  # type: ignore
+    taken = filling._Filling(None, lambda *_: None, looks, outlooks, {}, _payloads(room)).filled(step).values()  # type: ignore
     assert not [one for one in taken if one.unit.way == "zero"]
     assert 0.985 * room <= sum(one.facts.nbytes for one in taken) <= room
 
@@ -260,7 +277,7 @@ def test_more_energy_is_more_bytes_and_less_error(delta: Delta) -> None:
 @pytest.mark.parametrize("strategy", ["paper", "auto"])
 def test_a_budget_is_met_and_used(delta: Delta, strategy: str) -> None:
     for budget in (9_000, 12_000):
-        used = _bytes(_encoded(delta, PackOptions(strategy=strategy), payload_budget=budget))
+        used = _bytes(_encoded(delta, PackOptions(strategy=strategy), budget=_payloads(budget)))
         assert 0.93 * budget < used <= budget
 
 
@@ -268,7 +285,7 @@ def test_many_matrices_fill_the_budget_and_few_of_them_are_coded_twice(tmp_path:
     deep = save_llama(tmp_path / "deep", num_hidden_layers=10)
     delta = Delta(Checkpoint.open(deep), Checkpoint.open(perturb(deep, tmp_path / "tuned", seed=1)))
     budget, workspace = round(0.1 * delta.tuned.nbytes), Workspace.temporary()
-    parts = _encoded(delta, PackOptions(), payload_budget=budget, workspace=workspace)
+    parts = _encoded(delta, PackOptions(), budget=_payloads(budget), workspace=workspace)
     assert 0.98 * budget < _bytes(parts) <= budget
     matrices = sum(part.unit.at is not None for part in parts.values())
     assert matrices > 64
@@ -277,7 +294,7 @@ def test_many_matrices_fill_the_budget_and_few_of_them_are_coded_twice(tmp_path:
 
 def test_a_budget_beyond_need_is_not_filled(delta: Delta) -> None:
     most = _bytes(_encoded(delta, PackOptions(strategy="paper", energy=1.0)))
-    assert _bytes(_encoded(delta, PackOptions(strategy="paper"), payload_budget=10**9)) == most
+    assert _bytes(_encoded(delta, PackOptions(strategy="paper"), budget=_payloads(10**9))) == most
 
 
 def test_calibration_lowers_the_error_of_outputs(delta: Delta, prompts: list[Prompt]) -> None:
@@ -301,7 +318,7 @@ def test_measures_lower_the_foreseen_divergence_at_the_same_size(delta: Delta, p
     found = []
     for one in (None, measures):
         total = 0.0
-        for name, part in _encoded(delta, PackOptions(), measures=one, payload_budget=9_000).items():
+        for name, part in _encoded(delta, PackOptions(), measures=one, budget=_payloads(9_000)).items():
             if part.role in ("attention", "mlp", "embedding"):
                 error = part.encoded.decode(delta.base.tensor(name)) - delta[name]
                 total += measures.metric(name, tuple(error.shape)).cost(error.double())
@@ -311,18 +328,18 @@ def test_measures_lower_the_foreseen_divergence_at_the_same_size(delta: Delta, p
 
 def test_a_budget_that_cannot_be_met_says_what_can(delta: Delta) -> None:
     with pytest.raises(BudgetError, match=r"expected at least [\d,]+ bytes of payload for this delta, found 100 left"):
-        _encoded(delta, PackOptions(strategy="paper"), payload_budget=100)
+        _encoded(delta, PackOptions(strategy="paper"), budget=_payloads(100))
 
 
 def test_what_a_refused_budget_is_told_to_be_at_least_is_enough(delta: Delta) -> None:
     with pytest.raises(BudgetError) as refused:
-        _encoded(delta, PackOptions(), payload_budget=1)
+        _encoded(delta, PackOptions(), budget=_payloads(1))
     found = re.search(r"too small by ([\d,]+) bytes", str(refused.value))
     assert found is not None
     least = 1 + int(found[1].replace(",", ""))
     assert least < 0.02 * delta.tuned.nbytes
     for budget in (least, round(1.2 * least), round(1.5 * least), 2 * least):
-        parts = _encoded(delta, PackOptions(), payload_budget=budget)
+        parts = _encoded(delta, PackOptions(), budget=_payloads(budget))
         assert sum(part.encoded.nbytes for part in parts.values()) <= budget
 
 
@@ -397,7 +414,7 @@ def test_a_small_budget_looks_at_few_directions_and_closer_where_more_are_worth_
 
     monkeypatch.setattr(filling, "found_outlook", noted)
     delta = Delta(Checkpoint.open(tmp_path / "base"), Checkpoint.open(tmp_path / "tuned"))
-    parts = _encoded(delta, PackOptions(), payload_budget=62_000)
+    parts = _encoded(delta, PackOptions(), budget=_payloads(62_000))
     assert looks == [("few.weight", 64), ("many.weight", 64), ("many.weight", 128)]
     for name, rank in ranks.items():
         operator = parts[name].facts.operator

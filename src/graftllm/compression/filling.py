@@ -8,7 +8,7 @@ stopped goes on from there, and any number of workers gives the same bytes.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -28,10 +28,33 @@ _SAME = 1e-3  # relative difference of steps that is none
 _PASSES = 4  # codings of everything, to fill a budget
 _MANY = 64  # matrices; more are coded in parts, each of which corrects the foresight for those after it
 _PARTS = 8
+_ENTRY = 40  # bytes that the file's header takes for a matrix that is coded, about, more than for one that is left out
 
 
-def fill_budget(job: Job, crew: Crew, payload_budget: int | None) -> list[Compressed]:
-    """Return every parameter in compressed form, so that all payloads together take as many bytes as they may.
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that a file may take.
+
+    Attributes:
+        nbytes: of the whole file.
+        beside: returns how many of them are not payloads, where parameters are coded like these.
+    """
+
+    nbytes: int
+    beside: Callable[[Sequence[Compressed]], int]
+
+    def left(self, parts: Mapping[str, Compressed]) -> int:
+        """Return how many bytes parameters that are coded like these leave."""
+        return self.nbytes - self.beside(list(parts.values())) - _payload_bytes(parts)
+
+
+def payload_bytes(parts: Mapping[str, Compressed]) -> int:
+    """Return the bytes of all payloads."""
+    return sum(part.facts.nbytes for part in parts.values())
+
+
+def fill_budget(job: Job, crew: Crew, budget: Budget | None) -> list[Compressed]:
+    """Return every parameter in compressed form, so that the file takes as many bytes as it may.
 
     Without a budget matrices take their default share, whatever norms and biases take.
 
@@ -39,30 +62,20 @@ def fill_budget(job: Job, crew: Crew, payload_budget: int | None) -> list[Compre
         BudgetError: norms and biases, which are kept exactly, take more.
         CheckpointError: the delta holds NaN, infinity or values above 2 ** 48.
     """
-    looks = _first_looks(job, payload_budget)
+    looks = _first_looks(job, budget)
     crew(list(looks.values()), "looking")
     found = {name: found_outlook(job, look) for name, look in looks.items()}
     outlooks = {name: one for name, one in found.items() if one is not None}
     parts = {name: found_code(job, looks[name]) for name, one in found.items() if one is None}
-    fixed = sum(part.facts.nbytes for part in parts.values())
-    if payload_budget is None:
-        room = round(DEFAULT_SHARE * sum(job.delta.tuned.specs[name].nbytes for name in outlooks))
-    else:
-        room = payload_budget - fixed
-    if room < 0:
-        raise BudgetError(
-            f"budget: too small by {-room:,} bytes: the header, and {fixed:,} bytes of norms and biases, which are "
-            "kept exactly, take more. Raise it."
-        )
-    step = _first_step(job, crew, looks, outlooks, room)
-    parts |= _Filling(job, crew, looks, outlooks, room).filled(step)
+    filling = _Filling(job, crew, looks, outlooks, parts, budget)
+    parts |= filling.filled(_first_step(job, crew, looks, outlooks, filling.room))
     return [parts[name] for name in job.delta]
 
 
-def _first_looks(job: Job, payload_budget: int | None) -> dict[str, Unit]:
+def _first_looks(job: Job, budget: Budget | None) -> dict[str, Unit]:
     """Return looks that take as many directions as the budget is likely to pay."""
     specs = job.delta.tuned.specs
-    nbytes = DEFAULT_SHARE * job.delta.tuned.nbytes if payload_budget is None else max(payload_budget, 0)
+    nbytes = DEFAULT_SHARE * job.delta.tuned.nbytes if budget is None else max(budget.nbytes - budget.beside([]), 0)
     rate = 8 * nbytes / max(1, job.delta.tuned.parameters)
     return {
         name: Unit(name, "look", directions=directions_for(matrix_shape(specs[name].shape), rate)) for name in job.delta
@@ -90,6 +103,9 @@ class _Filling:
     """A room on the way to being filled with codes.
 
     Attributes:
+        fixed: parameters that are no matrices, or unchanged.
+        budget: of the whole file.
+        room: bytes that the budget leaves to the payloads of matrices, as far as is known.
         offers: of each matrix all that was coded; first that it is left out.
         last: of each matrix what it takes for now, by which foresight is corrected: the cheapest at its last step.
         settled: whether all stay with the operators that they have in `last`.
@@ -99,18 +115,42 @@ class _Filling:
     crew: Crew
     looks: Mapping[str, Unit]
     outlooks: Mapping[str, Outlook]
-    room: int
+    fixed: Mapping[str, Compressed]
+    budget: Budget | None
+    room: int = 0
     offers: dict[str, list[Compressed]] = field(default_factory=dict)
     last: dict[str, Compressed] = field(default_factory=dict)
     settled: bool = False
 
-    def filled(self, step: float) -> dict[str, Compressed]:
-        """Return the matrices as they fill the room at the least cost, beginning with one step for all."""
+    def __post_init__(self) -> None:
+        """Find the room that is left where all matrices are left out.
+
+        Raises:
+            BudgetError: there is none.
+        """
         for name in self.outlooks:
             left_out = replace(self.looks[name], kind="code", way="zero")
             carry_out(self.job, left_out)
             self.offers[name] = [found_code(self.job, left_out)]
-        parts, selected = self._parts(), {name: some[0] for name, some in self.offers.items()}
+        if self.budget is None:
+            specs = self.job.delta.tuned.specs
+            self.room = round(DEFAULT_SHARE * sum(specs[name].nbytes for name in self.outlooks))
+            return
+        left = self.budget.left({**self.fixed, **self._left_out()})
+        if left < 0:
+            fixed = _payload_bytes(self.fixed)
+            raise BudgetError(
+                f"budget: too small by {-left:,} bytes: the header, and {fixed:,} bytes of norms and biases, which are "
+                "kept exactly, take more. Raise it."
+            )
+        self.room = max(0, left - _ENTRY * len(self.outlooks))
+
+    def _left_out(self) -> dict[str, Compressed]:
+        return {name: some[0] for name, some in self.offers.items()}
+
+    def filled(self, step: float) -> dict[str, Compressed]:
+        """Return the matrices as they fill the room at the least cost, beginning with one step for all."""
+        parts, selected = self._parts(), self._left_out()
         for number in range(max(_PASSES, 2 * len(parts)) if parts else 0):
             part, label = parts[number % len(parts)], "packing"
             if len(parts) > 1:
@@ -163,16 +203,28 @@ class _Filling:
                 self.last[name] = coded[0]
 
     def _selected(self) -> tuple[dict[str, Compressed], float]:
-        """Return what fills the room at the least cost, and what a byte would save in the best that has no place."""
+        """Return what fills the room at the least cost, and what a byte would save in the best that has no place.
+
+        The room is corrected by what the header takes with these codes.
+        """
         offers = [[Offer(one.facts.nbytes, one.facts.cost) for one in some] for some in self.offers.values()]
-        numbers, saved = select(offers, self.room)
-        return {name: some[at] for (name, some), at in zip(self.offers.items(), numbers, strict=True)}, saved
+        may_grow = True
+        while True:
+            numbers, saved = select(offers, self.room)
+            selected = {name: some[at] for (name, some), at in zip(self.offers.items(), numbers, strict=True)}
+            if self.budget is None:
+                return selected, saved
+            used = _payload_bytes(selected)
+            room = used + self.budget.left({**self.fixed, **selected})
+            if used <= room and (room <= self.room or not may_grow):
+                return selected, saved
+            self.room, may_grow = room, False
 
     def _is_met(self, selected: Mapping[str, Compressed], saved: float, step: float) -> bool:
         """Return whether the room is full, and neither a matrix nor a byte that is worth more was left out for that."""
         coarsest = max(one.unit.at or step for one in self.last.values())
         left_out = any(one.unit.way == "zero" != self.last[name].unit.way for name, one in selected.items())
-        full = sum(one.facts.nbytes for one in selected.values()) >= _FULL * self.room
+        full = _payload_bytes(selected) >= _FULL * self.room
         return full and not left_out and saved <= _NEAR * _worth(coarsest)
 
     def _next_step(self, part: Sequence[str], step: float) -> float:
@@ -197,6 +249,10 @@ class _Filling:
         """Return the operator that a matrix has for now; None where it is left out, or exact."""
         way = self.last[name].unit.way
         return None if way in (None, "zero", "exact") else way
+
+
+def _payload_bytes(parts: Mapping[str, Compressed]) -> int:
+    return sum(part.facts.nbytes for part in parts.values())
 
 
 def _worth(step: float) -> float:

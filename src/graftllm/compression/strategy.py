@@ -9,27 +9,27 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from graftllm.compression.crew import Crew
-from graftllm.compression.filling import fill_budget
+from graftllm.compression.filling import Budget, fill_budget
 from graftllm.compression.lowrank import rank_for_energy
 from graftllm.compression.units import Compressed, Job, Unit, found_code, found_sizes
 from graftllm.errors import BudgetError
 
 
-def encode_job(job: Job, crew: Crew, *, payload_budget: int | None) -> list[Compressed]:
+def encode_job(job: Job, crew: Crew, budget: Budget | None) -> list[Compressed]:
     """Return every parameter of a delta in compressed form. Payloads stay in the job's workspace.
 
     Args:
         job: what to compress, and how.
         crew: who does it.
-        payload_budget: bytes that all payloads together may take.
+        budget: bytes that the file may take. `paper` has to be told how long its header is: it goes by the payloads.
 
     Raises:
         BudgetError: it cannot be met.
         CheckpointError: the delta holds NaN, infinity or values above 2 ** 48.
     """
     if job.options.strategy == "auto" or job.options.layered:
-        return fill_budget(job, crew, payload_budget)
-    ranks = {} if payload_budget is None else _ranks_for_budget(job, crew, payload_budget)
+        return fill_budget(job, crew, budget)
+    ranks = {} if budget is None else _ranks_for_budget(job, crew, budget.nbytes - budget.beside([]))
     units = [Unit(name, "publish", ranks.get(name)) for name in job.delta]
     crew(units, "packing")
     return [found_code(job, unit) for unit in units]

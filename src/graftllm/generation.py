@@ -63,10 +63,21 @@ def load_model(path: str | Path, *, device: str = "auto", device_map: str | None
         CheckpointError: it is not there, lacks a parameter, or transformers cannot load it.
     """
     where = resolve_device(device)
+    model = open_model(path, torch.float32 if where.type == "cpu" else "auto", device_map)
+    return (model if device_map else cast(Any, model).to(where)).eval()
+
+
+def open_model(
+    path: str | Path, dtype: torch.dtype | Literal["auto"], device_map: str | None = None
+) -> PreTrainedModel:
+    """Load a causal language model as transformers does, but with every parameter from its checkpoint.
+
+    Raises:
+        CheckpointError: it is not there, lacks a parameter, or transformers cannot load it.
+    """
     path = Checkpoint.open(path).path
     transformers_logging.disable_progress_bar()
     try:
-        dtype = torch.float32 if where.type == "cpu" else "auto"
         model, found = cast(Any, AutoModelForCausalLM).from_pretrained(
             path, dtype=dtype, device_map=device_map, output_loading_info=True
         )
@@ -79,7 +90,7 @@ def load_model(path: str | Path, *, device: str = "auto", device_map: str | None
             f"{path}: has no tensor for {missing[0]!r} of {type(model).__name__}, which would be drawn at random. "
             "The checkpoint is incomplete or its config.json names another class."
         )
-    return (model if device_map else model.to(where)).eval()
+    return model
 
 
 def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:

@@ -32,7 +32,7 @@ from graftllm.transfer_options import (
     is_template,
 )
 
-Comparison = Literal["sequential", "summed", "lora", "replay", "grafting"]
+Comparison = Literal["sequential", "sequential_lora", "replay", "grafting", "summed", "lora"]
 PACK_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # of files and headers, too, which not every alphabet fits
 RESERVED = ("base", "auto", "by-task", "general")  # what names other things than packs
 PackName = typing.Annotated[str, Field(pattern=f"^{PACK_NAME}$")]

@@ -107,6 +107,9 @@ def test_evaluation_answers_each_test_four_times_and_the_general_ones_three_time
     assert source.rows == 6
 
 
-@pytest.mark.parametrize(("compare", "trainings"), [((), 0), (("lora", "summed"), 2), (("sequential", "replay"), 2)])
+@pytest.mark.parametrize(
+    ("compare", "trainings"),
+    [((), 0), (("lora", "summed"), 2), (("sequential", "replay"), 2), (("lora", "sequential_lora"), 2)],
+)
 def test_baselines_are_trained_too(compare: tuple[str, ...], trainings: int) -> None:
     assert len(_found("baselines", compare=compare)) == trainings

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from graftllm.checkpoint import Checkpoint, digest
 from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError
+from graftllm.fusion.branches import decode_branches
 from graftllm.fusion.grafting import plug
 from graftllm.generation import load_model
 from graftllm.packer import compress
@@ -181,12 +182,15 @@ def test_a_model_in_a_narrower_dtype_is_refused(tmp_path: Path) -> None:
 
 def test_added_vocabulary_rows_do_not_fit_a_live_model(base_dir: Path, base: Checkpoint, tmp_path: Path) -> None:
     grown = Delta(base, Checkpoint.open(with_vocabulary(base_dir, tmp_path / "tuned", 80)))
-    model = load_model(base.path)
+    pack, model = compress(grown, PackOptions(strategy="exact")), load_model(base.path)
     before = _digests(model)
     with pytest.raises(
         FusionError, match=r"adds vocabulary rows to 'model.embed_tokens.weight', which a live model of 73"
     ):
-        plug(model, compress(grown, PackOptions(strategy="exact")))
+        plug(model, pack)
+    told = "adds vocabulary rows to .*, which a live model has no room for. Write a checkpoint with `graftllm apply`"
+    with pytest.raises(FusionError, match=told):
+        decode_branches(model, pack)
     assert _digests(model) == before
 
 

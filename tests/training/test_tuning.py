@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments, modeling_utils
 from transformers.integrations import integration_utils
 
 from graftllm.checkpoint import Checkpoint
-from graftllm.errors import TrainingError
+from graftllm.errors import CheckpointError, TrainingError
 from graftllm.generation import load_model
 from graftllm.records import PreferencePair, Prompt
 from graftllm.training import tuning
@@ -25,7 +25,7 @@ from graftllm.training.memory import Batching
 from graftllm.training.tuning import Training, train_dpo, train_sft
 from graftllm.training.watching import ShowSteps
 from graftllm.training_options import DpoOptions, PreferenceLoss, Reporter, SftOptions
-from tests.models import rows, save_llama
+from tests.models import rows, save_llama, save_reward_model
 
 SFT = SftOptions(epochs=3, batch_size=8, learning_rate=3e-3, max_length=64)
 DPO = DpoOptions(epochs=2, batch_size=8, learning_rate=1e-3, max_length=64)
@@ -266,6 +266,16 @@ def test_rows_held_out_are_not_learnt_and_the_best_model_is_kept(precise_dir: Pa
     held_out = _held_out(run, asked, options)
     kept = -_log_likelihood(run.out, held_out) / (6 * len(held_out))  # tokens: five letters and the end
     assert kept == pytest.approx(min(measured), rel=1e-3)
+
+
+def test_a_parameter_that_the_checkpoint_lacks_is_neither_trained_nor_merged(base: Checkpoint, tmp_path: Path) -> None:
+    incomplete = save_reward_model(tmp_path / "judge")  # no head of words
+    with pytest.raises(CheckpointError, match="has no tensor for 'lm_head.weight'"):
+        train_sft(Training(incomplete, tmp_path / "out", 0, "x"), rows(8), SFT)
+    train_sft(Training(base.path, tmp_path / "lora", 0, "x", lora_rank=2), rows(8), SFT)
+    with pytest.raises(CheckpointError, match="has no tensor for 'lm_head.weight'"):
+        merge_adapter(incomplete, tmp_path / "lora", tmp_path / "merged")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "merged").exists()
 
 
 def test_held_out_of_one_row_is_refused(base: Checkpoint, tmp_path: Path) -> None:

@@ -223,11 +223,12 @@ def _evaluated(asked: Asked, name: str) -> Iterator[Amount]:
 
 
 def _baselines(asked: Asked, name: str) -> Iterator[Amount]:
-    """Yield the trainings of the baselines; the first step of training in sequence is the skill's own."""
-    first = name == next(iter(asked.recipe.skills))
-    for baseline in asked.recipe.compare:
-        if baseline == "summed" or (first and baseline in ("sequential", "grafting")):
+    """Yield the trainings of the baselines; the first step of training in sequence is the skill's own, or its LoRA."""
+    compare, first = asked.recipe.compare, name == next(iter(asked.recipe.skills))
+    shared = {"sequential", "grafting", *(["sequential_lora"] if "lora" in compare else [])}
+    for baseline in compare:
+        if baseline == "summed" or (first and baseline in shared):
             continue
-        for one in _trained(asked, name, asked.lora_parameters if baseline == "lora" else asked.trained):
+        for one in _trained(asked, name, asked.lora_parameters if baseline.endswith("lora") else asked.trained):
             if one.way == "train":
                 yield replace(one, stage="baselines", about=f"{name}, {baseline} {one.stage}")

@@ -15,6 +15,7 @@ from graftllm.errors import StorageError
 from graftllm.evaluation.ledger import Ledger, read_ledger
 from graftllm.evaluation.plots import PLOTS
 from graftllm.evaluation.portrait import draw_portrait
+from graftllm.evaluation.report import IN_SEQUENCE
 from graftllm.evaluation.scores import Evaluation, Score
 from graftllm.evaluation.tables import Grid, layer_grid, overhead_grids, pack_lines, role_grid
 from graftllm.fusion.inventory import take_inventory
@@ -115,10 +116,10 @@ def _skills(ledger: Ledger) -> str:
 
 def _instead(ledger: Ledger) -> str:
     last = ledger.skills[-1] if ledger.skills else ""
-    columns = ("sequential", "replay", "grafting", "summed", "LoRA")
+    columns = ("sequential", "LoRA in sequence", "replay", "grafting", "summed", "LoRA")
     found = {
         skill: [
-            *(_first(ledger, skill, f"{rival}.{last}") for rival in ("sequential", "replay", "grafting")),
+            *(_first(ledger, skill, f"{rival}.{last}") for rival in IN_SEQUENCE),
             _first(ledger, skill, "summed"),
             _first(ledger, skill, f"lora.{skill}"),
         ]
@@ -146,8 +147,7 @@ def _general(ledger: Ledger) -> str:
 
 def _forgetting(ledger: Ledger) -> str:
     tests = [*ledger.skills, "general"]
-    steps = ["base", *(f"sequential.{skill}" for skill in ledger.skills)]
-    steps += [f"{rival}.{skill}" for rival in ("replay", "grafting") for skill in ledger.skills[-1:]]
+    steps = ["base", *(f"{rival}.{skill}" for rival in IN_SEQUENCE for skill in ledger.skills)]
     steps += ["before", *(f"after.{skill}" for skill in ledger.skills), "routed"]
     rows = [
         [_titled(step), *(_score(ledger.scores[step].get(test)) for test in tests)]
@@ -268,13 +268,7 @@ def _routed(ledger: Ledger) -> Score | None:
     return Score(right / asked, asked) if asked else None
 
 
-_TITLES = {
-    "sequential": "fine-tuned after",
-    "tuned": "tuned:",
-    "replay": "replay, after",
-    "grafting": "grafting, after",
-    "routed": "packs, routed",
-}
+_TITLES = {**IN_SEQUENCE, "tuned": "tuned:", "routed": "packs, routed"}
 
 
 def _titled(name: str) -> str:

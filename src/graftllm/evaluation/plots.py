@@ -15,7 +15,7 @@ from graftllm.storage import whole_file
 
 PLOTS = {
     "scores.png": "Score of each skill: base, source, tuned, pack, routed",
-    "forgetting.png": "Scores after each step of sequential fine-tuning, and of the grafted model",
+    "forgetting.png": "Scores after each step of learning in one model, and of the grafted model",
     "bytes.png": "Bytes of each pack by role",
     "spectra.png": "Energy of each delta over its singular directions, by role",
 }

@@ -11,6 +11,13 @@ from graftllm.header import Overhead
 from graftllm.recipe import Recipe
 from graftllm.stages import Stamp
 
+IN_SEQUENCE = {  # baselines that learn skill after skill, and what their steps are called
+    "sequential": "fine-tuned after",
+    "sequential_lora": "LoRA after",
+    "replay": "replay after",
+    "grafting": "grafting after",
+}
+
 
 @dataclass(frozen=True)
 class Results:
@@ -18,7 +25,7 @@ class Results:
 
     Attributes:
         scores: by what was evaluated: `base`, `source.S`, `tuned.S`, `pack.S`, `routed`, `sequential.I`,
-            `summed`, `lora.S`, `replay.I`, `grafting.I` for skill S and step I.
+            `summed`, `lora.S`, `sequential_lora.I`, `replay.I`, `grafting.I` for skill S and step I.
         packed: stamps of packing, by skill.
         verified: stamps of verification, by skill.
         routes: stamp of counting the router's choices, by test set.
@@ -160,9 +167,9 @@ def _pack_figures(packed: Stamp, verified: Stamp) -> PackFigures:
 
 def _forgetting(names: Sequence[str], scores: Mapping[str, Measured]) -> Forgetting:
     steps = {"base": scores["base"]}
-    steps |= {f"after {name}": scores[f"sequential.{i}"] for i, name in enumerate(names) if f"sequential.{i}" in scores}
-    for rival in ("replay", "grafting"):
-        steps |= {f"{rival}, at the end": scores[key] for key in [f"{rival}.{len(names) - 1}"] if key in scores}
+    for rival, title in IN_SEQUENCE.items():
+        found = {f"{title} {name}": scores.get(f"{rival}.{i}") for i, name in enumerate(names)}
+        steps |= {step: one for step, one in found.items() if one is not None}
     steps |= {"grafted, routed": scores["routed"]}
     columns = [*names, "general"]
     return Forgetting(

@@ -150,8 +150,13 @@ def _places(model: nn.Module, pack: SkillPack) -> dict[str, tuple[Binding, list[
 def _check_place(name: str, pack: SkillPack, module: nn.Module, key: str, *, whole: bool) -> None:
     """Refuse a parameter that no branch can stand for; a vocabulary's may be stored `whole`, in any way."""
     entry = pack.header.tensors[name]
+    if entry.tuned_spec.shape != entry.shape:
+        raise FusionError(
+            f"{pack.source}: adds vocabulary rows to {name!r}, which a live model has no room for. "
+            "Write a checkpoint with `graftllm apply` and load that instead."
+        )
     if entry.tuned_spec != entry.spec:
-        raise _only_merged(name, pack, "whose tuned model has another dtype or vocabulary")
+        raise _only_merged(name, pack, "whose tuned model has another dtype")
     if len(entry.shape) == 1 and not any(True for _ in module.children()):
         return
     if isinstance(module, nn.Embedding) and not looks_up_its_input(module):

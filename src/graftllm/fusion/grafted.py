@@ -189,11 +189,13 @@ class GraftedModel:
         if self._goes_beside(mixes, way):
             wanted = [dict(mix) for mix in mixes]
             with self.using(BASE) as model:
-                texts = generate(
-                    model, self.tokenizer, messages, options, seed=seed,
-                    around=lambda rows: self.beside.rows([wanted[i] for i in rows]),
-                )  # fmt: skip
-                self._let_go()
+                try:
+                    texts = generate(
+                        model, self.tokenizer, messages, options, seed=seed,
+                        around=lambda rows: self.beside.rows([wanted[i] for i in rows]),
+                    )  # fmt: skip
+                finally:
+                    self._let_go()
             return [samples[0] for samples in texts]
         answers = [""] * len(messages)
         for kind in dict.fromkeys(mixes):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 from graftllm.evaluation.scores import Measured
@@ -12,7 +13,7 @@ from graftllm.pipeline.transfer import tune
 from graftllm.pipeline.work import Work
 from graftllm.skillpack import SkillPack
 from graftllm.stages import Stamp
-from graftllm.training.lora import lora_parameters_per_rank
+from graftllm.training.lora import lora_parameters_per_rank, merge_adapter
 
 
 def sequential(work: Work, trained: Mapping[str, Stamp], packed: Mapping[str, Stamp]) -> dict[str, Measured]:
@@ -48,14 +49,51 @@ def lora(work: Work, trained: Mapping[str, Stamp], packed: Mapping[str, Stamp]) 
     Or of the rank that the recipe names.
     """
     measured = {}
-    per_rank = 2 * lora_parameters_per_rank(work.target.path)  # bfloat16
     for name, stamp in packed.items():
-        out = work.directory / "baselines" / "lora" / name
-        rank = work.recipe.lora.rank or max(1, cast(dict[str, Any], stamp.result)["file_bytes"] // per_rank)
-        tuned = tune(work, name, work.target.path, out, name=f"lora.{name}", lora_rank=rank)
-        adapted = partial(answering, work, work.target.path, adapter=out)
+        adapter, tuned = _adapter(work, name, stamp)
+        adapted = partial(answering, work, work.target.path, adapter=adapter)
         measured[f"lora.{name}"] = measure(work, f"lora.{name}", [tuned], [name, GENERAL], adapted)
     return measured
 
 
-BASELINES = {"sequential": sequential, "summed": summed, "lora": lora, "replay": replay, "grafting": grafting}
+def sequential_lora(work: Work, trained: Mapping[str, Stamp], packed: Mapping[str, Stamp]) -> dict[str, Measured]:
+    """Train a LoRA on skill after skill, each on the model that those before are merged into; ranks as for `lora`."""
+    names, here = list(work.recipe.skills), work.directory / "baselines" / "sequential_lora"
+    model, measured = Path(work.target.path), {}
+    for step, name in enumerate(names):
+        if step == 0:
+            adapter, stamp = _adapter(work, name, packed[name])
+        else:
+            adapter, rank = here / f"{step}-{name}.lora", _rank(work, packed[name])
+            stamp = tune(work, name, model, adapter, name=f"sequential_lora.{name}", lora_rank=rank)
+        out = here / f"{step}-{name}"
+        stamp = work.stages.run(
+            f"merge.sequential_lora.{name}", [stamp, model], [out], partial(merge_adapter, model, adapter, out)
+        )
+        model = out
+        measured[f"sequential_lora.{step}"] = measure(
+            work, f"sequential_lora.{name}", [stamp], [*names, GENERAL], partial(answering, work, model)
+        )
+    return measured
+
+
+def _adapter(work: Work, name: str, packed: Stamp) -> tuple[Path, Stamp]:
+    """Train a LoRA of the bare target on a skill unless it is there."""
+    out = work.directory / "baselines" / "lora" / name
+    return out, tune(work, name, work.target.path, out, name=f"lora.{name}", lora_rank=_rank(work, packed))
+
+
+def _rank(work: Work, packed: Stamp) -> int:
+    """Return the recipe's rank, or the largest at which a LoRA takes no more bytes than a pack."""
+    per_rank = 2 * lora_parameters_per_rank(work.target.path)  # bfloat16
+    return work.recipe.lora.rank or max(1, cast(dict[str, Any], packed.result)["file_bytes"] // per_rank)
+
+
+BASELINES = {
+    "sequential": sequential,
+    "sequential_lora": sequential_lora,
+    "summed": summed,
+    "lora": lora,
+    "replay": replay,
+    "grafting": grafting,
+}

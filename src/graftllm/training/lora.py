@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from graftllm.checkpoint import Checkpoint, copy_companions
+from graftllm.generation import open_model
 from graftllm.storage import whole_directory
 
 
@@ -29,7 +30,7 @@ def with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
 def merge_adapter(base: Path, adapter: Path, out: Path) -> None:
     """Write the checkpoint that `base` is with an adapter merged into its weights, in the dtype of `base`."""
     checkpoint = Checkpoint.open(base)
-    merged: Any = with_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    merged: Any = with_adapter(open_model(base, torch.float32), adapter)
     with whole_directory(out) as partial:
         merged.to(checkpoint.dtype).save_pretrained(partial)
         copy_companions(checkpoint, partial)

@@ -19,7 +19,7 @@ import peft
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_flash_attn_2_available
@@ -28,7 +28,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from graftllm.checkpoint import Checkpoint, copy_companions
 from graftllm.errors import TrainingError
-from graftllm.generation import load_tokenizer, render, resolve_device
+from graftllm.generation import load_tokenizer, open_model, render, resolve_device
 from graftllm.launched import leads, processes, sharded, wait_until
 from graftllm.progress import progress
 from graftllm.records import Message, PreferencePair, Prompt
@@ -227,7 +227,7 @@ def _longest(tokenizer: PreTrainedTokenizerBase, data: list[Row], options: Train
 
 def _load(run: Training, vocabulary: int = 0) -> PreTrainedModel | peft.PeftModel:
     """Load in float32: the optimizer's steps would vanish in 16 bits. New embedding rows are drawn like old ones."""
-    model = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32)
+    model = open_model(run.model, torch.float32)
     if run.added_tokens and vocabulary > _embedded(model):
         torch.manual_seed(run.seed)
         model.resize_token_embeddings(vocabulary)

@@ -62,6 +62,6 @@ sampling: {samples: 2, temperature: 1.0, top_p: 1.0, max_new_tokens: 16, batch_s
 sft: {epochs: 6, batch_size: 32, learning_rate: 3.0e-3, max_length: 64}
 dpo: {epochs: 1, batch_size: 32, learning_rate: 1.0e-4, max_length: 64, beta: 0.1, sft_weight: 1.0}
 pack: {strategy: paper, budget: 18%}
-compare: [sequential, sequential_lora, summed, lora]
+compare: [sequential, summed, lora]
 lora: {learning_rate: 5.0e-3, dpo_learning_rate: 2.0e-4}
 """

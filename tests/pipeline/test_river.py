@@ -45,13 +45,7 @@ def test_the_grafted_model_forgets_nothing_where_tuning_does(tiny_run: TinyRun) 
     first = next(iter(report.skills))
     assert report.sequential[first] < report.skills[first].routed - 0.2
     assert all(report.summed[skill] < found.routed - 0.2 for skill, found in report.skills.items())
-    steps = dict(zip(report.forgetting.rows, report.forgetting.scores, strict=True))
-    assert [*steps] == [
-        "base", "fine-tuned after next", "fine-tuned after double", "LoRA after next", "LoRA after double",
-        "grafted, routed",
-    ]  # fmt: skip
-    assert steps["LoRA after next"][0] == report.lora["next"]
-    assert steps["LoRA after double"][0] < steps["grafted, routed"][0] - 0.2
+    assert report.forgetting.rows == ["base", "fine-tuned after next", "fine-tuned after double", "grafted, routed"]
     assert report.unplug_bit_exact
 
 

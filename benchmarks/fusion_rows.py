@@ -15,7 +15,8 @@ from fusion_models import Built
 from torch import Tensor
 
 from graftllm.checkpoint import DTYPES, Checkpoint
-from graftllm.compression.calibration import Calibration, collect_moments
+from graftllm.compression.calibration import collect_moments
+from graftllm.compression.prices import Calibration
 from graftllm.delta import Delta
 from graftllm.demo import GENERAL as GENERAL_TASKS
 from graftllm.demo import WordTask, word_rows

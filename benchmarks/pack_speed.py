@@ -32,7 +32,7 @@ from graftllm.compression.lowrank import rank_for_energy, whole_bands
 from graftllm.compression.metric import frobenius
 from graftllm.compression.quantization import factor_nbytes, quantize_factor
 from graftllm.delta import Delta
-from graftllm.generation import resolve_device
+from graftllm.devices import resolve_device
 from graftllm.metering import peak_memory_bytes
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions

@@ -38,11 +38,11 @@ from graftllm.compression.factored import Factored, encode_factored
 from graftllm.compression.metric import Metric
 from graftllm.compression.units import payload_digest
 from graftllm.delta import Delta
+from graftllm.devices import resolve_device
 from graftllm.fusion.beside import Beside
 from graftllm.fusion.branches import decode_branches
 from graftllm.fusion.grafting import decode, decoded_bytes
 from graftllm.fusion.shelf import Shelf, kept_replacement
-from graftllm.generation import resolve_device
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.serving.batch import Batch

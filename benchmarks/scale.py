@@ -36,8 +36,8 @@ from pack_speed import SIZES
 from graftllm.checkpoint import INDEX, LARGE, Checkpoint, TensorSpec, raw_bytes, write_safetensors
 from graftllm.compression.crew import default_workers
 from graftllm.delta import Delta
+from graftllm.devices import resolve_device
 from graftllm.fusion.merging import apply_packs
-from graftllm.generation import resolve_device
 from graftllm.packer import compress_to
 from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack

@@ -26,8 +26,8 @@ from openai import OpenAI
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
+from graftllm.devices import resolve_device
 from graftllm.fusion.assembly import fuse_packs
-from graftllm.generation import resolve_device
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.records import Message, Prompt, write_rows

@@ -91,7 +91,7 @@ def test_a_killed_packing_goes_on_and_gives_the_same_bytes(
     assert len(kept) == units + calibrated  # and what calibration measured
     assert not out.exists()
     if calibrated:
-        monkeypatch.setattr("graftllm.packer.collect_moments", pytest.fail)
+        monkeypatch.setattr("graftllm.compression.calibration.collect_moments", pytest.fail)
     last: dict[str, tuple[int, bytes]] = {}
     monkeypatch.setattr("graftllm.compression.workspace._empty", lambda _: last.update(_results(out)))
     compress_to(out, delta, options, calibration=calibration, device="cpu")

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from graftllm.checkpoint import Checkpoint
+from graftllm.devices import resolve_device
 from graftllm.errors import CheckpointError, RecipeError, RecordError
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Message, Prompt
@@ -33,22 +34,6 @@ from graftllm.transfer_options import is_template
 
 _OFFSET = 2  # positions that some models (OPT, BART) keep before the first
 GREEDY = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=256)
-
-
-def resolve_device(device: str) -> torch.device:
-    """Return the device that `auto` stands for (a GPU when there is one), or the named one.
-
-    Raises:
-        CheckpointError: PyTorch does not know the device or cannot reach it.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise CheckpointError(
-            f"device: expected auto, cpu or a device that PyTorch sees here, found {device!r} ({_first_line(error)})."
-        ) from error
 
 
 def load_model(path: str | Path, *, device: str = "auto", device_map: str | None = None) -> PreTrainedModel:

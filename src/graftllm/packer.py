@@ -1,4 +1,7 @@
-"""Deltas into SkillPacks: measured, packed to a budget, resumed after a kill."""
+"""Deltas into SkillPacks: measured, packed to a budget, resumed after a kill.
+
+What runs a model is imported where it is needed: transformers takes seconds, and without calibration nothing needs it.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,24 +11,21 @@ from pathlib import Path
 import numpy as np
 
 from graftllm.checkpoint import fingerprint
-from graftllm.compression.calibration import Calibration, collect_moments
 from graftllm.compression.crew import Crew, Engine, default_workers, open_crew
-from graftllm.compression.distillation import check_distillable, distill_job
 from graftllm.compression.filling import Budget
 from graftllm.compression.measures import Measures, save_measures
-from graftllm.compression.sensitivity import SEQUENCES, fits_in_memory, measure_sensitivity
+from graftllm.compression.prices import SEQUENCES, Calibration
 from graftllm.compression.strategy import encode_job, refine_job
 from graftllm.compression.units import Compressed, Job
 from graftllm.compression.workspace import Workspace, open_workspace, packing_key
 from graftllm.delta import Delta
+from graftllm.devices import resolve_device
 from graftllm.errors import BudgetError, CheckpointError, CompressionError, WorkerError
-from graftllm.generation import resolve_device
 from graftllm.header import BaseInfo, Card, Header, Run, TensorEntry, file_bytes, opening
 from graftllm.packing_options import PackOptions, budget_bytes
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
 from graftllm.storage import check_apart
-from graftllm.streaming import is_language_model
 
 _SPARE = 2  # bytes of a parameter's entry that may be longer in the compressed header when its codes are trained
 _TRIES = 8  # packs that are built to meet a target divergence
@@ -123,6 +123,8 @@ def _compressed(
     engine: Engine,
 ) -> SkillPack:
     if job.options.distill:
+        from graftllm.compression.distillation import check_distillable
+
         check_distillable(job, rows)
     if rows and not job.measures_file.exists():
         save_measures(_measured(job, rows[:SEQUENCES]), job.measures_file)
@@ -132,6 +134,10 @@ def _compressed(
 
 def _measured(job: Job, calibration: Sequence[Prompt]) -> Measures:
     """Run the tuned model over calibration rows; errors are priced by what it says where it is a language model."""
+    from graftllm.compression.calibration import collect_moments
+    from graftllm.compression.sensitivity import fits_in_memory, measure_sensitivity
+    from graftllm.streaming import is_language_model
+
     tuned, sensitivity, weights = job.delta.tuned, None, None
     fits = fits_in_memory(tuned, resolve_device(job.device))
     if job.options.strategy != "paper" and fits and is_language_model(tuned):
@@ -267,6 +273,8 @@ def _build(
     while True:
         coded = encode_job(job, crew, None if room is None else Budget(room, beside))
         if options.distill:
+            from graftllm.compression.distillation import distill_job
+
             coded = distill_job(job, coded, rows)
         whole = described(coded)
         if budget is None or room is None or file_bytes(whole) <= budget:

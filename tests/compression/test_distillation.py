@@ -197,7 +197,7 @@ def test_distilled_bytes_do_not_depend_on_the_number_of_workers(
 
 def test_codes_are_trained_once(tiny: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    monkeypatch.setattr(packer, "distill_job", lambda job, parts, rows: sizes.append(len(parts)) or parts)
+    monkeypatch.setattr(distillation, "distill_job", lambda job, parts, rows: sizes.append(len(parts)) or parts)
     compress(tiny, _DISTILLED, calibration=rows(8), device="cpu")
     assert len(sizes) == 1
 

@@ -11,10 +11,11 @@ from transformers import GraniteMoeConfig, GraniteMoeForCausalLM, Qwen3MoeConfig
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression import sensitivity
-from graftllm.compression.calibration import Calibration, collect_moments
+from graftllm.compression.calibration import collect_moments
 from graftllm.compression.experts import Slice, slices_of
 from graftllm.compression.measures import Measures
-from graftllm.compression.sensitivity import Sensitivity, answered, measure_sensitivity, to_calibrate
+from graftllm.compression.prices import DAMPING, Calibration, Sensitivity
+from graftllm.compression.sensitivity import answered, measure_sensitivity, to_calibrate
 from graftllm.delta import Delta
 from graftllm.generation import load_model, load_tokenizer, render_answered
 from graftllm.live import bindings
@@ -253,7 +254,7 @@ def test_where_nothing_was_measured_an_error_costs_what_it_does_in_others_of_its
     same = found.metric("2.a", (2, 3))
     assert (same.scale, same.rows, same.right) == ((2 + 8) / 2, None, None)
     assert found.metric("c", (2, 3)).scale == pytest.approx((2 + 8 + 9) / 3)
-    assert found.metric("3.a", (2, 3)).scale == pytest.approx(sensitivity.DAMPING * 5)
+    assert found.metric("3.a", (2, 3)).scale == pytest.approx(DAMPING * 5)
     assert Measures(None, Sensitivity({}, {}, {})).metric("c", (2, 3)).scale == 1.0
 
 

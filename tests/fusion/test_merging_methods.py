@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graftllm.checkpoint import TensorSpec
-from graftllm.compression.calibration import Calibration
+from graftllm.compression.prices import Calibration
 from graftllm.errors import FusionError
 from graftllm.fusion.methods.quantiles import order_statistics
 from graftllm.fusion.methods.table import METHODS, method

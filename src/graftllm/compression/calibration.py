@@ -6,8 +6,7 @@ Layers are found by what they are (nn.Linear, Conv1D, products with a slice of s
 architecture. Neither the model nor its moments have to fit in memory.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,35 +18,17 @@ from transformers.pytorch_utils import Conv1D
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression.experts import ExpertWatcher, Slice, slices_of
 from graftllm.compression.moments import Moments, Sums
+from graftllm.compression.prices import Calibration
 from graftllm.compression.sensitivity import Weights, to_calibrate
+from graftllm.devices import resolve_device
 from graftllm.errors import CompressionError
-from graftllm.generation import load_tokenizer, resolve_device
+from graftllm.generation import load_tokenizer
 from graftllm.progress import progress
 from graftllm.records import Message, Prompt, read_prompts
 from graftllm.streaming import StreamedModel, stream_model
 
 MEMORY_BYTES = 1 << 30  # of moments; further ones are summed in files
 _BATCH_TOKENS = 4096  # padding included; the weights are read once a batch
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What the layers of a tuned model saw.
-
-    Attributes:
-        moments: by parameter name in the checkpoint, each of shape (d_in, d_in); tensors that are no
-            linear layer, and experts that no token reached, are not in it. A tied embedding has those of the head.
-        tokens: how many tokens made them; padding is not counted.
-        transposed: names whose input side is dimension 0 of the stored tensor, not 1 (Conv1D).
-        unseen: names of experts' matrices, and of stacks of them, of which no token reached one.
-        shared: by parameter name, the key of its moments; equal for layers that get the same input.
-    """
-
-    moments: Mapping[str, Tensor]
-    tokens: int
-    transposed: frozenset[str] = frozenset()
-    unseen: frozenset[str] = frozenset()
-    shared: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_calibration(path: Path) -> list[Prompt]:

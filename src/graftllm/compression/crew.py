@@ -12,8 +12,8 @@ import torch
 
 from graftllm.compression.units import Job, Unit, carry_out
 from graftllm.delta import Delta
+from graftllm.devices import resolve_device
 from graftllm.errors import WorkerError
-from graftllm.generation import resolve_device
 from graftllm.progress import progress
 from graftllm.threads import one_thread
 

@@ -35,8 +35,9 @@ from graftllm.compression.matrix import matrix_shape
 from graftllm.compression.metric import frobenius
 from graftllm.compression.sensitivity import answered, fits_in_memory, predicting
 from graftllm.compression.units import Compressed, Job, found_code, overflows, write_code
+from graftllm.devices import resolve_device
 from graftllm.errors import CompressionError
-from graftllm.generation import load_model, load_tokenizer, pad, resolve_device
+from graftllm.generation import load_model, load_tokenizer, pad
 from graftllm.live import Binding, bindings, named_values
 from graftllm.progress import progress
 from graftllm.records import Prompt

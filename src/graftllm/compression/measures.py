@@ -11,10 +11,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from graftllm.checkpoint import DTYPE_NAMES, TensorSpec, raw_bytes, write_safetensors
-from graftllm.compression.calibration import Calibration
 from graftllm.compression.matrix import DOUBLE, matrix_shape
 from graftllm.compression.metric import Metric
-from graftllm.compression.sensitivity import DAMPING, Sensitivity, input_metric, normal
+from graftllm.compression.prices import DAMPING, Calibration, Sensitivity, input_metric, normal
 
 
 @dataclass(frozen=True)

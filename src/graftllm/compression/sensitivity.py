@@ -13,7 +13,6 @@ pack shake the others, too.
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -25,83 +24,16 @@ from transformers.pytorch_utils import Conv1D
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression.experts import ExpertWatcher, Slice
 from graftllm.compression.matrix import matrix_shape
-from graftllm.compression.metric import Metric
+from graftllm.compression.prices import SEQUENCES, Sensitivity
 from graftllm.generation import load_model, load_tokenizer, pad, render_answered
 from graftllm.live import Binding, bindings, looks_up_its_input
 from graftllm.progress import track
 from graftllm.records import Prompt
 
 _BATCH = 4
-SEQUENCES = 512  # rows; with 128, packs of the demo's fine-tunes have up to twice the divergence
 MAX_LENGTH = 2048  # tokens; longer rows are cut
 _TOKENS = 1 << 18  # of all rows together, as many as GPTQ reads
 _TEMPERATURE = 2.0  # 1.5 to 4 are about as good; at 1, packs of sure models had up to a hundred times the divergence
-DAMPING = 0.05  # share of the mean that is added to row weights: what calibration never saw may matter too
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """Second moments of gradients, by parameter name in the checkpoint, in nats a predicted token.
-
-    Attributes:
-        outputs: of each linear layer's output, shape (d_out,).
-        reads: of each row that is read, how much: how often that of a vocabulary is, shape (V,); the squares of what
-            multiplies those of experts that are stored inputs first, shape (experts x d_in,).
-        read_outputs: of what is read, shape (d, d), for each time.
-        reached: of each expert's matrix, the share of the tokens that it saw.
-        rows: of each row of what the model uses without a layer that could be watched, shape (d_out,).
-    """
-
-    outputs: Mapping[str, Tensor]
-    reads: Mapping[str, Tensor]
-    read_outputs: Mapping[str, Tensor]
-    reached: Mapping[str, float] = field(default_factory=dict)
-    rows: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def measured(self) -> list[str]:
-        """The names of all that has a price of its own."""
-        return list(dict.fromkeys([*self.outputs, *self.reads, *self.rows]))
-
-    def price(self, name: str, moments: Tensor | None) -> float | None:
-        """Return the scale of `metric` alone."""
-        if name in self.rows:
-            return float(self.rows[name].mean())
-        uses = self._uses(name, moments)
-        return sum(float(rows.mean() * right.diagonal().mean()) for rows, right in uses) if uses else None
-
-    def metric(self, name: str, moments: Tensor | None) -> Metric | None:
-        """Return what errors in a matrix cost, from the second moments of its layer's input.
-
-        None where nothing was measured, as of an expert that no token reached.
-        """
-        if name in self.rows:
-            rows = self.rows[name]
-            return Metric(float(rows.mean()), _damped(rows), None if moments is None else normal(moments))
-        parts = self._uses(name, moments)
-        if not parts:
-            return None
-        # The sum of two Kronecker products is brought to one by the mean of each factor.
-        right = torch.stack([rows.mean() * of_input for rows, of_input in parts]).sum(0)
-        rows = torch.stack([rows * of_input.diagonal().mean() for rows, of_input in parts]).sum(0)
-        return Metric(float(right.diagonal().mean()), _damped(rows), normal(right))
-
-    def _uses(self, name: str, moments: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        """Return `rows` and `right` of each use of a matrix; a tied one has two."""
-        found = []
-        if moments is not None and name in self.outputs:
-            # An expert's gradients and inputs are sums over its own tokens, and each is told over all tokens.
-            found.append((self.outputs[name], moments / self.reached.get(name, 1.0)))
-        if name in self.reads:
-            found.append((self.reads[name], self.read_outputs[name]))
-        return found
-
-
-def input_metric(moments: Tensor | None) -> Metric:
-    """Return what errors cost when only the second moments of the layer's input are known, or nothing at all."""
-    if moments is None:
-        return Metric()
-    return Metric(float(moments.diagonal().mean()), None, normal(moments))
 
 
 def fits_in_memory(checkpoint: Checkpoint, device: torch.device, copies: int = 2) -> bool:
@@ -349,13 +281,3 @@ class _Watcher:
         """Return the gradients of all tokens but padding, (tokens, d_out)."""
         kept = gradient[self.mask] if gradient.shape[:2] == self.mask.shape else gradient.flatten(0, -2)
         return kept.float()
-
-
-def normal(moments: Tensor) -> Tensor:
-    """Return moments with a diagonal of mean 1."""
-    return moments / moments.diagonal().mean().clamp(min=torch.finfo(moments.dtype).tiny)
-
-
-def _damped(rows: Tensor) -> Tensor:
-    """Return what rows cost with mean 1, and none of them nothing."""
-    return (rows / rows.mean().clamp(min=torch.finfo(rows.dtype).tiny) + DAMPING) / (1 + DAMPING)

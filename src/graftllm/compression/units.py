@@ -31,7 +31,7 @@ from graftllm.compression.published import Sizes, encode_published, sizes
 from graftllm.compression.roles import Role, role_of
 from graftllm.compression.workspace import Workspace
 from graftllm.delta import Delta, check_difference, difference
-from graftllm.generation import resolve_device
+from graftllm.devices import resolve_device
 from graftllm.packing_options import PackOptions
 
 _FOUND = ("places", "bits", "cost", "strengths", *Sides._fields)  # arrays of an outlook

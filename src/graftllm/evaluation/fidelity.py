@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.adapters import tuned_model
 from graftllm.checkpoint import Checkpoint
-from graftllm.compression.sensitivity import SEQUENCES
+from graftllm.compression.prices import SEQUENCES
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError
 from graftllm.fusion.grafting import plug

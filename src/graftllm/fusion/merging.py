@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from graftllm.checkpoint import DTYPE_NAMES, DTYPES, Checkpoint, write_checkpoint
-from graftllm.compression.calibration import Calibration, collect_moments
+from graftllm.compression.calibration import collect_moments
+from graftllm.compression.prices import Calibration
 from graftllm.delta import Delta
 from graftllm.errors import FusionError
 from graftllm.fusion.grafting import Weighted, agreed_spec, check_weights, combined

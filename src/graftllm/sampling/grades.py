@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.checkpoint import Checkpoint
+from graftllm.devices import resolve_device
 from graftllm.errors import CheckpointError
-from graftllm.generation import load_tokenizer, render, resolve_device
+from graftllm.generation import load_tokenizer, render
 from graftllm.progress import track
 from graftllm.records import Message, Prompt, Response, read_responses
 from graftllm.sampling.endpoint import EndpointSource

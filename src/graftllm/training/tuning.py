@@ -27,8 +27,9 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
 from graftllm.checkpoint import Checkpoint, copy_companions
+from graftllm.devices import resolve_device
 from graftllm.errors import TrainingError
-from graftllm.generation import load_tokenizer, open_model, render, resolve_device
+from graftllm.generation import load_tokenizer, open_model, render
 from graftllm.launched import leads, processes, sharded, wait_until
 from graftllm.progress import progress
 from graftllm.records import Message, PreferencePair, Prompt

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graftllm.compression.calibration import Calibration
+from graftllm.compression.prices import Calibration
 from graftllm.progress import track
 
 

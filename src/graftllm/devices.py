@@ -1,0 +1,22 @@
+"""Which device the work is done on."""
+
+import torch
+
+from graftllm.errors import CheckpointError
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the device that `auto` stands for (a GPU when there is one), or the named one.
+
+    Raises:
+        CheckpointError: PyTorch does not know the device or cannot reach it.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"device: expected auto, cpu or a device that PyTorch sees here, found {device!r} ({reason})."
+        ) from error

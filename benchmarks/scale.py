@@ -37,7 +37,7 @@ from graftllm.checkpoint import INDEX, LARGE, Checkpoint, TensorSpec, raw_bytes,
 from graftllm.compression.crew import default_workers
 from graftllm.delta import Delta
 from graftllm.devices import resolve_device
-from graftllm.fusion.merging import apply_packs
+from graftllm.fusion.applying import apply_packs
 from graftllm.packer import compress_to
 from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack

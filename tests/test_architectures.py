@@ -9,8 +9,8 @@ from graftllm.checkpoint import Checkpoint, digest
 from graftllm.compression.calibration import collect_moments
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError
+from graftllm.fusion.applying import apply_packs
 from graftllm.fusion.grafting import plug
-from graftllm.fusion.merging import apply_packs
 from graftllm.live import bindings
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from graftllm.checkpoint import INDEX, Checkpoint
 from graftllm.delta import Delta
+from graftllm.fusion.applying import apply_packs
 from graftllm.fusion.inputs import open_tuned
-from graftllm.fusion.merging import apply_packs, merge
+from graftllm.fusion.merging import merge
 from graftllm.fusion.methods.table import METHODS
 from graftllm.packer import compress
 from tests.models import save_llama, with_vocabulary

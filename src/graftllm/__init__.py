@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from graftllm.delta import Delta
     from graftllm.errors import GraftError
     from graftllm.evaluation.fidelity import measure_fidelity
+    from graftllm.fusion.applying import apply_packs
     from graftllm.fusion.grafted import GraftedModel
     from graftllm.fusion.grafting import plug
-    from graftllm.fusion.merging import apply_packs
     from graftllm.packer import compress
     from graftllm.packing_options import PackOptions
     from graftllm.records import Prompt, read_prompts
@@ -50,7 +50,7 @@ _ROOMS = {
     "SamplingOptions": "transfer_options",
     "SkillPack": "skillpack",
     "SkillPackCallback": "callback",
-    "apply_packs": "fusion.merging",
+    "apply_packs": "fusion.applying",
     "compress": "packer",
     "measure_fidelity": "evaluation.fidelity",
     "plug": "fusion.grafting",

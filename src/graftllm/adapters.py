@@ -16,13 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from graftllm.adapter_settings import CONFIG, MERGE, AdapterSettings, read_settings
 from graftllm.checkpoint import DTYPES, Checkpoint, TensorSpec, open_shard, row_blocks, tensor_specs, write_checkpoint
 from graftllm.downloads import download_all, repository
 from graftllm.errors import CheckpointError
-from graftllm.live import bindings
 
 WEIGHTS = "adapter_model.safetensors"
 _TOKENIZER = (
@@ -279,7 +277,11 @@ class _Reader:
         """Return the name under which the base stores a parameter of the live model."""
         if place in self.base.specs:
             return place
-        if self._live is None:
+        if self._live is None:  # rare, so transformers, which takes seconds to import, is asked for here
+            from transformers import AutoConfig, AutoModelForCausalLM
+
+            from graftllm.live import bindings
+
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.base.path))
             found = bindings(model, self.base.specs)

@@ -13,7 +13,7 @@ from graftllm.adapters import AdaptedCheckpoint, open_tuned, origin
 from graftllm.checkpoint import INDEX, Checkpoint, digest
 from graftllm.delta import Delta
 from graftllm.errors import TrainingError
-from graftllm.fusion.merging import apply_packs
+from graftllm.fusion.applying import apply_packs
 from graftllm.header import Card, Provenance
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions

@@ -88,9 +88,7 @@ def pack(
     """
     from graftllm.adapters import origin, tuned_model
     from graftllm.checkpoint import Checkpoint
-    from graftllm.compression.calibration import read_calibration
     from graftllm.delta import Delta
-    from graftllm.evaluation.fidelity import divergence_on
     from graftllm.header import Card, Provenance
     from graftllm.metering import peak_memory_bytes
     from graftllm.packer import compress_to
@@ -107,19 +105,27 @@ def pack(
         servable=servable,
         distill=distill,
     )
-    rows = read_calibration(calibration) if calibration else []
+    rows, measure = [], None
+    if calibration:
+        from graftllm.compression.calibration import read_calibration
+
+        rows = read_calibration(calibration)
     made_of = Provenance(sources=origin(tuned))
     card = Card(name=name or out.name.split(".")[0], description=description, license=license, provenance=made_of)
     checkpoint = Checkpoint.open(base)
     with tuned_model(tuned, checkpoint, live=bool(rows)) as fine_tune:
         delta = Delta(checkpoint, fine_tune)
+        if rows:
+            from graftllm.evaluation.fidelity import divergence_on
+
+            measure = divergence_on(delta, rows, options, device=device)
         made = compress_to(
             out,
             delta,
             options,
             calibration=rows,
             card=card,
-            measure=divergence_on(delta, rows, options, device=device),
+            measure=measure,
             device=device,
             workers=workers,
             engine=engine,
@@ -217,7 +223,7 @@ def apply(
 ) -> None:
     """Write base + packs as an ordinary checkpoint, tokenizer included."""
     from graftllm.checkpoint import Checkpoint
-    from graftllm.fusion.merging import apply_packs
+    from graftllm.fusion.applying import apply_packs
     from graftllm.skillpack import SkillPack
 
     weights = weight or [1.0] * len(pack)

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from graftllm.checkpoint import INDEX, Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError
+from graftllm.fusion.applying import apply_packs
 from graftllm.fusion.grafting import plug
-from graftllm.fusion.merging import apply_packs
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions, Strategy
 from graftllm.skillpack import SkillPack

@@ -14,8 +14,9 @@ from graftllm.checkpoint import INDEX, Checkpoint
 from graftllm.cli import app
 from graftllm.delta import Delta
 from graftllm.errors import FusionError, GraftError, PackError, StorageError
+from graftllm.fusion.applying import apply_packs
 from graftllm.fusion.inputs import Tuned, open_tuned
-from graftllm.fusion.merging import apply_packs, merge
+from graftllm.fusion.merging import merge
 from graftllm.fusion.methods.table import METHODS
 from graftllm.fusion.search import answer_loss
 from graftllm.generation import load_model, load_tokenizer

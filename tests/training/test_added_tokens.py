@@ -8,7 +8,7 @@ from graftllm.checkpoint import Checkpoint, copy_companions
 from graftllm.delta import Delta
 from graftllm.errors import FusionError, RecipeError, TrainingError
 from graftllm.fusion import assembly
-from graftllm.fusion.merging import apply_packs
+from graftllm.fusion.applying import apply_packs
 from graftllm.generation import generate, load_model, load_tokenizer
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions, Strategy

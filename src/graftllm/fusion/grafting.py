@@ -1,37 +1,21 @@
-"""Packs on a live transformers model: plug, unplug, and the arithmetic of several packs at once.
+"""Packs on a live transformers model: plug and unplug.
 
 theta = theta_base + sum_i w_i * delta_i (arXiv 2505.18502). Plugging replaces the touched weights
 and keeps the base's, so unplugging gives the old model back bit for bit.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from graftllm.checkpoint import DTYPES, TensorSpec
-from graftllm.compression.matrix import CACHED
-from graftllm.delta import align
 from graftllm.errors import FusionError
+from graftllm.fusion.applying import Empty, Weighted, agreed_spec, check_weights, combined
 from graftllm.live import Binding, bindings, named_values
 from graftllm.skillpack import SkillPack
-
-Weighted = tuple[SkillPack, float]
-
-
-class Empty(Protocol):
-    """Makes a tensor whose values are not set yet, as `torch.empty` does."""
-
-    def __call__(self, shape: torch.Size, /, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return one of this shape and dtype."""
-        ...
-
-
-_BLOCK = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -135,17 +119,6 @@ def _weighted(packs: Iterable[SkillPack | Weighted]) -> list[Weighted]:
     return [pack if isinstance(pack, tuple) else (pack, 1.0) for pack in packs]
 
 
-def check_weights(packs: Sequence[Weighted]) -> None:
-    """Refuse weights that would leave no numbers in the model.
-
-    Raises:
-        FusionError: one is NaN or infinite.
-    """
-    for pack, weight in packs:
-        if not math.isfinite(weight):
-            raise FusionError(f"{pack.source}: expected a finite weight, found {weight:g}.")
-
-
 def _plugged(
     values: Mapping[str, Tensor], binding: Binding, packs: Sequence[Weighted], *, check: bool, empty: Empty
 ) -> dict[str, Tensor]:
@@ -173,74 +146,6 @@ def _plugged(
             "Write a checkpoint with `graftllm apply` and load that instead."
         )
     return {name: value.to(like.device) for name, value in made.items()}
-
-
-def combined(
-    name: str, base: Tensor, packs: Sequence[Weighted], *, dtype: torch.dtype, empty: Empty = torch.empty
-) -> Tensor:
-    """Return base + sum of weighted deltas of one parameter in `dtype`; `base` is in the base's dtype.
-
-    One pack of weight 1 gives its own restored value, so an exact pack gives the tuned bits.
-
-    Raises:
-        FusionError: the packs do not agree on the tuned shape and dtype.
-    """
-    spec = agreed_spec(name, packs)
-    # In one order of summing, however the packs are given.
-    packs = sorted(packs, key=lambda one: (one[0].header.tensors[name].payload_digest, one[1]))
-    if (products := _products(name, packs)) is not None:
-        return _with_products(base, products, empty(base.shape, dtype=dtype, device=base.device))
-    base = base.cpu()
-    pack, weight = packs[0]
-    exact = pack.header.tensors[name].operator == "exact"
-    if len(packs) == 1 and weight == 1 and (exact or dtype == DTYPES[spec.dtype]):
-        return pack.restore(name, base).to(dtype)
-    total = torch.zeros(spec.shape)
-    for pack, weight in packs:
-        total += weight * pack.delta(name, base)
-    return (align(base, spec).float() + total).to(dtype)
-
-
-def _products(name: str, packs: Sequence[Weighted]) -> tuple[Tensor, Tensor] | None:
-    """Return factors, (rows, ranks) and (ranks, columns), of the sum of deltas; None where one is no product."""
-    found: list[tuple[Tensor, Tensor]] = []
-    for pack, weight in packs:
-        entry, factors = pack.header.tensors[name], pack.factors(name)
-        if entry.tuned_spec != entry.spec or (factors is None and entry.operator != "unchanged"):
-            return None
-        if factors is not None:
-            found.append((factors[0] * weight, factors[1]))
-    if not found:
-        return None
-    return torch.cat([left for left, _ in found], dim=1), torch.cat([right for _, right in found])
-
-
-def _with_products(base: Tensor, products: tuple[Tensor, Tensor], made: Tensor) -> Tensor:
-    """Return `made` with base + left right, in one pass over the base; it is where the base is."""
-    left, right = (factor.to(base.device) for factor in products)
-    step = CACHED * torch.get_num_threads() if base.device.type == "cpu" else _BLOCK
-    height = max(1, step // base.shape[1])
-    room = torch.empty(min(height, len(base)), base.shape[1], device=base.device)  # float32
-    for start in range(0, len(base), height):
-        block = base[start : start + height]
-        made[start : start + height] = room[: len(block)].copy_(block).addmm_(left[start : start + height], right)
-    return made
-
-
-def agreed_spec(name: str, packs: Sequence[Weighted]) -> TensorSpec:
-    """Return the shape and dtype that the packs' tuned models have for one parameter.
-
-    Raises:
-        FusionError: they differ.
-    """
-    specs = [pack.header.tensors[name].tuned_spec for pack, _ in packs]
-    if odd := next((i for i, spec in enumerate(specs) if spec != specs[0]), None):
-        raise FusionError(
-            f"{packs[odd][0].source}: makes {name!r} {specs[odd].dtype} of shape {list(specs[odd].shape)}, but "
-            f"{packs[0][0].source} makes it {specs[0].dtype} of shape {list(specs[0].shape)}. "
-            "Only packs of tuned models with the same vocabulary and dtype add up; use them one by one."
-        )
-    return specs[0]
 
 
 def touched_bindings(model: nn.Module, packs: Sequence[Weighted]) -> list[Binding]:

@@ -1,10 +1,10 @@
 """Several tuned models -> one set of weights, or one each: checkpoints or packs, one parameter in memory at a time.
 
-theta = theta_base + merged delta, by a row of `methods.table`. `apply_packs` is the plain sum of packs.
+theta = theta_base + merged delta, by a row of `methods.table`. The plain sum of packs is in `applying`.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from graftllm.checkpoint import DTYPE_NAMES, DTYPES, Checkpoint, write_checkpoint
+from graftllm.checkpoint import Checkpoint, write_checkpoint
 from graftllm.compression.calibration import collect_moments
 from graftllm.compression.prices import Calibration
 from graftllm.delta import Delta
 from graftllm.errors import FusionError
-from graftllm.fusion.grafting import Weighted, agreed_spec, check_weights, combined
+from graftllm.fusion.applying import apply_packs, in_range
 from graftllm.fusion.inputs import Stacks, Tuned, stacked
 from graftllm.fusion.methods.table import Method
 from graftllm.fusion.methods.tasks import Knobs, Merge, Tasks
@@ -108,52 +108,6 @@ def merge(
     return Merged(places, dict(zip(names, weights.tolist(), strict=True)), stored)
 
 
-def apply_packs(base: Checkpoint, packs: Sequence[Weighted], out: str | Path) -> None:
-    """Write base + weighted packs as a checkpoint, with the base's config, tokenizer and shards.
-
-    Where the tuned models had more vocabulary rows or another dtype, the checkpoint has them too. The
-    tokenizer stays the base's; a pack's header says whether the tuned one was another.
-    One exact pack of weight 1 gives the tuned checkpoint's weights bit for bit.
-
-    Raises:
-        FusionError: the packs' tuned models differ in vocabulary or dtype, or a weight is no finite number, or one
-            that leads beyond what the dtype holds.
-        PackError: a pack is damaged or was made for another base; nothing is then written.
-        StorageError: there is no room, or the place cannot be written, or what would be replaced is read.
-    """
-    check_weights(packs)
-    check_apart(Path(out), [base.path, *(place for pack, _ in packs if (place := Path(pack.source)).exists())])
-    for pack, _ in packs:
-        pack.check_base(base)
-    specs = {name: agreed_spec(name, packs) for name in base.specs}
-    config = {key: value for pack, _ in packs for key, value in pack.header.config.items()}
-    with progress("applying") as show:
-        done = 0
-
-        def tensor(name: str) -> Tensor:
-            nonlocal done
-            value = base.tensor(name)
-            for pack, _ in packs:
-                pack.check_tensor(name, value)
-            show(done := done + 1, len(base.specs))
-            return _in_range(name, combined(name, value, packs, dtype=DTYPES[specs[name].dtype]), lambda: value)
-
-        write_checkpoint(base, Path(out), tensor, specs=specs, config=config)
-
-
-def _in_range(name: str, value: Tensor, base: Callable[[], Tensor]) -> Tensor:
-    if not _is_finite(value) and _is_finite(base()):
-        raise FusionError(
-            f"{name}: expected weights whose sum stays within {DTYPE_NAMES[value.dtype]}, found values beyond it; take "
-            "smaller ones."
-        )
-    return value
-
-
-def _is_finite(value: Tensor) -> bool:
-    return bool((value.float() if value.element_size() == 1 else value).isfinite().all())  # FP8 knows no isfinite
-
-
 def _write(
     stacks: Stacks, merging: Merge, task: int, place: Path, pack: PackOptions, scratch: Path, device: str
 ) -> None:
@@ -179,7 +133,7 @@ def _write_checkpoint(stacks: Stacks, merging: Merge, task: int, out: Path) -> N
                 return stacks.agreed(name)
             stack = stacks[name]
             merged = stacks.merged(name, merging(name, stack, task), stack)
-            return _in_range(name, merged, lambda: stacks.base.tensor(name))
+            return in_range(name, merged, lambda: stacks.base.tensor(name))
 
         write_checkpoint(stacks.base, out, tensor, specs=stacks.specs, config=config)
 

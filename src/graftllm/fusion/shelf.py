@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graftllm.fusion.grafting import Replacement, Weighted, decode, decoded_bytes
+from graftllm.fusion.applying import Weighted
+from graftllm.fusion.grafting import Replacement, decode, decoded_bytes
 
 
 class Sized(Protocol):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from graftllm.evaluation.scores import Measured
-from graftllm.fusion.merging import apply_packs
+from graftllm.fusion.applying import apply_packs
 from graftllm.pipeline.continual import grafting, replay
 from graftllm.pipeline.measuring import GENERAL, answering, measure
 from graftllm.pipeline.transfer import tune

@@ -15,10 +15,10 @@ from pydantic import BaseModel
 from graftllm.errors import FusionError, RecipeError
 from graftllm.evaluation.scores import Answer, Score
 from graftllm.evaluation.tables import Grid
+from graftllm.fusion.applying import apply_packs
 from graftllm.fusion.directory import add_packs
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.manifest import AUTO, Manifest, open_packs, open_router, read_manifest, sha256_of
-from graftllm.fusion.merging import apply_packs
 from graftllm.fusion.names import unknown_pack
 from graftllm.fusion.routing import BASE, Router, features_of, fit_router
 from graftllm.generation import load_model, load_tokenizer

@@ -1,0 +1,168 @@
+"""Base + packs, one parameter in memory at a time: the sum of several packs, and the checkpoint that it is.
+
+theta = theta_base + sum_i w_i * delta_i (arXiv 2505.18502). No model is run, and nothing here waits for transformers.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from graftllm.checkpoint import DTYPE_NAMES, DTYPES, Checkpoint, TensorSpec, write_checkpoint
+from graftllm.compression.matrix import CACHED
+from graftllm.delta import align
+from graftllm.errors import FusionError
+from graftllm.progress import progress
+from graftllm.skillpack import SkillPack
+from graftllm.storage import check_apart
+
+Weighted = tuple[SkillPack, float]
+
+
+class Empty(Protocol):
+    """Makes a tensor whose values are not set yet, as `torch.empty` does."""
+
+    def __call__(self, shape: torch.Size, /, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return one of this shape and dtype."""
+        ...
+
+
+_BLOCK = 1 << 26
+
+
+def apply_packs(base: Checkpoint, packs: Sequence[Weighted], out: str | Path) -> None:
+    """Write base + weighted packs as a checkpoint, with the base's config, tokenizer and shards.
+
+    Where the tuned models had more vocabulary rows or another dtype, the checkpoint has them too. The
+    tokenizer stays the base's; a pack's header says whether the tuned one was another.
+    One exact pack of weight 1 gives the tuned checkpoint's weights bit for bit.
+
+    Raises:
+        FusionError: the packs' tuned models differ in vocabulary or dtype, or a weight is no finite number, or one
+            that leads beyond what the dtype holds.
+        PackError: a pack is damaged or was made for another base; nothing is then written.
+        StorageError: there is no room, or the place cannot be written, or what would be replaced is read.
+    """
+    check_weights(packs)
+    check_apart(Path(out), [base.path, *(place for pack, _ in packs if (place := Path(pack.source)).exists())])
+    for pack, _ in packs:
+        pack.check_base(base)
+    specs = {name: agreed_spec(name, packs) for name in base.specs}
+    config = {key: value for pack, _ in packs for key, value in pack.header.config.items()}
+    with progress("applying") as show:
+        done = 0
+
+        def tensor(name: str) -> Tensor:
+            nonlocal done
+            value = base.tensor(name)
+            for pack, _ in packs:
+                pack.check_tensor(name, value)
+            show(done := done + 1, len(base.specs))
+            return in_range(name, combined(name, value, packs, dtype=DTYPES[specs[name].dtype]), lambda: value)
+
+        write_checkpoint(base, Path(out), tensor, specs=specs, config=config)
+
+
+def in_range(name: str, value: Tensor, base: Callable[[], Tensor]) -> Tensor:
+    """Return a sum of weights.
+
+    Args:
+        name: of the parameter.
+        value: the sum.
+        base: gives the base's value, which may be infinite itself.
+
+    Raises:
+        FusionError: it is beyond what its dtype holds.
+    """
+    if not _is_finite(value) and _is_finite(base()):
+        raise FusionError(
+            f"{name}: expected weights whose sum stays within {DTYPE_NAMES[value.dtype]}, found values beyond it; take "
+            "smaller ones."
+        )
+    return value
+
+
+def _is_finite(value: Tensor) -> bool:
+    return bool((value.float() if value.element_size() == 1 else value).isfinite().all())  # FP8 knows no isfinite
+
+
+def check_weights(packs: Sequence[Weighted]) -> None:
+    """Refuse weights that would leave no numbers in the model.
+
+    Raises:
+        FusionError: one is NaN or infinite.
+    """
+    for pack, weight in packs:
+        if not math.isfinite(weight):
+            raise FusionError(f"{pack.source}: expected a finite weight, found {weight:g}.")
+
+
+def combined(
+    name: str, base: Tensor, packs: Sequence[Weighted], *, dtype: torch.dtype, empty: Empty = torch.empty
+) -> Tensor:
+    """Return base + sum of weighted deltas of one parameter in `dtype`; `base` is in the base's dtype.
+
+    One pack of weight 1 gives its own restored value, so an exact pack gives the tuned bits.
+
+    Raises:
+        FusionError: the packs do not agree on the tuned shape and dtype.
+    """
+    spec = agreed_spec(name, packs)
+    # In one order of summing, however the packs are given.
+    packs = sorted(packs, key=lambda one: (one[0].header.tensors[name].payload_digest, one[1]))
+    if (products := _products(name, packs)) is not None:
+        return _with_products(base, products, empty(base.shape, dtype=dtype, device=base.device))
+    base = base.cpu()
+    pack, weight = packs[0]
+    exact = pack.header.tensors[name].operator == "exact"
+    if len(packs) == 1 and weight == 1 and (exact or dtype == DTYPES[spec.dtype]):
+        return pack.restore(name, base).to(dtype)
+    total = torch.zeros(spec.shape)
+    for pack, weight in packs:
+        total += weight * pack.delta(name, base)
+    return (align(base, spec).float() + total).to(dtype)
+
+
+def _products(name: str, packs: Sequence[Weighted]) -> tuple[Tensor, Tensor] | None:
+    """Return factors, (rows, ranks) and (ranks, columns), of the sum of deltas; None where one is no product."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for pack, weight in packs:
+        entry, factors = pack.header.tensors[name], pack.factors(name)
+        if entry.tuned_spec != entry.spec or (factors is None and entry.operator != "unchanged"):
+            return None
+        if factors is not None:
+            found.append((factors[0] * weight, factors[1]))
+    if not found:
+        return None
+    return torch.cat([left for left, _ in found], dim=1), torch.cat([right for _, right in found])
+
+
+def _with_products(base: Tensor, products: tuple[Tensor, Tensor], made: Tensor) -> Tensor:
+    """Return `made` with base + left right, in one pass over the base; it is where the base is."""
+    left, right = (factor.to(base.device) for factor in products)
+    step = CACHED * torch.get_num_threads() if base.device.type == "cpu" else _BLOCK
+    height = max(1, step // base.shape[1])
+    room = torch.empty(min(height, len(base)), base.shape[1], device=base.device)  # float32
+    for start in range(0, len(base), height):
+        block = base[start : start + height]
+        made[start : start + height] = room[: len(block)].copy_(block).addmm_(left[start : start + height], right)
+    return made
+
+
+def agreed_spec(name: str, packs: Sequence[Weighted]) -> TensorSpec:
+    """Return the shape and dtype that the packs' tuned models have for one parameter.
+
+    Raises:
+        FusionError: they differ.
+    """
+    specs = [pack.header.tensors[name].tuned_spec for pack, _ in packs]
+    if odd := next((i for i, spec in enumerate(specs) if spec != specs[0]), None):
+        raise FusionError(
+            f"{packs[odd][0].source}: makes {name!r} {specs[odd].dtype} of shape {list(specs[odd].shape)}, but "
+            f"{packs[0][0].source} makes it {specs[0].dtype} of shape {list(specs[0].shape)}. "
+            "Only packs of tuned models with the same vocabulary and dtype add up; use them one by one."
+        )
+    return specs[0]

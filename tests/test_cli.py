@@ -56,6 +56,25 @@ def files(base_dir: Path, tuned_dir: Path, prompts: list[Prompt], tmp_path_facto
     return home
 
 
+def test_without_calibration_packs_are_made_shown_and_applied_before_transformers_is_imported(
+    base_dir: Path, tuned_dir: Path, tmp_path: Path
+) -> None:
+    pack = tmp_path / "pack.safetensors"
+    commands = [
+        ["pack", "--base", base_dir, "--tuned", tuned_dir, "--strategy", "exact", "--out", pack],
+        ["inspect", pack],
+        ["apply", "--base", base_dir, "--pack", pack, "--out", tmp_path / "applied"],
+    ]
+    code = "import sys\nfrom graftllm import cli\n"
+    for words in commands:
+        code += f"sys.argv = {['graftllm', *map(str, words)]!r}\n"
+        code += "try:\n    cli.main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
+    code += "assert not {'transformers', 'accelerate', 'datasets'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Checkpoint.open(tmp_path / "applied").fingerprint == Checkpoint.open(tuned_dir).fingerprint
+
+
 def test_help_answers_without_pytorch() -> None:
     code = "import sys; sys.argv = ['graftllm', '--help']\n"
     code += "from graftllm import cli\ntry:\n    cli.main()\nexcept SystemExit as stop:\n    assert not stop.code\n"

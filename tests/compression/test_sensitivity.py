@@ -258,6 +258,13 @@ def test_where_nothing_was_measured_an_error_costs_what_it_does_in_others_of_its
     assert Measures(None, Sensitivity({}, {}, {})).metric("c", (2, 3)).scale == 1.0
 
 
+def test_an_expert_that_only_last_tokens_reached_costs_as_little_as_one_that_none_did() -> None:
+    outputs = {"0.a": torch.tensor([3.0, 5.0]), "1.a": torch.zeros(2)}
+    found = Measures(Calibration({"0.a": torch.eye(3), "1.a": torch.eye(3)}, 1), Sensitivity(outputs, {}, {}))
+    assert found.metric("0.a", (2, 3)).scale == 4
+    assert found.metric("1.a", (2, 3)).scale == pytest.approx(DAMPING * 2)
+
+
 def test_experts_that_no_token_reached_take_no_bytes_from_those_that_some_did(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = Qwen3MoeConfig(

@@ -54,18 +54,21 @@ class Measures:
         if self.sensitivity is None:
             found = input_metric(moments)
         else:
-            found = self.sensitivity.metric(name, moments) or self._unmeasured(name, moments)
+            found = self.sensitivity.metric(name, moments)
+            if found is None or not found.scale:
+                found = self._unmeasured(name, moments, idle=found is not None)
         if found.right is None or len(found.right) > DOUBLE:
             return found
         return Metric(found.scale, None if found.rows is None else found.rows.double(), found.right.double())
 
-    def _unmeasured(self, name: str, moments: Tensor | None) -> Metric:
+    def _unmeasured(self, name: str, moments: Tensor | None, *, idle: bool) -> Metric:
         """Return what errors cost that nothing was measured of: as much as in others of its kind, or in all.
 
-        An expert that no token reached is worth as little as the rows that none needed.
+        What is `idle`, as an expert that only tokens reached which foretell nothing, and an expert that no token
+        reached, are worth as little as the rows that none needed.
         """
         price = self.prices.get(_kind(name), self.prices.get("", 1.0))
-        if self.calibration is not None and name in self.calibration.unseen:
+        if idle or (self.calibration is not None and name in self.calibration.unseen):
             price *= DAMPING
         return Metric(price, None, None if moments is None else normal(moments))
 

@@ -48,11 +48,6 @@ class Budget:
         return self.nbytes - self.beside(list(parts.values())) - _payload_bytes(parts)
 
 
-def payload_bytes(parts: Mapping[str, Compressed]) -> int:
-    """Return the bytes of all payloads."""
-    return sum(part.facts.nbytes for part in parts.values())
-
-
 def fill_budget(job: Job, crew: Crew, budget: Budget | None) -> list[Compressed]:
     """Return every parameter in compressed form, so that the file takes as many bytes as it may.
 

@@ -30,7 +30,6 @@ from graftllm.compression import crew
 from graftllm.delta import Delta
 from graftllm.packing_options import PackOptions
 from graftllm.packer import compress_to
-from tests.models import rows
 
 base, tuned, out, strategy, budget, units, calibrated, workers = sys.argv[1:]
 done, carry_out, follow = [], crew.carry_out, crew._follow
@@ -54,7 +53,11 @@ if workers != "1":
     crew._follow = watched
 options = PackOptions(strategy=strategy, budget=budget or None)
 delta = Delta(Checkpoint.open(base), Checkpoint.open(tuned))
-given = rows(6) if calibrated == "yes" else ()
+given = ()
+if calibrated == "yes":
+    from tests.models import rows  # and transformers, which takes seconds to import
+
+    given = rows(6)
 compress_to(Path(out), delta, options, calibration=given, device="cpu", workers=int(workers))
 """
 

@@ -76,7 +76,7 @@ def started(words: list[str]) -> Iterator[tuple[str, int]]:
                 if process.poll() is not None:
                     log.seek(0)
                     raise SystemExit(f"{words[0]} ended: {log.read().decode()[-800:]}")
-                time.sleep(0.2)
+                time.sleep(0.2)  # between two looks; a server of another project tells of itself only when asked
             yield address, process.pid
         finally:
             process.terminate()
@@ -152,7 +152,7 @@ def load(home: Path, packs: int, seconds: float, device: str, clients: int = 64)
         with ThreadPoolExecutor(clients) as crowd:
             asked = [crowd.submit(keep_asking, seed) for seed in range(clients)]
             while time.perf_counter() < end:
-                time.sleep(min(5.0, seconds / 6))
+                time.sleep(min(5.0, seconds / 6))  # between two samples of the memory
                 memory.append(_memory(pid))
             counts = [one.result() for one in asked]  # a lost answer raises here
     print(f"{clients} clients, {packs} packs, {seconds:.0f} s: {sum(r for r, _ in counts)} right answers, "

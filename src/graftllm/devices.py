@@ -2,7 +2,7 @@
 
 import torch
 
-from graftllm.errors import CheckpointError
+from graftllm.errors import CheckpointError, first_line
 
 
 def resolve_device(device: str) -> torch.device:
@@ -16,7 +16,6 @@ def resolve_device(device: str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
         raise CheckpointError(
-            f"device: expected auto, cpu or a device that PyTorch sees here, found {device!r} ({reason})."
+            f"device: expected auto, cpu or a device that PyTorch sees here, found {device!r} ({first_line(error)})."
         ) from error

@@ -59,3 +59,8 @@ class FusionError(GraftError):
 
 class ServingError(GraftError):
     """A grafted model cannot be served or exported as asked."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of another library's message, or the error's class where it has none."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

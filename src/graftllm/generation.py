@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.devices import resolve_device
-from graftllm.errors import CheckpointError, RecipeError, RecordError
+from graftllm.errors import CheckpointError, RecipeError, RecordError, first_line
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Message, Prompt
 from graftllm.stop_texts import stopped_at, up_to_stop
@@ -68,7 +68,7 @@ def open_model(
         )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{path}: transformers cannot load it as a causal language model ({_first_line(error)})."
+            f"{path}: transformers cannot load it as a causal language model ({first_line(error)})."
         ) from error
     if missing := sorted(found["missing_keys"]):
         raise CheckpointError(
@@ -91,7 +91,7 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Pre
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: transformers cannot load its tokenizer ({_first_line(error)}).") from error
+        raise CheckpointError(f"{path}: transformers cannot load its tokenizer ({first_line(error)}).") from error
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -110,7 +110,7 @@ def _use_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
         ) from error
     except TemplateError as error:
         raise CheckpointError(
-            f"chat_template: expected a Jinja template that renders a user's message ({_first_line(error)})."
+            f"chat_template: expected a Jinja template that renders a user's message ({first_line(error)})."
         ) from error
 
 
@@ -127,7 +127,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, a
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages) or "nobody"
         raise RecordError(
-            f"{tokenizer.name_or_path}: its chat template refuses a conversation of {roles} ({_first_line(error)}). "
+            f"{tokenizer.name_or_path}: its chat template refuses a conversation of {roles} ({first_line(error)}). "
             "Leave such messages out, or give the model another chat template."
         ) from error
 
@@ -369,7 +369,3 @@ def _length(tokens: Sequence[int], config: GenerationConfig) -> tuple[int, bool]
     while length and tokens[length - 1] == config.pad_token_id:
         length -= 1
     return length, False
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -18,7 +18,7 @@ from graftllm.compression.encoded import EncodedTensor, ExactLayer
 from graftllm.compression.units import payload_digest
 from graftllm.delta import align
 from graftllm.downloads import Repository, download, repository
-from graftllm.errors import HubError, PackError
+from graftllm.errors import HubError, PackError, first_line
 from graftllm.header import Header, Run, opening, places, read_header
 from graftllm.storage import whole_file
 
@@ -72,7 +72,7 @@ class SkillPack:
                     return file.get_slice(run)[stored[run][name]]
             except (OSError, SafetensorError) as error:
                 raise PackError(
-                    f"{path}: {name!r} cannot be read any more ({str(error).splitlines()[0]}). "
+                    f"{path}: {name!r} cannot be read any more ({first_line(error)}). "
                     "The file was removed or changed after it was opened; put it back and open it again."
                 ) from error
 

@@ -21,7 +21,7 @@ from graftllm.compression.moments import Moments, Sums
 from graftllm.compression.prices import Calibration
 from graftllm.compression.sensitivity import Weights, to_calibrate
 from graftllm.devices import resolve_device
-from graftllm.errors import CompressionError
+from graftllm.errors import CompressionError, first_line
 from graftllm.generation import load_tokenizer
 from graftllm.progress import progress
 from graftllm.records import Message, Prompt, read_prompts
@@ -100,7 +100,7 @@ def collect_moments(
                     raise
                 raise CompressionError(
                     f"{checkpoint.path}: {type(streamed.model).__name__} uses weights of a module without running it, "
-                    f"so they cannot be streamed ({str(error).splitlines()[0]}). Pack it without calibration."
+                    f"so they cannot be streamed ({first_line(error)}). Pack it without calibration."
                 ) from error
             tokens += int(mask.sum())
             show(tokens, sum(map(len, sequences)))

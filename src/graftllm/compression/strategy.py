@@ -21,7 +21,7 @@ def encode_job(job: Job, crew: Crew, budget: Budget | None) -> list[Compressed]:
     Args:
         job: what to compress, and how.
         crew: who does it.
-        budget: bytes that the file may take. `paper` has to be told how long its header is: it goes by the payloads.
+        budget: bytes that the file may take. `paper` does not count what its header says of each parameter.
 
     Raises:
         BudgetError: it cannot be met.

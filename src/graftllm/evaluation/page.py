@@ -116,7 +116,8 @@ def _skills(ledger: Ledger) -> str:
 
 def _instead(ledger: Ledger) -> str:
     last = ledger.skills[-1] if ledger.skills else ""
-    columns = ("sequential", "LoRA in sequence", "replay", "grafting", "summed", "LoRA")
+    in_sequence = ("LoRA in sequence" if rival == "sequential_lora" else rival for rival in IN_SEQUENCE)
+    columns = (*in_sequence, "summed", "LoRA")
     found = {
         skill: [
             *(_first(ledger, skill, f"{rival}.{last}") for rival in IN_SEQUENCE),

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from graftllm.checkpoint import Checkpoint
-from graftllm.errors import CheckpointError, TrainingError
+from graftllm.errors import CheckpointError, TrainingError, first_line
 from graftllm.launched import processes, sharded
 from graftllm.training.memory import Batching, Shape, fit_batch, held_bytes
 from graftllm.training_options import DpoOptions, PreferenceLoss, SftOptions, TrainingOptions
@@ -125,7 +125,7 @@ def config_of(content: Mapping[str, Any], where: str | Path) -> PreTrainedConfig
     try:
         return AutoConfig.for_model(**content)
     except (ValueError, TypeError) as error:
-        problem = str(error).splitlines()[0]
+        problem = first_line(error)
         raise CheckpointError(f"{where}: transformers cannot read its config.json ({problem}).") from error
 
 

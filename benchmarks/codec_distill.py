@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from graftllm.generation import pad, render_answered
 from graftllm.records import Prompt
+from graftllm.rendering import pad, render_answered
 
 _STEPS = 100
 _BATCH = 32

@@ -24,10 +24,12 @@ from graftllm.compression.roles import is_matrix
 from graftllm.compression.sensitivity import measure_sensitivity
 from graftllm.delta import Delta
 from graftllm.evaluation.scores import evaluate
-from graftllm.generation import generate, load_model, load_tokenizer, pad, render_answered
+from graftllm.generation import generate
 from graftllm.live import bindings
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Prompt, read_prompts
+from graftllm.rendering import pad, render_answered
 
 PROMPTS = 200  # held-out prompts that KL and score are measured on
 _BATCH = 100

@@ -23,7 +23,8 @@ from graftllm.delta import Delta
 from graftllm.demo import GENERAL, REVERSE, WordTask, word_rows
 from graftllm.evaluation.scores import evaluate
 from graftllm.fusion.grafting import plug
-from graftllm.generation import generate, load_model, load_tokenizer
+from graftllm.generation import generate
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.recipe import SamplingOptions

@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.checkpoint import Checkpoint, copy_companions
-from graftllm.generation import load_model, load_tokenizer, render_answered
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.records import Prompt
+from graftllm.rendering import render_answered
 from graftllm.storage import whole_directory
 from graftllm.training_options import SftOptions
 

@@ -29,7 +29,7 @@ from transfer_models import answered, first_answers, open_setting
 from graftllm.demo import word_rows
 from graftllm.evaluation.scores import evaluate
 from graftllm.fusion.search import answer_loss
-from graftllm.generation import load_model, load_tokenizer
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.pipeline.measuring import answering, measure
 from graftllm.pipeline.own import own_pairs
 from graftllm.pipeline.preparing import prompts_of

@@ -22,7 +22,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from graftllm.fusion.manifest import read_manifest
-from graftllm.generation import generate, load_model, load_tokenizer
+from graftllm.generation import generate
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.records import Prompt, read_prompts
 from graftllm.transfer_options import SamplingOptions
 

@@ -27,8 +27,9 @@ from graftllm.fusion.inputs import Stacks, open_tuned, stacked
 from graftllm.fusion.methods.table import METHODS, Method
 from graftllm.fusion.methods.tasks import Knobs, Tasks
 from graftllm.fusion.search import answer_loss, search_weights
-from graftllm.generation import generate, load_model, load_tokenizer
+from graftllm.generation import generate
 from graftllm.live import named_values
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.packer import compress_to
 from graftllm.packing_options import PackOptions
 from graftllm.pipeline.baselines import BASELINES

@@ -20,11 +20,11 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.fusion.assembly import fuse_packs
 from graftllm.fusion.grafted import GraftedModel
-from graftllm.generation import pad, render
 from graftllm.packer import compress_to
 from graftllm.packing_options import PackOptions
 from graftllm.pipeline.work import GENERAL
 from graftllm.records import Prompt, read_prompts, write_rows
+from graftllm.rendering import pad, render
 from graftllm.storage import write_text
 
 _EACH = 48  # prompts that the router learns a pack from

@@ -29,9 +29,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 from graftllm.evaluation.routes import unknown_accepted
 from graftllm.fusion.features import WIDEST, prompt_features
 from graftllm.fusion.routing import BASE, Router, train_router
-from graftllm.generation import load_model, load_tokenizer, render
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.recipe import RouterOptions
 from graftllm.records import Message, read_prompts
+from graftllm.rendering import render
 from graftllm.storage import whole_file
 
 STEPS = (

@@ -18,13 +18,15 @@ from fusion_models import RECIPES, SIZES, source_of
 from graftllm.demo import GENERAL as GENERAL_TASKS
 from graftllm.demo import RECIPE, WordTask, Zoo, build_zoo, word_rows
 from graftllm.evaluation.scores import evaluate
-from graftllm.generation import generate, load_model, load_tokenizer, render_answered
+from graftllm.generation import generate
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.pipeline.measuring import measure
 from graftllm.pipeline.preparing import prompts_of
 from graftllm.pipeline.transfer import train
 from graftllm.pipeline.work import GENERAL, Work
 from graftllm.recipe import Recipe, load_recipe
 from graftllm.records import Message, Prompt, Response, read_pairs, read_prompts, read_responses
+from graftllm.rendering import render_answered
 from graftllm.stages import Stages, Stamp
 from graftllm.storage import whole_directory
 from graftllm.training.tuning import Training, train_sft

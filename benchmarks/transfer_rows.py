@@ -24,7 +24,8 @@ from graftllm.fusion.grafting import plug
 from graftllm.fusion.inputs import open_tuned
 from graftllm.fusion.merging import merge
 from graftllm.fusion.methods.table import METHODS
-from graftllm.generation import generate, load_model, load_tokenizer
+from graftllm.generation import generate
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.packer import compress_to
 from graftllm.packing_options import PackOptions
 from graftllm.pipeline.measuring import answering, measure_source

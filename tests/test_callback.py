@@ -14,7 +14,7 @@ from graftllm import SkillPackCallback
 from graftllm.callback import PACK
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import CheckpointError, TrainingError
-from graftllm.generation import load_tokenizer
+from graftllm.loading import load_tokenizer
 from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
 from tests.models import rows, save_llama

@@ -1,25 +1,14 @@
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, OPTConfig, PreTrainedConfig
 
 from graftllm.checkpoint import Checkpoint
-from graftllm.errors import CheckpointError, RecipeError, RecordError
-from graftllm.generation import (
-    _answer,
-    _length,
-    generate,
-    generate_answers,
-    load_model,
-    load_tokenizer,
-    render,
-    render_answered,
-    stream,
-)
+from graftllm.errors import RecipeError, RecordError
+from graftllm.generation import _answer, _length, generate, generate_answers, stream
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Message, Prompt
-from tests.models import save_reward_model
+from graftllm.rendering import render
 
 GREEDY = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=12, batch_size=7)
 DRAWN = SamplingOptions(samples=3, temperature=1.0, top_p=1.0, max_new_tokens=12, batch_size=7)
@@ -101,77 +90,6 @@ def test_a_failing_stream_raises_instead_of_waiting(base: Checkpoint, prompts: l
     model.model.layers[0].mlp.up_proj.weight.data = torch.zeros(3, 3)
     with pytest.raises(RuntimeError):
         list(stream(model, words, prompts[0].question, GREEDY))
-
-
-def test_the_answer_begins_where_the_question_ends(base: Checkpoint, prompts: list[Prompt]) -> None:
-    words = load_tokenizer(base.path)
-    ids, start = render_answered(words, prompts[0])
-    assert ids[:start] == render(words, prompts[0].question, answer_next=True)
-    assert words.decode(ids[start:]) == prompts[0].reference + "<end>"
-    bare = Prompt("x", prompts[0].question)
-    ids, start = render_answered(words, bare)
-    assert start == len(ids)
-
-
-def test_without_a_chat_template_contents_stand_one_below_the_other(base: Checkpoint) -> None:
-    words = load_tokenizer(base.path)
-    words.chat_template = None
-    messages = [Message(role="user", content="ab"), Message(role="assistant", content="cd")]
-    assert render(words, messages, answer_next=False) == words("ab\ncd")["input_ids"]
-    assert render(words, messages[:1], answer_next=True) == words("ab\n")["input_ids"]
-
-
-def test_a_conversation_that_the_template_refuses_is_told(base: Checkpoint) -> None:
-    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}x"
-    tokenizer = load_tokenizer(base.path, chat_template=refusing)
-    asked = [Message(role="system", content="be kind"), Message(role="user", content="hi")]
-    with pytest.raises(RecordError, match="its chat template refuses a conversation of system, user .System role not"):
-        render(tokenizer, asked, answer_next=True)
-
-
-def test_a_given_chat_template_stands_in_for_the_tokenizers_own(base: Checkpoint, tmp_path: Path) -> None:
-    template = "{% for m in messages %}<user>{{ m.content }}{% endfor %}{% if add_generation_prompt %}?{% endif %}"
-    (tmp_path / "chat.jinja").write_text(template)
-    for given in (template, str(tmp_path / "chat.jinja")):
-        words = load_tokenizer(base.path, chat_template=given)
-        assert words.decode(render(words, [Message(role="user", content="ab")], answer_next=True)) == "<user>ab?"
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ("no/chat.jinja", r"chat_template: expected a Jinja template or a file that holds one, found 'no/chat.jinja'"),
-        ("{% for m in messages %}", r"chat_template: expected a Jinja template that renders a user's message \(Unexp"),
-        ("{{ raise_exception('no users') }}", r"that renders a user's message \(no users\)\.$"),
-    ],
-)
-def test_what_is_no_chat_template_is_refused(base: Checkpoint, given: str, message: str) -> None:
-    with pytest.raises(CheckpointError, match=message):
-        load_tokenizer(base.path, chat_template=given)
-
-
-def test_models_are_loaded_in_float32_on_cpu(base: Checkpoint) -> None:
-    assert load_model(base.path).dtype == torch.float32
-
-
-def test_what_is_no_language_model_is_named(tmp_path: Path, base_dir: Path) -> None:
-    with pytest.raises(CheckpointError, match="found nothing"):
-        load_model(tmp_path / "none")
-    (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
-    (tmp_path / "model.safetensors").write_bytes((base_dir / "model.safetensors").read_bytes())
-    with pytest.raises(CheckpointError, match="transformers cannot load it as a causal language model"):
-        load_model(tmp_path)
-    with pytest.raises(CheckpointError, match="transformers cannot load its tokenizer"):
-        load_tokenizer(tmp_path)
-
-
-def test_a_parameter_that_the_checkpoint_lacks_is_not_drawn_at_random(tmp_path: Path) -> None:
-    save_reward_model(tmp_path)
-    with pytest.raises(
-        CheckpointError,
-        match=r"has no tensor for 'lm_head.weight' of LlamaForCausalLM, which .* config.json names another class",
-    ):
-        load_model(tmp_path)
 
 
 def test_tokens_are_counted_to_the_end_of_the_answer_or_to_the_padding() -> None:

@@ -11,6 +11,7 @@ from graftllm.records import (
     Prompt,
     Response,
     appending,
+    read_calibration,
     read_pairs,
     read_prompts,
     read_responses,
@@ -100,3 +101,22 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path: Path, content: str, messa
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"none.jsonl: no such file; expected JSONL rows there"):
         read_prompts(tmp_path / "none.jsonl")
+
+
+def test_paragraphs_calibrate_as_well(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("first\nparagraph\n\n\n\nsecond\n")
+    found = read_calibration(tmp_path / "text.txt")
+    assert [prompt.messages[0]["content"] for prompt in found] == ["first\nparagraph", "second"]
+
+
+def test_text_without_paragraphs_and_missing_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    with pytest.raises(RecordError, match="expected paragraphs of text or JSONL rows, found an empty file"):
+        read_calibration(tmp_path / "empty.txt")
+    with pytest.raises(RecordError, match="no such file"):
+        read_calibration(tmp_path / "none.txt")
+    (tmp_path / "latin.txt").write_bytes("Straße".encode("latin-1"))
+    with pytest.raises(RecordError, match=r"latin.txt: expected JSONL rows or a text file in UTF-8 \(not UTF-8\)"):
+        read_calibration(tmp_path / "latin.txt")
+    with pytest.raises(RecordError, match=r"expected JSONL rows or a text file in UTF-8 \(Is a directory\)"):
+        read_calibration(tmp_path)

@@ -107,7 +107,7 @@ def pack(
     )
     rows, measure = [], None
     if calibration:
-        from graftllm.compression.calibration import read_calibration
+        from graftllm.records import read_calibration
 
         rows = read_calibration(calibration)
     made_of = Provenance(sources=origin(tuned))

@@ -1,184 +1,26 @@
 """Conversations in, texts out, on a live transformers model.
 
-The one place that loads models and tokenizers, applies chat templates and generates. It knows
-nothing of packs: whatever weights the model holds are the ones that answer.
+It knows nothing of packs: whatever weights the model holds are the ones that answer.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Event, Thread
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from jinja2 import TemplateError
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TextIteratorStreamer,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
-from graftllm.checkpoint import Checkpoint
-from graftllm.devices import resolve_device
-from graftllm.errors import CheckpointError, RecipeError, RecordError, first_line
+from graftllm.errors import RecipeError, RecordError
 from graftllm.recipe import SamplingOptions
-from graftllm.records import Message, Prompt
+from graftllm.records import Message
+from graftllm.rendering import pad, render
 from graftllm.stop_texts import stopped_at, up_to_stop
-from graftllm.transfer_options import is_template
 
 _OFFSET = 2  # positions that some models (OPT, BART) keep before the first
 GREEDY = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=256)
-
-
-def load_model(path: str | Path, *, device: str = "auto", device_map: str | None = None) -> PreTrainedModel:
-    """Load a causal language model for inference: float32 on CPU, its own dtype on a GPU.
-
-    Args:
-        path: checkpoint directory or Hub id.
-        device: `auto` takes a GPU when there is one.
-        device_map: spread the model over devices as accelerate does (`auto`, `balanced`, ...) instead.
-
-    Raises:
-        CheckpointError: it is not there, lacks a parameter, or transformers cannot load it.
-    """
-    where = resolve_device(device)
-    model = open_model(path, torch.float32 if where.type == "cpu" else "auto", device_map)
-    return (model if device_map else cast(Any, model).to(where)).eval()
-
-
-def open_model(
-    path: str | Path, dtype: torch.dtype | Literal["auto"], device_map: str | None = None
-) -> PreTrainedModel:
-    """Load a causal language model as transformers does, but with every parameter from its checkpoint.
-
-    Raises:
-        CheckpointError: it is not there, lacks a parameter, or transformers cannot load it.
-    """
-    path = Checkpoint.open(path).path
-    transformers_logging.disable_progress_bar()
-    try:
-        model, found = cast(Any, AutoModelForCausalLM).from_pretrained(
-            path, dtype=dtype, device_map=device_map, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path}: transformers cannot load it as a causal language model ({first_line(error)})."
-        ) from error
-    if missing := sorted(found["missing_keys"]):
-        raise CheckpointError(
-            f"{path}: has no tensor for {missing[0]!r} of {type(model).__name__}, which would be drawn at random. "
-            "The checkpoint is incomplete or its config.json names another class."
-        )
-    return model
-
-
-def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer beside a model, with padding on the left and a pad token.
-
-    Args:
-        path: checkpoint directory or Hub id.
-        chat_template: Jinja text, or a file of it, instead of the tokenizer's own.
-
-    Raises:
-        CheckpointError: transformers cannot load it, or the template cannot be read or does not render a question.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: transformers cannot load its tokenizer ({first_line(error)}).") from error
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if chat_template is not None:
-        _use_template(tokenizer, chat_template)
-    return tokenizer
-
-
-def _use_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    try:
-        tokenizer.chat_template = template if is_template(template) else Path(template).read_text(encoding="utf-8")
-        _rendered(tokenizer, [Message(role="user", content="?")], answer_next=True)
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"chat_template: expected a Jinja template or a file that holds one, found {template!r} ({error})."
-        ) from error
-    except TemplateError as error:
-        raise CheckpointError(
-            f"chat_template: expected a Jinja template that renders a user's message ({first_line(error)})."
-        ) from error
-
-
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answer_next: bool) -> list[int]:
-    """Return the token ids of a conversation by the tokenizer's chat template.
-
-    Without a template the contents stand one below the other. `answer_next` opens the assistant's turn.
-
-    Raises:
-        RecordError: the template refuses such a conversation, as some do a system message.
-    """
-    try:
-        return _rendered(tokenizer, messages, answer_next=answer_next)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages) or "nobody"
-        raise RecordError(
-            f"{tokenizer.name_or_path}: its chat template refuses a conversation of {roles} ({first_line(error)}). "
-            "Leave such messages out, or give the model another chat template."
-        ) from error
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answer_next: bool) -> list[int]:
-    if tokenizer.chat_template is not None:
-        conversation = cast(Any, [dict(message) for message in messages])
-        return cast(
-            list[int],
-            tokenizer.apply_chat_template(
-                conversation, add_generation_prompt=answer_next, tokenize=True, return_dict=False
-            ),
-        )
-    text = "\n".join(message["content"] for message in messages) + ("\n" if answer_next else "")
-    return tokenizer(text)["input_ids"]
-
-
-def render_answered(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[list[int], int]:
-    """Return the token ids of a prompt with its answer, and the position where the answer begins.
-
-    A prompt without an answer is rendered alone; the position is then its length.
-    """
-    question = render(tokenizer, prompt.question, answer_next=True)
-    if prompt.answer is None:
-        return question, len(question)
-    answered = (*prompt.question, Message(role="assistant", content=prompt.answer))
-    whole = render(tokenizer, answered, answer_next=False)
-    start = next(
-        (i for i, (a, b) in enumerate(zip(question, whole, strict=False)) if a != b), min(len(question), len(whole))
-    )
-    return whole, start
-
-
-def pad(
-    sequences: Sequence[Sequence[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    side: Literal["left", "right"] = "right",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids of one length and their attention mask, both of shape (rows, longest).
-
-    On the right, causal models never see the padding, whatever their positions; on the left, answers can go on.
-    """
-    longest = max(len(sequence) for sequence in sequences)
-    ids = torch.full((len(sequences), longest), cast(int, tokenizer.pad_token_id))
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        start = longest - len(sequence) if side == "left" else 0
-        ids[row, start : start + len(sequence)] = torch.tensor(sequence)
-        mask[row, start : start + len(sequence)] = 1
-    return ids.to(device), mask.to(device)
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,25 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     return prompts
 
 
+def read_calibration(path: Path) -> list[Prompt]:
+    """Read prompt rows from JSONL, or paragraphs (parted by blank lines) from any other text file.
+
+    Raises:
+        RecordError: a JSONL row is malformed, the file is missing, or it has no paragraph or is no text.
+    """
+    if path.suffix == ".jsonl" or not path.exists():
+        return read_prompts(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise RecordError(f"{path}: expected JSONL rows or a text file in UTF-8 ({problem}).") from error
+    paragraphs = [part.strip() for part in text.split("\n\n") if part.strip()]
+    if not paragraphs:
+        raise RecordError(f"{path}: expected paragraphs of text or JSONL rows, found an empty file.")
+    return [Prompt(str(i), (Message(role="user", content=text),)) for i, text in enumerate(paragraphs)]
+
+
 def prompt_row(row: dict[str, Any], where: str, number: int) -> Prompt:
     """Return the prompt that a row with `id`, `messages` or `prompt`, and the optional keys of `Prompt` stands for.
 

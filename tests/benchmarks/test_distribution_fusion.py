@@ -10,8 +10,9 @@ from token_alignment import END, align, carry_over, edit_distance, single, token
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from graftllm.demo import byte_bpe, unigram
-from graftllm.generation import load_model, load_tokenizer, render_answered
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.records import Message, Prompt
+from graftllm.rendering import render_answered
 from graftllm.training_options import SftOptions
 from tests.models import save_llama, tokenizer
 

@@ -10,8 +10,9 @@ from transfer_models import answered, first_answers
 from transfer_report import cost_table, costs, draw, mean_score, table
 from transfer_rows import LORAS, PACKS, Row, lora_rank
 
-from graftllm.generation import load_model, load_tokenizer, render_answered
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.records import Message, PreferencePair, Prompt, Response
+from graftllm.rendering import render_answered
 from graftllm.stages import Stamp
 from tests.models import save_llama
 

@@ -14,14 +14,15 @@ from transformers.pytorch_utils import Conv1D
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression import calibration
-from graftllm.compression.calibration import collect_moments, read_calibration
+from graftllm.compression.calibration import collect_moments
 from graftllm.delta import Delta
-from graftllm.errors import CheckpointError, CompressionError, RecordError
-from graftllm.generation import load_model, load_tokenizer, render_answered
+from graftllm.errors import CheckpointError, CompressionError
 from graftllm.live import bindings
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt
+from graftllm.rendering import render_answered
 from graftllm.streaming import is_language_model, stream_model
 from tests.architectures import CONFIGS, load, save_base, save_tuned
 
@@ -57,25 +58,6 @@ def test_layers_with_the_same_input_share_one_matrix(tuned: Checkpoint, prompts:
     assert q is not o
     assert moments[f"{layer}mlp.gate_proj.weight"] is moments[f"{layer}mlp.up_proj.weight"]
     assert moments[f"{layer}mlp.down_proj.weight"].shape == (64, 64)
-
-
-def test_paragraphs_calibrate_as_well(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("first\nparagraph\n\n\n\nsecond\n")
-    found = read_calibration(tmp_path / "text.txt")
-    assert [prompt.messages[0]["content"] for prompt in found] == ["first\nparagraph", "second"]
-
-
-def test_text_without_paragraphs_and_missing_files_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").write_text("\n\n")
-    with pytest.raises(CompressionError, match="expected paragraphs of text or JSONL rows, found an empty file"):
-        read_calibration(tmp_path / "empty.txt")
-    with pytest.raises(RecordError, match="no such file"):
-        read_calibration(tmp_path / "none.txt")
-    (tmp_path / "latin.txt").write_bytes("Straße".encode("latin-1"))
-    with pytest.raises(CompressionError, match=r"latin.txt: expected JSONL rows or a text file in UTF-8 \(not UTF-8\)"):
-        read_calibration(tmp_path / "latin.txt")
-    with pytest.raises(CompressionError, match=r"expected JSONL rows or a text file in UTF-8 \(Is a directory\)"):
-        read_calibration(tmp_path)
 
 
 TEXT = [name for name in CONFIGS if name not in ("t5", "vit")]

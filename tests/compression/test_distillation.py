@@ -22,7 +22,7 @@ from graftllm.delta import Delta
 from graftllm.errors import CheckpointError, CompressionError
 from graftllm.evaluation.fidelity import measure_fidelity
 from graftllm.fusion.grafting import plug
-from graftllm.generation import load_model
+from graftllm.loading import load_model
 from graftllm.packer import compress, compress_to
 from graftllm.packing_options import PackOptions
 from graftllm.records import read_prompts

@@ -17,11 +17,12 @@ from graftllm.compression.measures import Measures
 from graftllm.compression.prices import DAMPING, Calibration, Sensitivity
 from graftllm.compression.sensitivity import answered, measure_sensitivity, to_calibrate
 from graftllm.delta import Delta
-from graftllm.generation import load_model, load_tokenizer, render_answered
 from graftllm.live import bindings
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.records import Message, Prompt
+from graftllm.rendering import render_answered
 from tests.architectures import save_base, save_tuned
 from tests.models import rows, save_llama, tokenizer
 

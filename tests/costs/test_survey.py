@@ -16,9 +16,10 @@ from graftllm.costs.prompts import Assumed, count_prompts
 from graftllm.costs.survey import numbers_per_rank, survey
 from graftllm.costs.tables import assumptions, closing_lines, estimates, figures, hardware_grid, rows_grid, warnings
 from graftllm.errors import RecipeError
-from graftllm.generation import load_tokenizer, render
+from graftllm.loading import load_tokenizer
 from graftllm.recipe import Recipe, load_recipe
 from graftllm.records import write_rows
+from graftllm.rendering import render
 from graftllm.training.lora import lora_parameters_per_rank
 from graftllm.transfer_options import PromptSet
 from tests.models import rows

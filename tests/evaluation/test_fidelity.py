@@ -21,10 +21,11 @@ from graftllm.evaluation.fidelity import (
     measure_fidelity,
     verify_pack,
 )
-from graftllm.generation import load_model, load_tokenizer, render_answered
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt, write_rows
+from graftllm.rendering import render_answered
 from graftllm.skillpack import SkillPack
 from tests.architectures import save_base, save_tuned
 from tests.models import perturb

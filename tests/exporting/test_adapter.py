@@ -16,7 +16,7 @@ from graftllm.exporting.adapter import LEGAL_RANKS, export_adapter, legal_rank
 from graftllm.exporting.launch import export_shelf
 from graftllm.fusion.directory import write_grafted
 from graftllm.fusion.grafting import plug
-from graftllm.generation import load_model
+from graftllm.loading import load_model
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack

@@ -20,7 +20,7 @@ from graftllm.fusion.branches import decode_branches, why_merged_only
 from graftllm.fusion.grafting import plug
 from graftllm.fusion.inventory import runs_beside
 from graftllm.fusion.shelf import Shelf
-from graftllm.generation import load_model
+from graftllm.loading import load_model
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack

@@ -6,8 +6,9 @@ import torch
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError
 from graftllm.fusion.features import WIDEST, folded, prompt_features
-from graftllm.generation import load_model, load_tokenizer, render
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.records import Message, Prompt
+from graftllm.rendering import render
 from tests.architectures import CONFIGS, load, save_base
 from tests.models import tokenizer
 

@@ -17,7 +17,8 @@ from graftllm.fusion.chat import Chat
 from graftllm.fusion.directory import add_packs, remove_pack, set_router, write_grafted
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.manifest import Manifest, read_manifest
-from graftllm.generation import GREEDY, generate, load_model, load_tokenizer
+from graftllm.generation import GREEDY, generate
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.recipe import RouterOptions, SamplingOptions

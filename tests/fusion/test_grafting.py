@@ -10,7 +10,7 @@ from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError
 from graftllm.fusion.branches import decode_branches
 from graftllm.fusion.grafting import plug
-from graftllm.generation import load_model
+from graftllm.loading import load_model
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack

@@ -19,7 +19,7 @@ from graftllm.fusion.inputs import Tuned, open_tuned
 from graftllm.fusion.merging import merge
 from graftllm.fusion.methods.table import METHODS
 from graftllm.fusion.search import answer_loss
-from graftllm.generation import load_model, load_tokenizer
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.records import write_rows

@@ -14,7 +14,7 @@ from graftllm.delta import Delta
 from graftllm.fusion.beside import Beside
 from graftllm.fusion.branches import Branch
 from graftllm.fusion.stacks import Batch, Stacked, multiplied, normed, takes_rows, with_values
-from graftllm.generation import load_model
+from graftllm.loading import load_model
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack

@@ -5,7 +5,7 @@ from graftllm.delta import Delta
 from graftllm.fusion.directory import add_packs, remove_pack, write_grafted
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.routing import features_of, fit_router
-from graftllm.generation import load_model, load_tokenizer
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.recipe import RouterOptions, SamplingOptions

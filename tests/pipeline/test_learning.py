@@ -14,11 +14,11 @@ from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.manifest import MANIFEST, read_manifest
 from graftllm.fusion.routing import BASE, Router, fit_router
 from graftllm.fusion.rules import Rule
-from graftllm.generation import render
 from graftllm.pipeline.learning import Learned, learn
 from graftllm.pipeline.work import Work, open_work
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Prompt, read_prompts
+from graftllm.rendering import render
 from graftllm.skillpack import SkillPack
 from tests.conftest import TinyRun
 

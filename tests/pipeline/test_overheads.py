@@ -14,14 +14,15 @@ from pydantic import ValidationError
 from graftllm.checkpoint import Checkpoint
 from graftllm.evaluation.scores import Measured, Score, merged
 from graftllm.evaluation.tables import OVERHEADS, overhead_grids, overhead_rows
-from graftllm.generation import load_tokenizer, render_answered
 from graftllm.header import Card, Overhead, file_bytes
+from graftllm.loading import load_tokenizer
 from graftllm.metering import Spent
 from graftllm.pipeline import overheads
 from graftllm.pipeline.overheads import tokens_trained, with_room
 from graftllm.pipeline.packing import pack
 from graftllm.pipeline.work import Work, open_work
 from graftllm.records import PreferencePair, Response, write_rows
+from graftllm.rendering import render_answered
 from graftllm.skillpack import SkillPack
 from graftllm.stages import Stamp
 from graftllm.training_options import SftOptions

@@ -7,8 +7,8 @@ import pytest
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import CheckpointError
-from graftllm.generation import render
 from graftllm.records import Prompt, read_responses
+from graftllm.rendering import render
 from graftllm.sampling.pairs import preference_pairs, sft_rows
 from graftllm.sampling.responses import File, Key, Source, sample_responses
 from graftllm.sampling.sources import LocalSource, open_source

@@ -14,8 +14,8 @@ import uvicorn
 from openai import OpenAI
 from transformers import PreTrainedTokenizerBase
 
-from graftllm.generation import render
 from graftllm.records import Message
+from graftllm.rendering import render
 from graftllm.serving.engine import Engine
 from graftllm.serving.orders import Chosen, Ended, Event, Failed, Order, Piece
 

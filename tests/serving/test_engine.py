@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from graftllm.errors import FusionError, PackError
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.manifest import read_manifest
-from graftllm.generation import load_tokenizer
+from graftllm.loading import load_tokenizer
 from graftllm.serving.batch import Batch, check_servable
 from graftllm.serving.engine import Engine
 from graftllm.serving.lanes import Lanes

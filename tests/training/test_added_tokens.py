@@ -9,7 +9,8 @@ from graftllm.delta import Delta
 from graftllm.errors import FusionError, RecipeError, TrainingError
 from graftllm.fusion import assembly
 from graftllm.fusion.applying import apply_packs
-from graftllm.generation import generate, load_model, load_tokenizer
+from graftllm.generation import generate
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions, Strategy
 from graftllm.pipeline.learning import learn

@@ -16,7 +16,7 @@ from transformers.integrations import integration_utils
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import CheckpointError, TrainingError
-from graftllm.generation import load_model
+from graftllm.loading import load_model
 from graftllm.records import PreferencePair, Prompt
 from graftllm.training import tuning
 from graftllm.training.curves import curves_beside
@@ -36,7 +36,8 @@ class Stopped(Exception):
 
 
 def _log_likelihood(path: Path, rows: list[Prompt]) -> float:
-    from graftllm.generation import load_tokenizer, render_answered
+    from graftllm.loading import load_tokenizer
+    from graftllm.rendering import render_answered
 
     model, words = load_model(path), load_tokenizer(path)
     total = 0.0

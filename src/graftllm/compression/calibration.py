@@ -22,33 +22,14 @@ from graftllm.compression.prices import Calibration
 from graftllm.compression.sensitivity import Weights, to_calibrate
 from graftllm.devices import resolve_device
 from graftllm.errors import CompressionError, first_line
-from graftllm.generation import load_tokenizer
+from graftllm.loading import load_tokenizer
 from graftllm.progress import progress
-from graftllm.records import Message, Prompt, read_prompts
+from graftllm.records import Prompt
+from graftllm.rendering import pad
 from graftllm.streaming import StreamedModel, stream_model
 
 MEMORY_BYTES = 1 << 30  # of moments; further ones are summed in files
 _BATCH_TOKENS = 4096  # padding included; the weights are read once a batch
-
-
-def read_calibration(path: Path) -> list[Prompt]:
-    """Read prompt rows from JSONL, or paragraphs (parted by blank lines) from any other text file.
-
-    Raises:
-        RecordError: a JSONL row is malformed, or the file is missing.
-        CompressionError: the text file has no paragraph, or is none.
-    """
-    if path.suffix == ".jsonl" or not path.exists():
-        return read_prompts(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        problem = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise CompressionError(f"{path}: expected JSONL rows or a text file in UTF-8 ({problem}).") from error
-    paragraphs = [part.strip() for part in text.split("\n\n") if part.strip()]
-    if not paragraphs:
-        raise CompressionError(f"{path}: expected paragraphs of text or JSONL rows, found an empty file.")
-    return [Prompt(str(i), (Message(role="user", content=text),)) for i, text in enumerate(paragraphs)]
 
 
 @torch.inference_mode()
@@ -89,10 +70,11 @@ def collect_moments(
     tokens = 0
     with progress("calibrating") as show, watcher.experts:
         for batch in _batches(sequences):
-            ids, mask = _pad_right([sequences[i] for i in batch], streamed.device)
+            ids, attended = pad([sequences[i] for i in batch], tokenizer, streamed.device)
+            mask = attended.bool()
             watcher.batch, watcher.mask, watcher.experts.mask = batch, mask, mask
             try:
-                streamed.model(input_ids=ids, attention_mask=mask.long())
+                streamed.model(input_ids=ids, attention_mask=attended)
             except _HeadReached:
                 pass
             except (NotImplementedError, RuntimeError) as error:
@@ -127,20 +109,6 @@ def _batches(sequences: Sequence[list[int]]) -> Iterator[list[int]]:
         batch.append(i)
     if batch:
         yield batch
-
-
-def _pad_right(batch: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return token ids and which of them are no padding, both (rows, longest).
-
-    On the right, so that learned positions count from each row's first token.
-    """
-    longest = max(map(len, batch))
-    ids = torch.zeros(len(batch), longest, dtype=torch.long)
-    mask = torch.zeros(len(batch), longest, dtype=torch.bool)
-    for row, sequence in enumerate(batch):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = True
-    return ids.to(device), mask.to(device)
 
 
 class _HeadReached(Exception):

@@ -37,10 +37,11 @@ from graftllm.compression.sensitivity import answered, fits_in_memory, predictin
 from graftllm.compression.units import Compressed, Job, found_code, overflows, write_code
 from graftllm.devices import resolve_device
 from graftllm.errors import CompressionError
-from graftllm.generation import load_model, load_tokenizer, pad
 from graftllm.live import Binding, bindings, named_values
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.progress import progress
 from graftllm.records import Prompt
+from graftllm.rendering import pad
 from graftllm.streaming import check_language_model
 
 _BATCH = 32

@@ -25,10 +25,11 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.compression.experts import ExpertWatcher, Slice
 from graftllm.compression.matrix import matrix_shape
 from graftllm.compression.prices import SEQUENCES, Sensitivity
-from graftllm.generation import load_model, load_tokenizer, pad, render_answered
 from graftllm.live import Binding, bindings, looks_up_its_input
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.progress import track
 from graftllm.records import Prompt
+from graftllm.rendering import pad, render_answered
 
 _BATCH = 4
 MAX_LENGTH = 2048  # tokens; longer rows are cut

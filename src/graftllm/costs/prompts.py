@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from graftllm.generation import render
 from graftllm.records import Prompt
+from graftllm.rendering import render
 from graftllm.sampling.prompts import load_prompts, without_duplicates
 from graftllm.transfer_options import PromptSet
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from graftllm.costs.amounts import GENERAL, Asked
 from graftllm.costs.models import Sized, sized
 from graftllm.costs.prompts import Assumed, count_prompts
-from graftllm.generation import load_tokenizer
+from graftllm.loading import load_tokenizer
 from graftllm.packing_options import DEFAULT_SHARE, budget_bytes, kl_target
 from graftllm.recipe import Recipe
 from graftllm.training.memory import Shape

@@ -25,10 +25,11 @@ from graftllm.compression.prices import SEQUENCES
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError
 from graftllm.fusion.grafting import plug
-from graftllm.generation import load_model, load_tokenizer, pad, render_answered
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.packing_options import PackOptions
 from graftllm.progress import track
 from graftllm.records import Prompt, read_prompts
+from graftllm.rendering import pad, render_answered
 from graftllm.skillpack import Layer, SkillPack
 from graftllm.streaming import check_language_model
 

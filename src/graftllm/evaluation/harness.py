@@ -21,7 +21,7 @@ from graftllm.fusion.beside import mixed
 from graftllm.fusion.grafted import Conversation, GraftedModel
 from graftllm.fusion.manifest import AUTO, MANIFEST
 from graftllm.fusion.routing import BASE
-from graftllm.generation import load_model, load_tokenizer
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.records import Message
 
 _BATCH = 16

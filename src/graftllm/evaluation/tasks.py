@@ -10,7 +10,8 @@ from graftllm.evaluation.scores import Evaluation, evaluate
 from graftllm.fusion.grafted import GraftedModel, Wanted
 from graftllm.fusion.manifest import AUTO, MANIFEST
 from graftllm.fusion.routing import BASE
-from graftllm.generation import GREEDY, generate, load_model, load_tokenizer
+from graftllm.generation import GREEDY, generate
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Prompt, read_prompts
 

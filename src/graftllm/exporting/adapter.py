@@ -25,9 +25,10 @@ from graftllm.checkpoint import DTYPES, Checkpoint
 from graftllm.errors import ServingError
 from graftllm.exporting.divergence import divergence, read_logits, written_texts
 from graftllm.fusion.grafting import decode, touched_bindings
-from graftllm.generation import load_model, load_tokenizer, render_answered
 from graftllm.live import named_values
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.records import read_prompts
+from graftllm.rendering import render_answered
 from graftllm.skillpack import SkillPack
 from graftllm.storage import check_apart, whole_directory, write_text
 

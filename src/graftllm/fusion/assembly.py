@@ -10,7 +10,7 @@ from graftllm.fusion.manifest import Manifest, open_base, open_router, read_mani
 from graftllm.fusion.names import check_names
 from graftllm.fusion.routing import BASE, features_of, fit_router
 from graftllm.fusion.rules import Rule
-from graftllm.generation import load_model, load_tokenizer
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.recipe import RouterOptions
 from graftllm.records import Prompt, read_prompts
 

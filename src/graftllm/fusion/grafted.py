@@ -18,7 +18,8 @@ from graftllm.fusion.routing import BASE, Route, Router, prompt_features, ruled
 from graftllm.fusion.rules import Rule, first_fitting
 from graftllm.fusion.shelf import Shelf, kept_replacement
 from graftllm.fusion.turns import Turn
-from graftllm.generation import GREEDY, generate, load_model, load_tokenizer, stream
+from graftllm.generation import GREEDY, generate, stream
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Message
 from graftllm.skillpack import SkillPack

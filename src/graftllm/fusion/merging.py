@@ -23,8 +23,8 @@ from graftllm.fusion.methods.table import Method
 from graftllm.fusion.methods.tasks import Knobs, Merge, Tasks
 from graftllm.fusion.names import check_names
 from graftllm.fusion.search import answer_loss, search_weights
-from graftllm.generation import load_model, load_tokenizer
 from graftllm.header import Card
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.packer import compress_to
 from graftllm.packing_options import PackOptions
 from graftllm.progress import progress

@@ -27,7 +27,7 @@ from graftllm.errors import FusionError
 from graftllm.fusion.classifier import Calibration, Classifier, classifier_of, judge, new_network, train_classifier
 from graftllm.fusion.examples import Examples, keep_examples
 from graftllm.fusion.features import WIDEST, prompt_features
-from graftllm.generation import load_model, load_tokenizer
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.recipe import RouterOptions
 from graftllm.records import Prompt
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.errors import FusionError
-from graftllm.generation import pad, render_answered
 from graftllm.records import Prompt
+from graftllm.rendering import pad, render_answered
 
 EVALUATIONS = 40  # as published
 _BOUND = 1.5  # of each weight, as published

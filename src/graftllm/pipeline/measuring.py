@@ -13,7 +13,8 @@ from graftllm.delta import Delta
 from graftllm.evaluation.plots import spectra
 from graftllm.evaluation.scores import Answer, Measured, Score, evaluate, merged
 from graftllm.fusion.grafted import GraftedModel
-from graftllm.generation import generate, load_model, load_tokenizer
+from graftllm.generation import generate
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.pipeline.preparing import test_of
 from graftllm.pipeline.work import GENERAL, Work, source_identity
 from graftllm.progress import track

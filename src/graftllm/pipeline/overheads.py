@@ -7,11 +7,12 @@ from functools import reduce
 from operator import add
 from pathlib import Path
 
-from graftllm.generation import load_tokenizer, render_answered
 from graftllm.header import Card, Overhead
+from graftllm.loading import load_tokenizer
 from graftllm.metering import Spent
 from graftllm.pipeline.work import Work
 from graftllm.records import Message, Prompt, read_pairs, read_prompts, read_responses
+from graftllm.rendering import render_answered
 from graftllm.skillpack import SkillPack
 from graftllm.training_options import TrainingOptions
 

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from graftllm.generation import load_model, load_tokenizer
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.pipeline.preparing import digest_of, prompts_of
 from graftllm.pipeline.work import Work, endpoint_identity, model_identity
 from graftllm.records import read_prompts, read_responses, write_rows

@@ -6,7 +6,7 @@ from typing import Any
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import CheckpointError, RecipeError
-from graftllm.generation import load_tokenizer
+from graftllm.loading import load_tokenizer
 from graftllm.recipe import Recipe, SamplingOptions, load_recipe
 from graftllm.stages import Stages
 from graftllm.training.defaults import dpo_for, sft_for

@@ -14,9 +14,10 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 from graftllm.checkpoint import Checkpoint
 from graftllm.devices import resolve_device
 from graftllm.errors import CheckpointError
-from graftllm.generation import load_tokenizer, render
+from graftllm.loading import load_tokenizer
 from graftllm.progress import track
 from graftllm.records import Message, Prompt, Response, read_responses
+from graftllm.rendering import render
 from graftllm.sampling.endpoint import EndpointSource
 from graftllm.sampling.gated import GatedHead, is_gated, read_head
 from graftllm.sampling.responses import sample_responses

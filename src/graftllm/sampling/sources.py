@@ -10,7 +10,8 @@ from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from graftllm.generation import generate_answers, load_model, load_tokenizer
+from graftllm.generation import generate_answers
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.progress import track
 from graftllm.records import Prompt, Response
 from graftllm.sampling.endpoint import EndpointSource

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from graftllm.errors import GraftError
 from graftllm.fusion.manifest import AUTO
-from graftllm.generation import render
 from graftllm.records import Message
+from graftllm.rendering import render
 from graftllm.serving.engine import Engine
 from graftllm.serving.lanes import Job
 from graftllm.serving.orders import Chosen, Ended, Event, Failed, Order, Piece, Refused

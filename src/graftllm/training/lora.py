@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from graftllm.checkpoint import Checkpoint, copy_companions
-from graftllm.generation import open_model
+from graftllm.loading import open_model
 from graftllm.storage import whole_directory
 
 

@@ -29,10 +29,11 @@ from trl.trainer.sft_config import SFTConfig
 from graftllm.checkpoint import Checkpoint, copy_companions
 from graftllm.devices import resolve_device
 from graftllm.errors import TrainingError
-from graftllm.generation import load_tokenizer, open_model, render
 from graftllm.launched import leads, processes, sharded, wait_until
+from graftllm.loading import load_tokenizer, open_model
 from graftllm.progress import progress
 from graftllm.records import Message, PreferencePair, Prompt
+from graftllm.rendering import render
 from graftllm.stages import identity
 from graftllm.storage import check_replaceable, whole_directory
 from graftllm.training.curves import curves_beside, draw_curves

@@ -1,0 +1,94 @@
+"""Checkpoints -> live transformers models and their tokenizers."""
+
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from jinja2 import TemplateError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from graftllm.checkpoint import Checkpoint
+from graftllm.devices import resolve_device
+from graftllm.errors import CheckpointError, first_line
+from graftllm.records import Message
+from graftllm.rendering import rendered
+from graftllm.transfer_options import is_template
+
+
+def load_model(path: str | Path, *, device: str = "auto", device_map: str | None = None) -> PreTrainedModel:
+    """Load a causal language model for inference: float32 on CPU, its own dtype on a GPU.
+
+    Args:
+        path: checkpoint directory or Hub id.
+        device: `auto` takes a GPU when there is one.
+        device_map: spread the model over devices as accelerate does (`auto`, `balanced`, ...) instead.
+
+    Raises:
+        CheckpointError: it is not there, lacks a parameter, or transformers cannot load it.
+    """
+    where = resolve_device(device)
+    model = open_model(path, torch.float32 if where.type == "cpu" else "auto", device_map)
+    return (model if device_map else cast(Any, model).to(where)).eval()
+
+
+def open_model(
+    path: str | Path, dtype: torch.dtype | Literal["auto"], device_map: str | None = None
+) -> PreTrainedModel:
+    """Load a causal language model as transformers does, but with every parameter from its checkpoint.
+
+    Raises:
+        CheckpointError: it is not there, lacks a parameter, or transformers cannot load it.
+    """
+    path = Checkpoint.open(path).path
+    transformers_logging.disable_progress_bar()
+    try:
+        model, found = cast(Any, AutoModelForCausalLM).from_pretrained(
+            path, dtype=dtype, device_map=device_map, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: transformers cannot load it as a causal language model ({first_line(error)})."
+        ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(
+            f"{path}: has no tensor for {missing[0]!r} of {type(model).__name__}, which would be drawn at random. "
+            "The checkpoint is incomplete or its config.json names another class."
+        )
+    return model
+
+
+def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside a model, with padding on the left and a pad token.
+
+    Args:
+        path: checkpoint directory or Hub id.
+        chat_template: Jinja text, or a file of it, instead of the tokenizer's own.
+
+    Raises:
+        CheckpointError: transformers cannot load it, or the template cannot be read or does not render a question.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: transformers cannot load its tokenizer ({first_line(error)}).") from error
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        _use_template(tokenizer, chat_template)
+    return tokenizer
+
+
+def _use_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    try:
+        tokenizer.chat_template = template if is_template(template) else Path(template).read_text(encoding="utf-8")
+        rendered(tokenizer, [Message(role="user", content="?")], answer_next=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"chat_template: expected a Jinja template or a file that holds one, found {template!r} ({error})."
+        ) from error
+    except TemplateError as error:
+        raise CheckpointError(
+            f"chat_template: expected a Jinja template that renders a user's message ({first_line(error)})."
+        ) from error

@@ -1,0 +1,56 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from graftllm.checkpoint import Checkpoint
+from graftllm.errors import CheckpointError
+from graftllm.loading import load_model, load_tokenizer
+from graftllm.records import Message
+from graftllm.rendering import render
+from tests.models import save_reward_model
+
+
+def test_a_given_chat_template_stands_in_for_the_tokenizers_own(base: Checkpoint, tmp_path: Path) -> None:
+    template = "{% for m in messages %}<user>{{ m.content }}{% endfor %}{% if add_generation_prompt %}?{% endif %}"
+    (tmp_path / "chat.jinja").write_text(template)
+    for given in (template, str(tmp_path / "chat.jinja")):
+        words = load_tokenizer(base.path, chat_template=given)
+        assert words.decode(render(words, [Message(role="user", content="ab")], answer_next=True)) == "<user>ab?"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("no/chat.jinja", r"chat_template: expected a Jinja template or a file that holds one, found 'no/chat.jinja'"),
+        ("{% for m in messages %}", r"chat_template: expected a Jinja template that renders a user's message \(Unexp"),
+        ("{{ raise_exception('no users') }}", r"that renders a user's message \(no users\)\.$"),
+    ],
+)
+def test_what_is_no_chat_template_is_refused(base: Checkpoint, given: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(base.path, chat_template=given)
+
+
+def test_models_are_loaded_in_float32_on_cpu(base: Checkpoint) -> None:
+    assert load_model(base.path).dtype == torch.float32
+
+
+def test_what_is_no_language_model_is_named(tmp_path: Path, base_dir: Path) -> None:
+    with pytest.raises(CheckpointError, match="found nothing"):
+        load_model(tmp_path / "none")
+    (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
+    (tmp_path / "model.safetensors").write_bytes((base_dir / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="transformers cannot load it as a causal language model"):
+        load_model(tmp_path)
+    with pytest.raises(CheckpointError, match="transformers cannot load its tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_parameter_that_the_checkpoint_lacks_is_not_drawn_at_random(tmp_path: Path) -> None:
+    save_reward_model(tmp_path)
+    with pytest.raises(
+        CheckpointError,
+        match=r"has no tensor for 'lm_head.weight' of LlamaForCausalLM, which .* config.json names another class",
+    ):
+        load_model(tmp_path)

@@ -34,9 +34,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from graftllm.checkpoint import Checkpoint
+from graftllm.compression.encoded import payload_digest
 from graftllm.compression.factored import Factored, encode_factored
 from graftllm.compression.metric import Metric
-from graftllm.compression.units import payload_digest
 from graftllm.delta import Delta
 from graftllm.devices import resolve_device
 from graftllm.fusion.beside import Beside

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from graftllm import header
 from graftllm.checkpoint import Checkpoint, raw_bytes
-from graftllm.compression.units import payload_digest
+from graftllm.compression.encoded import payload_digest
 from graftllm.delta import Delta
 from graftllm.errors import PackError, StorageError
 from graftllm.header import Card, Provenance

@@ -13,10 +13,10 @@ import numpy as np
 from graftllm.checkpoint import fingerprint
 from graftllm.compression.crew import Crew, Engine, default_workers, open_crew
 from graftllm.compression.filling import Budget
+from graftllm.compression.jobs import Compressed, Job
 from graftllm.compression.measures import Measures, save_measures
 from graftllm.compression.prices import SEQUENCES, Calibration
 from graftllm.compression.strategy import encode_job, refine_job
-from graftllm.compression.units import Compressed, Job
 from graftllm.compression.workspace import Workspace, open_workspace, packing_key
 from graftllm.delta import Delta
 from graftllm.devices import resolve_device

@@ -14,8 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from graftllm.checkpoint import DTYPE_NAMES, Checkpoint, TensorSpec, digest
-from graftllm.compression.encoded import EncodedTensor, ExactLayer
-from graftllm.compression.units import payload_digest
+from graftllm.compression.encoded import EncodedTensor, ExactLayer, payload_digest
 from graftllm.delta import align
 from graftllm.downloads import Repository, download, repository
 from graftllm.errors import HubError, PackError, first_line

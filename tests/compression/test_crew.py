@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from graftllm.checkpoint import Checkpoint, TensorSpec
 from graftllm.compression import crew
 from graftllm.compression.crew import default_workers
-from graftllm.compression.units import Job, Unit, carry_out
+from graftllm.compression.jobs import Job, Unit
+from graftllm.compression.units import carry_out
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError, CompressionError
 from graftllm.packer import compress

@@ -18,13 +18,13 @@ from graftllm.compression.calibration import collect_moments
 from graftllm.compression.crew import open_crew
 from graftllm.compression.factored import Factored
 from graftllm.compression.filling import Budget
+from graftllm.compression.jobs import Job, Unit
 from graftllm.compression.matrix import Source
 from graftllm.compression.measures import Measures, save_measures
 from graftllm.compression.metric import Metric
 from graftllm.compression.outlook import Outlook, outlook
 from graftllm.compression.sensitivity import measure_sensitivity
 from graftllm.compression.strategy import Compressed, encode_job
-from graftllm.compression.units import Job, Unit
 from graftllm.compression.workspace import Workspace
 from graftllm.delta import Delta
 from graftllm.errors import BudgetError, CheckpointError, CompressionError

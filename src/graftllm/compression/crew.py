@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from graftllm.compression.units import Job, Unit, carry_out
+from graftllm.compression.jobs import Job, Unit
+from graftllm.compression.units import carry_out
 from graftllm.delta import Delta
 from graftllm.devices import resolve_device
 from graftllm.errors import WorkerError

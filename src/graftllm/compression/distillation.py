@@ -31,10 +31,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.checkpoint import DTYPE_NAMES, TensorSpec, raw_bytes, write_safetensors
 from graftllm.compression.factored import MatrixCode
+from graftllm.compression.jobs import Compressed, Job, found_code, write_code
 from graftllm.compression.matrix import matrix_shape
 from graftllm.compression.metric import frobenius
 from graftllm.compression.sensitivity import answered, fits_in_memory, predicting
-from graftllm.compression.units import Compressed, Job, found_code, overflows, write_code
+from graftllm.compression.units import overflows
 from graftllm.devices import resolve_device
 from graftllm.errors import CompressionError
 from graftllm.live import Binding, bindings, named_values

@@ -1,5 +1,6 @@
 """What every encoded tensor can do, whichever operator made it."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -147,3 +148,8 @@ class EncodedTensor:
         if not is_predicting(self.operator):
             raise ValueError(f"expected an exact layer of weight 0 over {self.operator.operator}, found {weight}")
         return predicted(self.operator, self.payload, base, weight)
+
+
+def payload_digest(payload: np.ndarray) -> str:
+    """Return the first 16 hexadecimal digits of a payload's SHA-256."""
+    return hashlib.sha256(payload.data).hexdigest()[:16]

@@ -15,9 +15,10 @@ from typing import cast
 from graftllm.compression.allocation import BITS_WORTH, Kind, Offer, falls_short, foreseen, select, step_for
 from graftllm.compression.automatic import ways
 from graftllm.compression.crew import Crew
+from graftllm.compression.jobs import Compressed, Job, Unit, found_code, found_outlook
 from graftllm.compression.matrix import matrix_shape
 from graftllm.compression.outlook import Outlook, directions_for, twice_as_many
-from graftllm.compression.units import Compressed, Job, Unit, carry_out, found_code, found_outlook
+from graftllm.compression.units import carry_out
 from graftllm.errors import BudgetError
 from graftllm.packing_options import DEFAULT_SHARE
 

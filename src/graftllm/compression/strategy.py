@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from graftllm.compression.crew import Crew
 from graftllm.compression.filling import Budget, fill_budget
+from graftllm.compression.jobs import Compressed, Job, Unit, found_code, found_sizes
 from graftllm.compression.lowrank import rank_for_energy
-from graftllm.compression.units import Compressed, Job, Unit, found_code, found_sizes
 from graftllm.errors import BudgetError
 
 

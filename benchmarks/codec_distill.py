@@ -46,7 +46,7 @@ def distill_gains(
     draw = torch.Generator().manual_seed(0)
     for _ in range(_STEPS):
         batch = [answered[int(i)] for i in torch.randint(len(answered), (_BATCH,), generator=draw)]
-        ids, mask = pad([row for row, _ in batch], tokenizer, torch.device("cpu"), "left")
+        ids, mask = pad([row for row, _ in batch], tokenizer, model, "left")
         places = torch.stack(
             [torch.arange(ids.shape[1]) >= ids.shape[1] - len(row) + first - 1 for row, first in batch]
         )

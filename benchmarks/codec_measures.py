@@ -167,7 +167,7 @@ class Yardstick:
         found = []
         for start in range(0, len(answered), _BATCH):
             batch = answered[start : start + _BATCH]
-            ids, mask = pad([row for row, _ in batch], self._tokenizer, model.device, "left")
+            ids, mask = pad([row for row, _ in batch], self._tokenizer, model, "left")
             logits = cast(Any, model)(input_ids=ids, attention_mask=mask, use_cache=False).logits
             width = ids.shape[1]
             found += [logits[i, width - len(row) + first - 1 : width - 1] for i, (row, first) in enumerate(batch)]

@@ -93,7 +93,7 @@ def _speed(bench: Bench, grafted: GraftedModel, copies: Mapping[str, str]) -> di
     names = [list(copies)[i % len(copies)] for i in range(_BATCH)]
     questions = [bench.tests[copies[name]][i].question for i, name in enumerate(names)]
     rendered = [render(bench.tokenizer, question, answer_next=True) for question in questions]
-    ids, mask = pad(rendered, bench.tokenizer, grafted.model.device, "left")
+    ids, mask = pad(rendered, bench.tokenizer, grafted.model, "left")
 
     @torch.inference_mode()
     def seconds(around: AbstractContextManager[Any]) -> float:

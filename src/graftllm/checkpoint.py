@@ -42,6 +42,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 LARGE = 1 << 26  # numbers in a tensor from which on it is read in blocks of rows
 _BLOCK = 1 << 24
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _FOREIGN = (".bin", ".pt", ".pth", ".gguf", ".h5")
 _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
@@ -91,7 +92,9 @@ class Checkpoint:
         directory = _located(path)
         config = _read_json(directory / "config.json")
         index = directory / INDEX
-        if index.exists():
+        if (directory / SINGLE).exists():  # before an index, as transformers has it
+            shards = dict.fromkeys(tensor_specs(directory / SINGLE), SINGLE)
+        elif index.exists():
             named = _read_json(index).get("weight_map")
             if not isinstance(named, dict):
                 raise CheckpointError(
@@ -99,12 +102,10 @@ class Checkpoint:
                     "The checkpoint is incomplete; download or copy it again."
                 )
             shards = {str(name): str(file) for name, file in named.items()}
-        elif (directory / "model.safetensors").exists():
-            shards = dict.fromkeys(tensor_specs(directory / "model.safetensors"), "model.safetensors")
         else:
             found = sorted(file.name for file in directory.iterdir() if file.suffix in _FOREIGN)
             raise CheckpointError(
-                f"{directory}: expected model.safetensors or {INDEX}, found {', '.join(found) or 'neither'}. "
+                f"{directory}: expected {SINGLE} or {INDEX}, found {', '.join(found) or 'neither'}. "
                 "Only safetensors is read: load the model with transformers and save_pretrained() it."
             )
         specs: dict[str, TensorSpec] = {}
@@ -125,6 +126,8 @@ class Checkpoint:
                 f"{directory}: {index.name} says that {shards[absent[0]]} holds {absent[0]!r}, but it does not. "
                 "The checkpoint is incomplete; download or copy it again."
             )
+        if not specs:
+            raise CheckpointError(f"{directory}: expected a model's tensors, found none in its safetensors files.")
         specs = {name: specs[name] for name in sorted(shards, key=natural_order)}
         known_as = str(path) if Path(path) != directory else directory.resolve().name
         return cls(directory, known_as, specs, {name: shards[name] for name in specs}, config)
@@ -219,7 +222,7 @@ def row_blocks(shape: tuple[int, ...]) -> list[tuple[int, int]]:
 
 def natural_order(name: str) -> list[tuple[int, str]]:
     """Return a sort key that puts `layers.2` before `layers.10`."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d{1,99})", name)]
 
 
 def write_safetensors(
@@ -282,7 +285,7 @@ def write_checkpoint(
         if config or dtypes[0] != dtypes[1]:
             changed = _changed_config(like.config, config or {}, *dtypes)
             (partial / "config.json").write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
-        if (like.path / INDEX).exists():
+        if SINGLE not in like.shards.values():
             index = _read_json(like.path / INDEX)
             totals = {"total_size": sum(spec.nbytes for spec in specs.values())}
             totals["total_parameters"] = sum(spec.parameters for spec in specs.values())
@@ -342,7 +345,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.parent}: expected a model directory, found no {path.name} in it.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}).") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}.")

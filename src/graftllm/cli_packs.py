@@ -108,10 +108,14 @@ def pack(
     rows, measure = [], None
     if calibration:
         from graftllm.records import read_calibration
+        from graftllm.storage import check_apart
 
+        check_apart(out, [calibration])
         rows = read_calibration(calibration)
     made_of = Provenance(sources=origin(tuned))
-    card = Card(name=name or out.name.split(".")[0], description=description, license=license, provenance=made_of)
+    card = Card(
+        name=name or out.name.removesuffix(".safetensors"), description=description, license=license, provenance=made_of
+    )
     checkpoint = Checkpoint.open(base)
     with tuned_model(tuned, checkpoint, live=bool(rows)) as fine_tune:
         delta = Delta(checkpoint, fine_tune)

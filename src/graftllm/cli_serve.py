@@ -60,7 +60,9 @@ def serve(
         max_body=int(max_body * _MIB),
     )
     run(
-        lambda: Front(dir, engine, key=engine_key, device=device) if engine else Local(dir, limits, device=device),
+        lambda: (
+            Local(dir, limits, device=device) if engine is None else Front(dir, engine, key=engine_key, device=device)
+        ),
         host=host,
         port=port,
         api_key=api_key,

@@ -19,6 +19,7 @@ from graftllm.errors import CheckpointError
 MAX_GROWTH = 8  # a vocabulary may become this many times as long; bounds what a pack can allocate
 _BLOCK = 1 << 20  # bytes that are compared at a time
 LARGEST = 2.0**48  # of a difference: rows of larger ones may have no norm in float32
+_MOST_IDS = 4096  # in a list of token ids
 _PART = 1 << 18  # elements that are subtracted at a time: what they take stays in the cache
 _TOKENIZER = (
     "tokenizer.json",
@@ -100,13 +101,12 @@ class Delta(Mapping[str, Tensor]):
         base, tuned = dict(_settings(self.base.config)), dict(_settings(self.tuned.config))
         found = {key: value for key, value in tuned.items() if key in base and base[key] != value}
         for key, value in found.items():
-            if (
-                any(type(one) is not int for one in (value if isinstance(value, list) else [value]))
-                and value is not None
-            ):
+            numbers = value if isinstance(value, list) else [value]
+            whole = len(numbers) <= _MOST_IDS and all(type(one) is int and abs(one) < 1 << 63 for one in numbers)
+            if not whole and value is not None:
                 raise CheckpointError(
-                    f"{self.tuned.path / 'config.json'}: expected an integer, a list of integers or null for {key!r}, "
-                    f"found {value!r}. Correct it."
+                    f"{self.tuned.path / 'config.json'}: expected an integer of 64 bits, a list of at most {_MOST_IDS} "
+                    f"or null for {key!r}, found {value!r:.60}. Correct it."
                 )
         rows = {spec.shape[0] for name, spec in self.tuned.specs.items() if self._grown(name, spec)}
         return {key: value for key, value in found.items() if not key.endswith("vocab_size") or value in rows}
@@ -126,7 +126,7 @@ class Delta(Mapping[str, Tensor]):
         if not _is_head(head):
             return False
         spec = self.tuned.specs[head]
-        if spec.shape[:1] != (_rows(self.tuned),):
+        if not spec.shape or spec.shape[0] not in _rows(self.tuned):
             return False
         same = [name for name, other in self.tuned.specs.items() if name in self.base.specs and other == spec]
         digest = self.tuned.digest(head)
@@ -150,7 +150,7 @@ class Delta(Mapping[str, Tensor]):
         if base.shape != tuned.shape and not self._grows(base, tuned):
             vocabulary = len(base.shape) == 2 and base.shape[1:] == tuned.shape[1:]
             mend = (
-                f"Their vocabularies differ ({_rows(self.base)} and {_rows(self.tuned)} tokens by config.json); "
+                f"Their vocabularies differ ({_told(self.base)} and {_told(self.tuned)} tokens by config.json); "
                 f"a tuned model may only add tokens, at most {MAX_GROWTH} times as many rows in all."
                 if vocabulary
                 else "They are not the same architecture; check that one was trained from the other."
@@ -167,8 +167,8 @@ class Delta(Mapping[str, Tensor]):
 
     def _grows(self, base: TensorSpec, tuned: TensorSpec) -> bool:
         """Return whether a tensor has one row per token on both sides, and more of them in the tuned model."""
-        both = base.shape[:1] == (_rows(self.base),) and tuned.shape[:1] == (_rows(self.tuned),)
-        return both and growable(base.shape, tuned.shape)
+        known = growable(base.shape, tuned.shape)
+        return known and base.shape[0] in _rows(self.base) and tuned.shape[0] in _rows(self.tuned)
 
 
 def align(base: Tensor, tuned: TensorSpec) -> Tensor:
@@ -259,6 +259,10 @@ def _is_head(name: str) -> bool:
     return any(word in name for word in ("lm_head", "embed_out", "output_layer"))
 
 
-def _rows(checkpoint: Checkpoint) -> int | None:
-    """Return how many tokens a model knows, by its config."""
-    return next((value for key, value in _settings(checkpoint.config) if key.endswith("vocab_size")), None)
+def _rows(checkpoint: Checkpoint) -> list[Any]:
+    """Return how many tokens a model knows, by its config; one that also hears or sees may tell of several kinds."""
+    return [value for key, value in _settings(checkpoint.config) if key.endswith("vocab_size")]
+
+
+def _told(checkpoint: Checkpoint) -> str:
+    return " or ".join(map(str, _rows(checkpoint))) or "None"

@@ -14,8 +14,10 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
+        found = torch.zeros(1, device=device)
+        found.item()  # a device without values, such as meta, will not do
+        return found.device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise CheckpointError(
             f"device: expected auto, cpu or a device that PyTorch sees here, found {device!r} ({first_line(error)})."
         ) from error

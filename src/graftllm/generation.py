@@ -10,16 +10,14 @@ from threading import Event, Thread
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
-from graftllm.errors import RecipeError, RecordError
+from graftllm.errors import RecipeError
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Message
-from graftllm.rendering import pad, render
+from graftllm.rendering import check_length, learned_positions, pad, render
 from graftllm.stop_texts import stopped_at, up_to_stop
 
-_OFFSET = 2  # positions that some models (OPT, BART) keep before the first
 GREEDY = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=256)
 
 
@@ -89,27 +87,28 @@ def generate_answers(
     prompts = [render(tokenizer, messages, answer_next=True) for messages in conversations]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
     answers: list[list[Answer]] = [[] for _ in prompts]
-    torch.manual_seed(seed)
-    for start in range(0, len(order), options.batch_size):
-        batch = order[start : start + options.batch_size]
-        ids, mask = pad([prompts[i] for i in batch], tokenizer, model.device, "left")
-        config = _generation_config(model, tokenizer, options, ids.shape[1])
-        with around([i for i in batch for _ in range(options.samples)]):
-            output = cast(Any, model).generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=config,
-                tokenizer=tokenizer if options.stop else None,
-            )
-        new = output[:, ids.shape[1] :]  # (rows, tokens)
-        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-        told = [
-            _answer(text, tokens, len(prompts[batch[row // options.samples]]), config)
-            for row, (text, tokens) in enumerate(zip(texts, new.tolist(), strict=True))
-        ]
-        for row, i in enumerate(batch):
-            answers[i] = told[row * options.samples : (row + 1) * options.samples]
-        show(start + len(batch), len(order))
+    with torch.random.fork_rng(range(torch.cuda.device_count())):  # the caller's draws stay what they were
+        torch.manual_seed(seed)
+        for start in range(0, len(order), options.batch_size):
+            batch = order[start : start + options.batch_size]
+            ids, mask = pad([prompts[i] for i in batch], tokenizer, model, "left")
+            config = _generation_config(model, tokenizer, options, ids.shape[1])
+            with around([i for i in batch for _ in range(options.samples)]):
+                output = cast(Any, model).generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    generation_config=config,
+                    tokenizer=tokenizer if options.stop else None,
+                )
+            new = output[:, ids.shape[1] :]  # (rows, tokens)
+            texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+            told = [
+                _answer(text, tokens, len(prompts[batch[row // options.samples]]), config)
+                for row, (text, tokens) in enumerate(zip(texts, new.tolist(), strict=True))
+            ]
+            for row, i in enumerate(batch):
+                answers[i] = told[row * options.samples : (row + 1) * options.samples]
+            show(start + len(batch), len(order))
     return answers
 
 
@@ -128,7 +127,7 @@ def stream(
     """
     if options.samples > 1:
         raise RecipeError(f"samples: expected 1 for a stream, which is one answer; found {options.samples}.")
-    ids, mask = pad([render(tokenizer, messages, answer_next=True)], tokenizer, model.device)
+    ids, mask = pad([render(tokenizer, messages, answer_next=True)], tokenizer, model)
     config = _generation_config(model, tokenizer, options, ids.shape[1])
     streamer = TextIteratorStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
     failures: list[BaseException] = []
@@ -162,12 +161,8 @@ def stream(
 def _generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: SamplingOptions, longest: int
 ) -> GenerationConfig:
-    positions = _learned_positions(model)
-    if positions is not None and longest >= positions:
-        raise RecordError(
-            f"{tokenizer.name_or_path}: expected prompts of fewer tokens than the {positions} positions that the model "
-            f"has learned, found one of {longest}; shorten it or leave it out."
-        )
+    positions = learned_positions(model)
+    check_length(longest + 1, positions, tokenizer)
     eos = cast(Any, model.generation_config).eos_token_id
     sampled = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
     return GenerationConfig(
@@ -181,14 +176,6 @@ def _generation_config(
         repetition_penalty=options.repetition_penalty,
         **(sampled if options.temperature > 0 else {"do_sample": False}),
     )
-
-
-def _learned_positions(model: PreTrainedModel) -> int | None:
-    """Return how many positions a model has a vector for; None where it computes them."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    words = model.get_input_embeddings()
-    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
-    return most if most is not None and any(most <= size <= most + _OFFSET for size in tables) else None
 
 
 def _answer(text: str, tokens: Sequence[int], input_tokens: int, config: GenerationConfig) -> Answer:

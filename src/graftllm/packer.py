@@ -20,12 +20,12 @@ from graftllm.compression.strategy import encode_job, refine_job
 from graftllm.compression.workspace import Workspace, open_workspace, packing_key
 from graftllm.delta import Delta
 from graftllm.devices import resolve_device
-from graftllm.errors import BudgetError, CheckpointError, CompressionError, WorkerError
+from graftllm.errors import BudgetError, CheckpointError, CompressionError, RecordError, WorkerError
 from graftllm.header import BaseInfo, Card, Header, Run, TensorEntry, file_bytes, opening
 from graftllm.packing_options import PackOptions, budget_bytes
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
-from graftllm.storage import check_apart
+from graftllm.storage import check_apart, check_file
 
 _SPARE = 2  # bytes of a parameter's entry that may be longer in the compressed header when its codes are trained
 _TRIES = 8  # packs that are built to meet a target divergence
@@ -63,8 +63,9 @@ def compress(
         engine: `ray` does the work on a Ray cluster, that of RAY_ADDRESS or one that is started here.
 
     Raises:
-        CompressionError: the budget cannot be met.
+        CompressionError: the budget cannot be met, or the calibration rows are of no use.
         CheckpointError: the delta holds NaN, infinity or values above 2 ** 48.
+        RecordError: the model cannot read a calibration row.
         StorageError: the spool is in use, or holds something else.
     """
     device, rows = str(resolve_device(device)), _read(calibration, options)
@@ -94,11 +95,12 @@ def compress_to(
     is one of the checkpoints' files; where the delta or the options are at fault, nothing is kept.
     """
     out, device, rows = out.absolute(), str(resolve_device(device)), _read(calibration, options)
-    check_apart(out, sorted({file for one in (delta.base, delta.tuned) for file in (*one.files, *one.companions)}))
+    check_apart(out, sorted({*delta.base.sources, *delta.tuned.sources}))
+    check_file(out)
     with open_workspace(out.with_name(f".{out.name}.packing"), packing_key(delta, options, rows, device)) as workspace:
         try:
             made = _compressed(Job(delta, options, device, workspace), rows, card, measure, workers, engine)
-        except (CheckpointError, CompressionError) as error:
+        except (CheckpointError, CompressionError, RecordError) as error:
             if not isinstance(error, WorkerError):
                 workspace.remove()
             raise

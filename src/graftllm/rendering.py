@@ -5,10 +5,14 @@ from typing import Any, Literal, cast
 
 import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.errors import RecordError, first_line
 from graftllm.records import Message, Prompt
+
+Answered = tuple[list[int], int]  # token ids, and the position where the answer begins
+_OFFSET = 2  # positions that some models (OPT, BART) keep before the first
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answer_next: bool) -> list[int]:
@@ -43,7 +47,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *,
     return tokenizer(text)["input_ids"]
 
 
-def render_answered(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[list[int], int]:
+def render_answered(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Answered:
     """Return the token ids of a prompt with its answer, and the position where the answer begins.
 
     A prompt without an answer is rendered alone; the position is then its length.
@@ -59,18 +63,40 @@ def render_answered(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple
     return whole, start
 
 
+def cut(rows: Sequence[Answered], *limits: int | None) -> list[Answered]:
+    """Return rows of at most so many tokens; None is no limit.
+
+    >>> cut([([7, 8, 9], 2), ([7], 1)], 5, 2, None)
+    [([7, 8], 2), ([7], 1)]
+    """
+    most = min((limit for limit in limits if limit is not None), default=None)
+    return [(ids[:most], min(first, len(ids[:most]))) for ids, first in rows]
+
+
 def pad(
     sequences: Sequence[Sequence[int]],
     tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
+    model: PreTrainedModel,
     side: Literal["left", "right"] = "right",
+    device: torch.device | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids of one length and their attention mask, both of shape (rows, longest).
 
     On the right, causal models never see the padding, whatever their positions, so it is 0, which every vocabulary has;
-    on the left, where answers can go on, it is the tokenizer's pad token.
+    on the left, where answers can go on, it is the tokenizer's pad token. They are on `device`, by default the model's.
+
+    Raises:
+        RecordError: a row is longer than the positions that the model has learned, or has a token that the model does
+            not know.
     """
     longest = max(len(sequence) for sequence in sequences)
+    check_length(longest, learned_positions(model), tokenizer)
+    words, highest = model.get_input_embeddings(), max((max(sequence, default=0) for sequence in sequences), default=0)
+    if isinstance(words, nn.Embedding) and highest >= words.num_embeddings:
+        raise RecordError(
+            f"{tokenizer.name_or_path}: its token {highest} has no row in the model's embedding of "
+            f"{words.num_embeddings:,}; take the tokenizer that the model was trained with, or resize the embedding."
+        )
     filler = cast(int | None, tokenizer.pad_token_id) or 0 if side == "left" else 0
     ids = torch.full((len(sequences), longest), filler)
     mask = torch.zeros_like(ids)
@@ -78,4 +104,26 @@ def pad(
         start = longest - len(sequence) if side == "left" else 0
         ids[row, start : start + len(sequence)] = torch.tensor(sequence)
         mask[row, start : start + len(sequence)] = 1
-    return ids.to(device), mask.to(device)
+    where = model.device if device is None else device
+    return ids.to(where), mask.to(where)
+
+
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """Return how many positions a model has a vector for; None where it computes them."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    words = model.get_input_embeddings()
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
+    return most if most is not None and any(most <= size <= most + _OFFSET for size in tables) else None
+
+
+def check_length(tokens: int, positions: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse rows that a model has no positions for; `positions` is None for one that has for all.
+
+    Raises:
+        RecordError: there are fewer than `tokens`.
+    """
+    if positions is not None and tokens > positions:
+        raise RecordError(
+            f"{tokenizer.name_or_path}: expected rows of at most {positions} tokens, the positions that the model has "
+            f"learned, found one of {tokens}; shorten it or leave it out."
+        )

@@ -28,7 +28,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """
     path = path.absolute()
     partial = partial_of(path)
-    with _writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(partial, "a+b")
     with file, _room_for(path):
@@ -38,7 +38,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            with _writing(path):
+            with writing(path):
                 os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -63,9 +63,9 @@ def whole_directory(path: Path, *, over: Sequence[str] = (), beside: Sequence[Pa
         StorageError: as for `whole_file`; also when `path` is a file, or a directory that must stay.
     """
     check_replaceable(path, over=over, beside=beside)
-    path = path.absolute()
+    path = path.resolve()  # what a link leads to is replaced, not the link
     partial = partial_of(path)
-    with _writing(path):
+    with writing(path):
         partial.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(partial, os.O_RDONLY)
     try:
@@ -78,7 +78,7 @@ def whole_directory(path: Path, *, over: Sequence[str] = (), beside: Sequence[Pa
                 for leftover in partial.iterdir():
                     _remove(leftover)
                 yield partial
-                with _writing(path):
+                with writing(path):
                     _replace_directory(path, partial, replaced)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -118,10 +118,20 @@ def check_apart(path: Path, read: Sequence[Path]) -> None:
             raise StorageError(f"{path}: expected a place apart from {one}, which is read; choose another one.")
 
 
+def check_file(path: Path) -> None:
+    """Check that a file may be written at a place.
+
+    Raises:
+        StorageError: a directory is there.
+    """
+    if path.is_dir():
+        raise StorageError(f"{path}: expected a file or nothing there, found a directory; choose another place.")
+
+
 @contextmanager
 def appended_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a binary file to append to; when the block ends, what was written survives a power cut."""
-    with _writing(path), open(path, "ab") as file:
+    with writing(path), open(path, "ab") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -145,7 +155,7 @@ def only_writer(directory: Path) -> Iterator[None]:
     if not leads():
         yield
         return
-    with _writing(directory):
+    with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -190,7 +200,7 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Turn every failure of the file system inside the block into a StorageError about `path`."""
     with _room_for(path):
         try:

@@ -209,13 +209,13 @@ def test_moments_count_each_token_by_its_weight(model: Model) -> None:
 def test_calibration_reads_few_rows_and_few_tokens(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     words, prompts = load_tokenizer(model.path), rows(40)
     monkeypatch.setattr(sensitivity, "SEQUENCES", 30)
-    few = to_calibrate(words, prompts)
+    few = to_calibrate(words, model.live, prompts)
     assert few == answered(words, prompts[:30])
     lengths = [len(ids) for ids, _ in few]
     monkeypatch.setattr(sensitivity, "_TOKENS", sum(lengths[:7]))
-    assert to_calibrate(words, prompts) == few[:7]
+    assert to_calibrate(words, model.live, prompts) == few[:7]
     monkeypatch.setattr(sensitivity, "_TOKENS", 1)
-    assert to_calibrate(words, prompts) == few[:1]
+    assert to_calibrate(words, model.live, prompts) == few[:1]
 
 
 def test_reads_are_half_a_token_of_each_row_of_the_vocabulary(model: Model) -> None:

@@ -65,12 +65,12 @@ def collect_moments(
     if getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = 0  # as rows are padded; classifiers refuse several rows otherwise
     tokenizer = load_tokenizer(checkpoint.path)
-    sequences = [ids for ids, _ in to_calibrate(tokenizer, rows)]
+    sequences = [ids for ids, _ in to_calibrate(tokenizer, streamed.model, rows)]
     watcher = _Watcher(streamed, checkpoint, Sums(spool, MEMORY_BYTES), weights or {})
     tokens = 0
     with progress("calibrating") as show, watcher.experts:
         for batch in _batches(sequences):
-            ids, attended = pad([sequences[i] for i in batch], tokenizer, streamed.device)
+            ids, attended = pad([sequences[i] for i in batch], tokenizer, streamed.model, device=streamed.device)
             mask = attended.bool()
             watcher.batch, watcher.mask, watcher.experts.mask = batch, mask, mask
             try:

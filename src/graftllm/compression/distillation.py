@@ -34,6 +34,7 @@ from graftllm.compression.factored import MatrixCode
 from graftllm.compression.jobs import Compressed, Job, found_code, write_code
 from graftllm.compression.matrix import matrix_shape
 from graftllm.compression.metric import frobenius
+from graftllm.compression.prices import MAX_LENGTH
 from graftllm.compression.sensitivity import answered, fits_in_memory, predicting
 from graftllm.compression.units import overflows
 from graftllm.devices import resolve_device
@@ -42,7 +43,7 @@ from graftllm.live import Binding, bindings, named_values
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.progress import progress
 from graftllm.records import Prompt
-from graftllm.rendering import pad
+from graftllm.rendering import Answered, cut, learned_positions, pad
 from graftllm.streaming import check_language_model
 
 _BATCH = 32
@@ -96,7 +97,7 @@ def check_distillable(job: Job, rows: Sequence[Prompt]) -> None:
     _to_train_on(job, load_tokenizer(job.delta.tuned.path), rows)
 
 
-def _to_train_on(job: Job, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> list[tuple[list[int], int]]:
+def _to_train_on(job: Job, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> list[Answered]:
     """Return tokens of the rows, and from where on they are compared."""
     found = [row for row in answered(tokenizer, rows) if len(row[0]) > 1]
     if not found:
@@ -225,6 +226,7 @@ class _Student:
         self.tokenizer = load_tokenizer(tuned.path)
         self.rows = _to_train_on(job, self.tokenizer, rows)
         self.model: PreTrainedModel = load_model(tuned.path, device=job.device)
+        self.rows = cut(self.rows, MAX_LENGTH, learned_positions(self.model))
         self.model.requires_grad_(False)
         self.matrices: list[_Matrix] = []
         self.fixed: dict[str, Tensor] = {}  # live parameters that are neither trained nor the tuned model's own
@@ -300,7 +302,7 @@ class _Student:
         """Return the loss on a batch, by its number, without bits; divergence is in nats a predicted token."""
         draw = torch.Generator().manual_seed(number % (1 << 32))
         batch = [self.rows[i] for i in torch.randint(len(self.rows), (_BATCH,), generator=draw).tolist()]
-        ids, mask = pad([row for row, _ in batch], self.tokenizer, self.model.device)
+        ids, mask = pad([row for row, _ in batch], self.tokenizer, self.model)
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False, "output_hidden_states": True}
         places, seen = predicting(batch, mask), mask.bool()
         with torch.no_grad():

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graftllm.errors import CompressionError
+
 
 class Sums:
     """Running sums of x x^T, each under a key; files are deleted with the object."""
@@ -62,7 +64,11 @@ class Sums:
 
 
 class Moments(Mapping[str, Tensor]):
-    """Sums over their number of tokens, by parameter name; computed when asked for, and one tensor for one key."""
+    """Sums over their number of tokens, by parameter name; computed when asked for, and one tensor for one key.
+
+    Raises:
+        CompressionError: when one is asked for that is not finite.
+    """
 
     def __init__(self, sums: Sums, keys: Mapping[str, str], tokens: int) -> None:
         """Show the sums under the names of `keys`, a parameter's name -> its sum's key."""
@@ -74,6 +80,11 @@ class Moments(Mapping[str, Tensor]):
         mean = self._alive.get(key)
         if mean is None:
             mean = self._alive[key] = self._sums.total(key) / self._tokens
+            if not bool(mean.isfinite().all()):
+                raise CompressionError(
+                    f"calibration: what reaches {key!r} is not finite on these rows, or too large for float32. The "
+                    "training diverged, or a file is damaged; pack an earlier checkpoint, or without calibration."
+                )
         return mean
 
     def __iter__(self) -> Iterator[str]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from graftllm.compression.metric import Metric
 
 SEQUENCES = 512  # calibration rows; with 128, packs of the demo's fine-tunes have up to twice the divergence
+MAX_LENGTH = 2048  # tokens of a row; longer ones are cut
 DAMPING = 0.05  # share of the mean that is added to row weights: what calibration never saw may matter too
 
 

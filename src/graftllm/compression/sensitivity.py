@@ -24,15 +24,15 @@ from transformers.pytorch_utils import Conv1D
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression.experts import ExpertWatcher, Slice
 from graftllm.compression.matrix import matrix_shape
-from graftllm.compression.prices import SEQUENCES, Sensitivity
+from graftllm.compression.prices import MAX_LENGTH, SEQUENCES, Sensitivity
+from graftllm.errors import CheckpointError, CompressionError
 from graftllm.live import Binding, bindings, looks_up_its_input
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.progress import track
 from graftllm.records import Prompt
-from graftllm.rendering import pad, render_answered
+from graftllm.rendering import Answered, cut, learned_positions, pad, render_answered
 
 _BATCH = 4
-MAX_LENGTH = 2048  # tokens; longer rows are cut
 _TOKENS = 1 << 18  # of all rows together, as many as GPTQ reads
 _TEMPERATURE = 2.0  # 1.5 to 4 are about as good; at 1, packs of sure models had up to a hundred times the divergence
 
@@ -61,7 +61,9 @@ def measure_sensitivity(tuned: Path, rows: Sequence[Prompt], *, device: str = "a
         of the gradient at the output. Layers that get the same input share the sum of theirs, under the first's name.
 
     Raises:
-        CheckpointError: transformers cannot load the model, as a causal language model, or its tokenizer.
+        CheckpointError: transformers cannot load the model, as a causal language model, or its tokenizer; or it says
+            what is no number.
+        CompressionError: no row has two tokens.
     """
     checkpoint = Checkpoint.open(tuned)
     model, tokenizer = load_model(tuned, device=device), load_tokenizer(tuned)
@@ -69,39 +71,44 @@ def measure_sensitivity(tuned: Path, rows: Sequence[Prompt], *, device: str = "a
     model.set_experts_implementation("eager")  # one product per expert, which can be watched
     found = {live: binding for binding in bindings(model, checkpoint.specs) for live in binding.live}
     stored = {live: binding.stored[0] for live, binding in found.items() if binding.plain}
-    sequences = to_calibrate(tokenizer, rows)
-    uncalled = _uncalled(model, stored, sequences)
+    sequences = to_calibrate(tokenizer, model, rows)
+    uncalled = _uncalled(model, tokenizer, stored, sequences)
     watcher = _Watcher(model, stored, found, checkpoint, uncalled)
     draw = torch.Generator(device=model.device).manual_seed(0)
     predicted = 0
     for start in track(range(0, len(sequences), _BATCH), label="sensitivity"):
         batch = sequences[start : start + _BATCH]
-        ids, mask = pad([row for row, _ in batch], tokenizer, model.device)
+        ids, mask = pad([row for row, _ in batch], tokenizer, model)
         answers = predicting(batch, mask)
         watcher.ids, watcher.mask, watcher.experts.mask = ids, mask.bool(), mask.bool()
         with watcher.experts:
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[answers].float()
+        if not bool(logits.detach().isfinite().all()):
+            raise CheckpointError(
+                f"{tuned}: says what is no number on calibration rows. The training diverged or a file is damaged; "
+                "pack an earlier checkpoint."
+            )
         chances = (logits / _TEMPERATURE).log_softmax(-1)
         drawn = torch.multinomial(chances.detach().exp(), 1, generator=draw)
         (_TEMPERATURE * chances.gather(1, drawn)).sum().backward()
         watcher.collect()
         predicted += len(drawn)
+    if not predicted:
+        raise CompressionError(
+            "calibration: expected rows with at least two tokens, so that one is predicted; found none. Give other rows."
+        )
     lengths = [len(row) for row, _ in sequences]
     return watcher.sensitivity(predicted, sum(lengths)), watcher.weights(lengths)
 
 
-Answered = tuple[list[int], int]  # token ids, and the position where the answer begins
-
-
 def answered(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> list[Answered]:
-    """Return the tokens of rows that have any, at most `MAX_LENGTH` of each."""
-    rendered = [render_answered(tokenizer, row) for row in rows]
-    return [(ids[:MAX_LENGTH], min(first, MAX_LENGTH)) for ids, first in rendered if ids]
+    """Return the tokens of rows that have any."""
+    return [row for row in (render_answered(tokenizer, row) for row in rows) if row[0]]
 
 
-def to_calibrate(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> list[Answered]:
+def to_calibrate(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, rows: Sequence[Prompt]) -> list[Answered]:
     """Return the tokens of the rows that calibration reads: the first 512, while they have at most 262,144 in all."""
-    found, tokens = answered(tokenizer, rows[:SEQUENCES]), 0
+    found, tokens = cut(answered(tokenizer, rows[:SEQUENCES]), MAX_LENGTH, learned_positions(model)), 0
     for count, (ids, _) in enumerate(found):
         tokens += len(ids)
         if tokens > _TOKENS:
@@ -126,7 +133,10 @@ def _is_watched(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _uncalled(
-    model: PreTrainedModel, stored: Mapping[str, str], sequences: Sequence[Answered]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stored: Mapping[str, str],
+    sequences: Sequence[Answered],
 ) -> dict[str, nn.Parameter]:
     """Return by stored name the matrices that the model uses without running a layer that could be watched.
 
@@ -139,7 +149,8 @@ def _uncalled(
         if _is_watched(module)
     ]
     if sequences:
-        model(input_ids=torch.tensor([sequences[0][0]], device=model.device), use_cache=False)
+        ids, mask = pad([sequences[0][0]], tokenizer, model)
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
     for hook in hooks:
         hook.remove()
     return {

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.adapters import tuned_model
 from graftllm.checkpoint import Checkpoint
-from graftllm.compression.prices import SEQUENCES
+from graftllm.compression.prices import MAX_LENGTH, SEQUENCES
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError
 from graftllm.fusion.grafting import plug
@@ -29,15 +29,18 @@ from graftllm.loading import load_model, load_tokenizer
 from graftllm.packing_options import PackOptions
 from graftllm.progress import track
 from graftllm.records import Prompt, read_prompts
-from graftllm.rendering import pad, render_answered
+from graftllm.rendering import Answered, cut, learned_positions, pad, render_answered
 from graftllm.skillpack import Layer, SkillPack
+from graftllm.storage import writing
 from graftllm.streaming import check_language_model
 
-ROWS = 512  # prompts that KL is measured on; bounds the temporary file
+ROWS = 512  # prompts that KL is measured on
+_LOGITS = 8 << 30  # bytes of the tuned model's logits that are kept in a temporary file; further prompts are left out
 FAITHFUL_KL = 0.01  # nats per token; docs/method.md says where these come from
 FAITHFUL_TOP1 = 0.99
 CLOSE_KL = 0.1
-_BATCH = 16
+_BATCH, _BATCH_TOKENS = 16, 4096  # the most of both
+_TOKENS = 64  # that are compared at a time
 _BLOCK = 1 << 22  # values that are compared at a time
 
 Verdict = Literal["faithful", "close", "not faithful"]
@@ -79,12 +82,17 @@ def measure_fidelity(
         CheckpointError: a model or tokenizer cannot be loaded.
     """
     tokenizer = load_tokenizer(tuned.path)
-    rows = [_compared(*render_answered(tokenizer, prompt)) for prompt in prompts[:ROWS]]
+    model = load_model(tuned.path, device=device)
+    rendered = cut(
+        [render_answered(tokenizer, prompt) for prompt in prompts[:ROWS]], MAX_LENGTH, learned_positions(model)
+    )
+    rows = _within([_compared(*row) for row in rendered], _LOGITS // (4 * model.config.get_text_config().vocab_size))
     targets = torch.tensor([token for ids, start in rows for token in ids[start:]])
     with tempfile.TemporaryFile() as file:
-        model = load_model(tuned.path, device=device)
         for logits in _logits(model, rows, tokenizer, "tuned model"):
-            file.write(logits.numpy().tobytes())
+            with writing(Path(tempfile.gettempdir())):
+                file.write(logits.numpy().data)
+                file.flush()
         del model
         file.seek(0)
         totals = torch.zeros(4, dtype=torch.float64)
@@ -94,7 +102,8 @@ def measure_fidelity(
             for logits in _logits(model, rows, tokenizer, "packed model"):
                 tuned_logits = np.frombuffer(bytearray(file.read(logits.nbytes)), np.float32)
                 expected = torch.from_numpy(tuned_logits).view_as(logits)
-                totals += _distances(expected, logits, targets[count : count + len(logits)])
+                parts = zip(*(one.split(_TOKENS) for one in (expected, logits, targets[count:])), strict=False)
+                totals += sum(_distances(*part) for part in parts)
                 count += len(logits)
     if not count:
         raise CheckpointError(
@@ -143,7 +152,7 @@ class Verification:
 
     Attributes:
         parameters: how many tensors were checked.
-        error_by_role: relative errors of the delta.
+        error_by_role: relative errors of the delta; infinite where the tuned model does not change what the pack does.
         fidelity: distance of the answers.
         layer: the one that was checked, if one was asked for.
     """
@@ -157,7 +166,8 @@ class Verification:
         """Return what `graftllm verify --json` prints."""
         found: dict[str, Any] = {"intact": True, "parameters": self.parameters}
         if self.error_by_role is not None:
-            found["error_by_role"] = dict(self.error_by_role)
+            known = {role: error if error < math.inf else None for role, error in self.error_by_role.items()}
+            found["error_by_role"] = known
         if self.fidelity is not None:
             found |= asdict(self.fidelity) | {"verdict": self.fidelity.verdict}
         return found
@@ -167,7 +177,10 @@ class Verification:
         what = f"{self.layer} layer" if self.layer else "pack"
         lines = [f"The {what} is intact and fits its base: {self.parameters} tensors checked and decoded."]
         if self.error_by_role is not None:
-            errors = ", ".join(f"{role} {error:.2%}" for role, error in self.error_by_role.items())
+            errors = ", ".join(
+                f"{role} {error:.2%}" if error < math.inf else f"{role} infinite (this tuned model does not change it)"
+                for role, error in self.error_by_role.items()
+            )
             lines.append(f"Relative error of the delta: {errors}.")
         if self.fidelity is not None:
             found = self.fidelity
@@ -261,22 +274,48 @@ def error_by_role(delta: Delta, pack: SkillPack) -> Mapping[str, float]:
         for true, found in zip(change.split(_BLOCK), decoded.split(_BLOCK), strict=True):
             sums[0] += float((found.double() - true).square().sum())
             sums[1] += float(true.double().square().sum())
-    return {role: math.sqrt(error / norm) if norm else 0.0 for role, (error, norm) in squares.items()}
+    return {role: _relative(error, norm) for role, (error, norm) in squares.items()}
 
 
-def _compared(ids: list[int], answer_start: int) -> tuple[list[int], int]:
+def _relative(error: float, norm: float) -> float:
+    """Return the root of a ratio of squares; infinity where the tuned model does not differ, but the pack does."""
+    return math.sqrt(error / norm) if norm else math.inf if error else 0.0
+
+
+def _compared(ids: list[int], answer_start: int) -> Answered:
     """Return a row and from where on its tokens are predicted and compared."""
     return ids, answer_start if answer_start < len(ids) else 1
 
 
+def _batches(rows: Sequence[Answered]) -> list[list[Answered]]:
+    """Return rows in batches of few tokens, padding included."""
+    batches: list[list[Answered]] = []
+    for row in rows:
+        longest = max(len(ids) for ids, _ in [*(batches[-1] if batches else []), row])
+        if not batches or len(batches[-1]) == _BATCH or (len(batches[-1]) + 1) * longest > _BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def _within(rows: Sequence[Answered], tokens: int) -> list[Answered]:
+    """Return the first rows, those that have at most so many compared tokens together, but one at least."""
+    kept: list[Answered] = []
+    for ids, first in rows:
+        tokens -= len(ids) - first
+        if tokens < 0 and kept:
+            break
+        kept.append((ids, first))
+    return kept
+
+
 @torch.inference_mode()
 def _logits(
-    model: PreTrainedModel, rows: Sequence[tuple[list[int], int]], tokenizer: PreTrainedTokenizerBase, label: str
+    model: PreTrainedModel, rows: Sequence[Answered], tokenizer: PreTrainedTokenizerBase, label: str
 ) -> Iterator[Tensor]:
     """Yield the logits that predict the compared tokens of each batch, shape (tokens, vocabulary), float32 on CPU."""
-    for start in track(range(0, len(rows), _BATCH), label=label):
-        batch = rows[start : start + _BATCH]
-        ids, mask = pad([row for row, _ in batch], tokenizer, model.device)
+    for batch in track(_batches(rows), label=label):
+        ids, mask = pad([row for row, _ in batch], tokenizer, model)
         logits = cast(Any, model)(input_ids=ids, attention_mask=mask, use_cache=False).logits
         kept = [logits[i, first - 1 : len(row) - 1] for i, (row, first) in enumerate(batch)]
         yield torch.cat(kept).float().cpu()

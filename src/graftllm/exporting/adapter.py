@@ -28,7 +28,7 @@ from graftllm.fusion.grafting import decode, touched_bindings
 from graftllm.live import named_values
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.records import read_prompts
-from graftllm.rendering import render_answered
+from graftllm.rendering import cut, learned_positions, render_answered
 from graftllm.skillpack import SkillPack
 from graftllm.storage import check_apart, whole_directory, write_text
 
@@ -133,7 +133,8 @@ def export_adapter(
         if prompts is None:
             texts = written_texts(model, tokenizer)
         else:
-            texts = [render_answered(tokenizer, row)[0] for row in read_prompts(prompts)[:_ROWS]]
+            rows = [render_answered(tokenizer, row) for row in read_prompts(prompts)[:_ROWS]]
+            texts = [ids for ids, _ in cut(rows, learned_positions(model))]
         reference = read_logits(model, texts)
     factors, kept, total = {}, 0.0, 0.0
     for name, (module, _) in places.items():

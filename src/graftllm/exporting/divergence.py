@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from graftllm.rendering import learned_positions
+
 _TEXTS, _LENGTH = 16, 64
 
 
@@ -16,9 +18,10 @@ def written_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *,
     first = next(one for one in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if one is not None)
     torch.manual_seed(seed)
     ids = torch.full((_TEXTS, 1), cast(int, first), device=model.device)
+    length = min(_LENGTH, (learned_positions(model) or 1 + _LENGTH) - 1)
     rows = cast(Any, model).generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0,
-        min_new_tokens=_LENGTH, max_new_tokens=_LENGTH, pad_token_id=tokenizer.pad_token_id,
+        min_new_tokens=length, max_new_tokens=length, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return cast(list[list[int]], rows.tolist())
 

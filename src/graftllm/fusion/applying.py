@@ -105,12 +105,15 @@ def combined(
 ) -> Tensor:
     """Return base + sum of weighted deltas of one parameter in `dtype`; `base` is in the base's dtype.
 
-    One pack of weight 1 gives its own restored value, so an exact pack gives the tuned bits.
+    One pack of weight 1 gives its own restored value, so an exact pack gives the tuned bits. What no pack changes keeps
+    its own, and whole numbers become the tuned ones where all packs have the same, whatever their weights.
 
     Raises:
         FusionError: the packs do not agree on the tuned shape and dtype.
     """
     spec = agreed_spec(name, packs)
+    if all(pack.header.tensors[name].operator == "unchanged" for pack, _ in packs):
+        return align(base, spec).to(dtype)
     # In one order of summing, however the packs are given.
     packs = sorted(packs, key=lambda one: (one[0].header.tensors[name].payload_digest, one[1]))
     if (products := _products(name, packs)) is not None:
@@ -120,10 +123,13 @@ def combined(
     exact = pack.header.tensors[name].operator == "exact"
     if len(packs) == 1 and weight == 1 and (exact or dtype == DTYPES[spec.dtype]):
         return pack.restore(name, base).to(dtype)
-    total = torch.zeros(spec.shape)
+    if not base.is_floating_point():
+        values = [pack.restore(name, base) for pack, _ in packs]
+        return (values[0] if all(value.equal(values[0]) for value in values) else align(base, spec)).to(dtype)
+    total = torch.zeros(spec.shape, dtype=torch.float64 if spec.dtype == "F64" else torch.float32)
     for pack, weight in packs:
         total += weight * pack.delta(name, base)
-    return (align(base, spec).float() + total).to(dtype)
+    return (align(base, spec).to(total.dtype) + total).to(dtype)
 
 
 def _products(name: str, packs: Sequence[Weighted]) -> tuple[Tensor, Tensor] | None:

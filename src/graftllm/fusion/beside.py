@@ -6,6 +6,7 @@ looked up, a head's multiplied. The result is that of merged weights, up to roun
 """
 
 import math
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,6 +126,8 @@ class Beside:
             for key in touched
         }
         self._stack = _Stack(packs, stacked)
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # compiled code knows only of the hooks that were there when it was made
         for key in touched:
             self._attach(key, modules[key], stacked[key])
 
@@ -202,8 +205,8 @@ def mixed(wanted: str | Mapping[str, float] | None, packs: Collection[str], *, a
     for name, weight in shares.items():
         if name != BASE and name not in packs:
             raise unknown_pack(name, [*also, *packs])
-        if not math.isfinite(weight):
-            raise FusionError(f"pack: expected a finite weight for {name!r}, found {weight}.")
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise FusionError(f"pack: expected a finite weight for {name!r}, found {weight!r}.")
     return tuple(sorted((name, float(weight)) for name, weight in shares.items() if weight and name != BASE))
 
 

@@ -13,7 +13,7 @@ process killed at any moment leaves the old model or the new one. A change that 
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from graftllm.checkpoint import Checkpoint
@@ -33,7 +33,7 @@ from graftllm.fusion.names import check_names, unknown_pack
 from graftllm.fusion.routing import BASE, Router
 from graftllm.fusion.rules import Rule
 from graftllm.skillpack import SkillPack
-from graftllm.storage import check_apart, only_writer, whole_directory, whole_file, write_text
+from graftllm.storage import check_apart, only_writer, whole_directory, whole_file, write_text, writing
 
 _PASSING = ".router.safetensors"  # a router's name until its bytes, and with them its hash, are known
 
@@ -53,6 +53,7 @@ def write_grafted(
     Raises:
         FusionError: a name is reserved, a pack is for another base or adds vocabulary rows, or a rule names no pack.
         PackError: a pack is damaged or was made for another base.
+        StorageError: another process writes there now, or nobody can.
     """
     checkpoint = Checkpoint.open(base)
     check_fusable(out, list(packs.values()))
@@ -61,7 +62,8 @@ def write_grafted(
         fingerprint=checkpoint.fingerprint,
         packs={},
     )
-    with whole_directory(out, over=[MANIFEST], beside=[checkpoint.path]) as partial:
+    held = only_writer(out) if out.is_dir() else nullcontext()  # against changes of the one that is replaced
+    with held, whole_directory(out, over=[MANIFEST], beside=[checkpoint.path]) as partial:
         manifest = _with_packs(partial, manifest, packs, checkpoint)
         manifest = _with_rules(out, _with_router(partial, manifest, router), rules)
         write_text(partial / MANIFEST, manifest.model_dump_json(indent=1))
@@ -226,7 +228,8 @@ def _changing(directory: Path, coming: Collection[str] = ()) -> Iterator[Manifes
             yield manifest
         except BaseException:
             for file in _there(directory, coming) - before - _files(read_manifest(directory)):
-                (directory / file).unlink()
+                with suppress(OSError):
+                    (directory / file).unlink()
             raise
 
 
@@ -241,7 +244,8 @@ def _commit(directory: Path, changed: Manifest, old: Manifest) -> None:
     """Make a manifest the directory's, then take away the files that only the old one names."""
     write_text(directory / MANIFEST, changed.model_dump_json(indent=1))
     for file in _files(old) - _files(changed):
-        (directory / file).unlink(missing_ok=True)
+        with suppress(OSError):  # a file that no manifest names does no harm
+            (directory / file).unlink()
 
 
 def _files(manifest: Manifest) -> set[str]:
@@ -259,7 +263,6 @@ def _with_packs(directory: Path, manifest: Manifest, packs: Mapping[str, Path], 
                 f"{pack.source}: made for the base {made_for.name} ({made_for.fingerprint[:12]}), but {base.path} is "
                 f"{manifest.fingerprint[:12]}. Use that base or rebuild the pack."
             )
-    (directory / "packs").mkdir(exist_ok=True)
     shelved = dict(manifest.packs)
     for name, pack in opened.items():
         file = f"packs/{name}.safetensors"
@@ -301,7 +304,9 @@ def _link_or_copy(source: Path, place: Path) -> None:
     """Put a file in its place whole; what a killed process may have left there is no pack of the manifest."""
     if place.exists() and place.samefile(source):
         return
-    place.unlink(missing_ok=True)
+    with writing(place):
+        place.parent.mkdir(exist_ok=True)
+        place.unlink(missing_ok=True)
     try:
         os.link(source.resolve(), place)  # the file itself, where the name is a link, as in the Hub's cache
     except OSError:  # another file system, or one without links

@@ -55,7 +55,7 @@ def prompt_features(
         sequences = [
             render(tokenizer, messages, answer_next=True) for messages in conversations[start : start + _BATCH]
         ]
-        ids, mask = pad(sequences, tokenizer, model.device)
+        ids, mask = pad(sequences, tokenizer, model)
         embedded, hidden = (_unit(states) for states in _states(model, blocks, layer, ids, mask))
         weights = (mask / mask.sum(dim=1, keepdim=True))[:, :, None].cpu()  # (rows, length, 1)
         pooled = [

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Annotated, Literal, cast, get_args
 
+from pydantic import Field, TypeAdapter, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.errors import FusionError
@@ -28,6 +29,7 @@ Conversation = str | Sequence[Message]
 Wanted = str | Mapping[str, float] | None  # a pack, several with weights, or the base
 Way = Literal["auto", "merged", "beside"]
 _SMALL = 1 << 30  # bytes of decoded packs that are kept of any model
+_CONVERSATION = TypeAdapter(Annotated[list[Message], Field(min_length=1)])
 
 
 @dataclass(eq=False)
@@ -64,6 +66,7 @@ class GraftedModel:
             self.shelf = Shelf(max(weights, _SMALL))
         self.beside = Beside(self.model, self.packs, self.shelf)
         self._graft, self._mix, self._streaming = Graft(self.model, {}), cast(Mix, ()), False
+        self._blocks: list[_Block] = []
         self._is_quantized = any(is_quantized(value) for value in self.model.parameters())
 
     @classmethod
@@ -110,6 +113,9 @@ class GraftedModel:
     def using(self, pack: Wanted) -> Iterator[PreTrainedModel]:
         """Merge a pack, or several with weights, into the model for a `with` block; afterwards it is what it was.
 
+        The weights are the shelf's own and will be used again: read them, train on a copy. A stream that was begun in
+        the block and is still open goes on with its pack; the model is what it was when that is read or closed.
+
         Raises:
             FusionError: there is no such pack, or this thread has a stream open.
             PackError: the pack does not fit the base model.
@@ -118,14 +124,15 @@ class GraftedModel:
         with self._turn.taken():
             if self._streaming:
                 raise FusionError("a stream of this model is still open; read it to its end, or close it, first.")
-            before = self._mix
+            block = _Block(self._mix)
+            self._blocks.append(block)
             try:
                 self._switch(mix)
                 yield self.model
             finally:
-                self._switch(before)
+                self._leave(block)
 
-    def route(self, conversations: Sequence[Conversation]) -> list[Route]:
+    def route(self, conversations: Iterable[Conversation]) -> list[Route]:
         """Return which pack would answer each conversation: by the first rule that fits, else by the router.
 
         Raises:
@@ -157,7 +164,7 @@ class GraftedModel:
 
     def generate(
         self,
-        conversations: Sequence[Conversation],
+        conversations: Iterable[Conversation],
         pack: Wanted | Sequence[Wanted] = AUTO,
         options: SamplingOptions = GREEDY,
         *,
@@ -226,6 +233,11 @@ class GraftedModel:
                 self._let_go()
                 self._streaming = False
 
+    @property
+    def chooses(self) -> bool:
+        """Whether `auto` can be asked for: there is a router, or a rule."""
+        return self.router is not None or bool(self.rules)
+
     def merged_only(self, name: str) -> str | None:
         """Return in one line why a pack can only be merged, and what to do; None if it can run beside the weights.
 
@@ -290,6 +302,15 @@ class GraftedModel:
                 wanted[i] = route.weights
         return [mixed(one, self.packs) for one in wanted]
 
+    def _leave(self, block: "_Block") -> None:
+        """Let the model be what it was before a block, or let the one that was begun in it and goes on do so."""
+        later = self._blocks[self._blocks.index(block) + 1 :]
+        self._blocks.remove(block)
+        if later:
+            later[0].before = block.before
+        else:
+            self._switch(block.before)
+
     def _switch(self, mix: Mix) -> None:
         """Put the merged weights of these packs in the place of others; what is hot on the shelf costs nothing."""
         if mix == self._mix:
@@ -305,17 +326,31 @@ class GraftedModel:
             self._graft, self._mix = merged.plug(self.model), mix
 
 
-def _several(conversations: Sequence[Conversation]) -> Sequence[Conversation]:
+@dataclass(eq=False)
+class _Block:
+    """A `using` that was not left yet, and what was merged before."""
+
+    before: Mix
+
+
+def _several(conversations: Iterable[Conversation]) -> list[Conversation]:
     """Refuse one conversation where several are expected: its letters or messages would be answered one by one."""
-    if isinstance(conversations, str) or any(isinstance(one, Mapping) for one in conversations):
+    several = [] if isinstance(conversations, str) else list(conversations)
+    if isinstance(conversations, str) or any(isinstance(one, Mapping) for one in several):
         raise FusionError(
             "conversations: expected a list of texts or of lists of messages, found one "
             f"{type(conversations).__name__} that is a conversation itself; put it into a list."
         )
-    return conversations
+    return several
 
 
 def _messages(conversation: Conversation) -> Sequence[Message]:
-    if not conversation and not isinstance(conversation, str):
-        raise FusionError("conversation: expected at least one message, found none; give a text, or messages.")
-    return [Message(role="user", content=conversation)] if isinstance(conversation, str) else conversation
+    if isinstance(conversation, str):
+        return [Message(role="user", content=conversation)]
+    try:
+        return _CONVERSATION.validate_python(conversation)
+    except ValidationError as error:
+        raise FusionError(
+            "conversation: expected a text, or at least one message with `role` and `content`, found "
+            f"{conversation!r:.60}."
+        ) from error

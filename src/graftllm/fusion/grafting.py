@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from graftllm.checkpoint import DTYPES, TensorSpec
 from graftllm.errors import FusionError
-from graftllm.fusion.applying import Empty, Weighted, agreed_spec, check_weights, combined
+from graftllm.fusion.applying import Empty, Weighted, agreed_spec, check_weights, combined, in_range
 from graftllm.live import Binding, bindings, named_values
 from graftllm.skillpack import SkillPack
+
+_LARGE = 16.0  # weights up to this take no tuned model's values beyond what a dtype holds
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def plug(model: nn.Module, *packs: SkillPack | Weighted, check: bool = True) -> 
         check: compare every touched base weight with the pack's digest first.
 
     Raises:
-        FusionError: the model has no such parameter, or holds it quantized, offloaded or in a narrower dtype.
+        FusionError: the model has no such parameter, or holds it quantized, offloaded or in a narrower dtype; or a
+            weight is so large that values would leave it.
         PackError: a pack is damaged or was made for another base; the model is then unchanged.
     """
     return decode(model, *packs, check=check).plug(model)
@@ -139,6 +142,8 @@ def _plugged(
             for pack, _ in packs:
                 pack.check_tensor(name, base.cpu())
         stored[name] = combined(name, base, packs, dtype=live.dtype, empty=empty)
+        if any(abs(weight) > _LARGE for _, weight in packs):  # a look at all values, which takes time
+            in_range(name, stored[name], lambda base=base: base)
     made = binding.to_live(stored)
     if {name: value.shape for name, value in made.items()} != {name: value.shape for name, value in values.items()}:
         raise FusionError(

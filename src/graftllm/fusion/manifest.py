@@ -65,10 +65,12 @@ def read_manifest(directory: Path) -> Manifest:
     """
     try:
         return Manifest.model_validate_json((directory / MANIFEST).read_bytes())
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise FusionError(
             f"{directory}: expected a grafted model, found no {MANIFEST} in it; make one with `graftllm fuse`."
         ) from error
+    except OSError as error:
+        raise FusionError(f"{directory / MANIFEST}: cannot be read ({error.strerror}).") from error
     except ValidationError as error:
         first = error.errors()[0]
         raise FusionError(

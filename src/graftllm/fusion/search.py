@@ -64,7 +64,7 @@ def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows
     total, count = 0.0, 0
     for start in range(0, len(rows), _BATCH):
         rendered = [render_answered(tokenizer, row) for row in rows[start : start + _BATCH]]
-        ids, mask = pad([tokens for tokens, _ in rendered], tokenizer, model.device)
+        ids, mask = pad([tokens for tokens, _ in rendered], tokenizer, model)
         log_p = cast(Any, model)(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
         found = log_p.gather(2, ids[:, 1:, None])[..., 0]  # (rows, longest - 1)
         answers = torch.zeros_like(found, dtype=torch.bool)

@@ -102,9 +102,13 @@ class Shelf:
 def kept_replacement(
     shelf: Shelf, mix: Hashable, model: nn.Module, packs: Sequence[Weighted], *, check: bool
 ) -> Replacement:
-    """Return the parameters that packs make, from the shelf under `mix` or decoded into its memory; see `decode`."""
+    """Return the parameters that packs make, from the shelf under `mix` or decoded into its memory; see `decode`.
+
+    What is kept is of a dtype and a device; a model that was moved since gets its own.
+    """
+    first = next(model.parameters())
     return shelf.get(
-        ("merged", mix),
+        ("merged", mix, first.dtype, first.device),
         lambda: decode(model, *packs, check=check, empty=shelf.empty),
         lambda: decoded_bytes(model, *packs),
     )

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from graftllm.errors import GraftError
+from graftllm.errors import GraftError, ServingError
 from graftllm.serving.gate import Gate
 from graftllm.serving.metrics import Metrics
 from graftllm.serving.orders import Refused
@@ -79,7 +79,13 @@ def build_app(
         api_key: clients must know it; None lets everybody in.
         admin_key: whoever changes packs must know it; None forbids that.
         max_body: the most bytes of a request.
+
+    Raises:
+        ServingError: a key is empty, so that whoever sends none would have it.
     """
+    for option, key in (("--api-key", api_key), ("--admin-key", admin_key)):
+        if key is not None and not key.strip():
+            raise ServingError(f"{option}: expected a key, found an empty text; give one, or leave the option out.")
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:

@@ -12,7 +12,7 @@ from fastapi import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
-from graftllm.errors import GraftError
+from graftllm.errors import GraftError, RecordError
 from graftllm.fusion.manifest import AUTO
 from graftllm.records import Message
 from graftllm.rendering import render
@@ -81,6 +81,9 @@ class Desk:
 
     def _orders(self, asked: Asked) -> list[Order]:
         """Return what a request asks of the engine, by prompt; takes time for long ones."""
+        texts, most = asked.n * (1 if isinstance(asked, ChatRequest) else len(asked.prompts)), self._engine.max_queue
+        if texts > most:
+            raise Refused(f"n: expected at most {most} texts in all, as many as may wait; found {texts}.", param="n")
         if isinstance(asked, ChatRequest):
             messages = [message.plain() for message in asked.messages]
             return [self._order(asked, messages, self._rendered(messages))]
@@ -189,6 +192,8 @@ async def _next(events: asyncio.Queue[Event], gone: asyncio.Future[None]) -> Eve
         error = event.error
         if isinstance(error, Refused):
             raise error
+        if isinstance(error, RecordError):  # the router cannot read so long a prompt, say
+            raise Refused(str(error)) from error
         message = str(error) if isinstance(error, GraftError) else "the server failed at this; its log says where."
         raise Refused(message, status=500, code="engine_failed") from error
     return event

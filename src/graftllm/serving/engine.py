@@ -34,6 +34,7 @@ class Engine:
     Attributes:
         serves: the digests of the packs that may be asked for, by name.
         metrics: what it counts.
+        max_queue: how many choices may wait.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Engine:
         self.metrics = Metrics()
         self.serves: Mapping[str, str] = {}
         self._lanes = Lanes(Weights(grafted.model, memory_bytes), grafted.tokenizer, self.metrics, max_batch)
-        self._max_queue = max_queue
+        self.max_queue = max_queue
         self._arrived: deque[tuple[Job, Mix | None]] = deque()
         self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed, self._stopping = Condition(), False
@@ -90,13 +91,14 @@ class Engine:
         job = Job(order, emit)
         with self._changed:
             self._refuse_when_stopping()
-            if order.pack not in (BASE, AUTO, *self.serves):
-                error = unknown_pack(order.pack, [BASE, AUTO, *self.serves])
+            known = [BASE, *([AUTO] if self._grafted.chooses else []), *self.serves]
+            if order.pack not in known:
+                error = unknown_pack(order.pack, known)
                 raise Refused(str(error), status=404, param="model", code="model_not_found")
             waiting = len(self._lanes.waiting) + sum(job.order.choices for job, _ in self._arrived)
-            if waiting + order.choices > self._max_queue:
+            if waiting + order.choices > self.max_queue:
                 raise Refused(
-                    f"the queue is full: {waiting} of at most {self._max_queue} choices wait; ask again later.",
+                    f"the queue is full: {waiting} of at most {self.max_queue} choices wait; ask again later.",
                     status=429,
                     code="queue_full",
                 )
@@ -112,7 +114,7 @@ class Engine:
 
     def adopt(self, grafted: GraftedModel, digests: Mapping[str, str]) -> None:
         """Serve these packs from now on; rows that were begun go on. Returns when it is so."""
-        self._do(lambda: self._adopt(grafted, digests)).result()
+        self.between_steps(lambda: self._adopt(grafted, digests)).result()
 
     def retire(self, name: str) -> None:
         """Take no more orders for a pack; return when those that were taken are finished."""
@@ -124,11 +126,11 @@ class Engine:
             elif not self.alive:
                 drained.set_exception(Refused(_STOPPING, status=503, code="stopping"))
             else:
-                self._do(check)
+                self.between_steps(check)
 
         with self._changed:
             self.serves = {key: digest for key, digest in self.serves.items() if key != name}
-        self._do(check)
+        self.between_steps(check)
         drained.result()
 
     def measured(self) -> bytes:
@@ -139,8 +141,12 @@ class Engine:
         self.metrics.memory.set(self._lanes.weights.shelf.nbytes)
         return self.metrics.text()
 
-    def _do(self, task: Callable[[], Any]) -> Future[Any]:
-        """Let the engine's thread do something between two steps, after it took in what arrived before."""
+    def between_steps(self, task: Callable[[], Any]) -> Future[Any]:
+        """Let the engine's thread do something between two steps, after it took in what arrived before.
+
+        Raises:
+            Refused: the server stops.
+        """
         done: Future[Any] = Future()
         with self._changed:
             self._refuse_when_stopping()

@@ -73,6 +73,12 @@ class _Asked(BaseModel):
             raise ValueError("stop: expected at most 16 texts, none of them empty")
         return self
 
+    @model_validator(mode="after")
+    def _streams_if_it_says_how(self):
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: expected stream to be true beside them; leave them out, or stream")
+        return self
+
     @property
     def stops(self) -> tuple[str, ...]:
         """The texts that end an answer."""
@@ -114,6 +120,12 @@ class ChatRequest(_Asked):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+
+    @model_validator(mode="after")
+    def _asks_for_logprobs_first(self):
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: expected logprobs to be true beside it; set both, or neither")
+        return self
 
     @property
     def alternatives(self) -> int | None:
@@ -213,11 +225,9 @@ class Answer:
         return self._head(kind) | {"choices": choices, "usage": self.usage(), "graftllm": chosen_fields(self.chosen)}
 
     def first_chunks(self) -> list[dict[str, Any]]:
-        """Return what a stream begins with: of a conversation, whose turn it is; always, which pack answers."""
+        """Return what a stream begins with, by choice: an empty piece that says which pack answers."""
         extra = {"graftllm": chosen_fields(self.chosen)}
-        if not self.chat:
-            return [self._chunk([]) | extra]
-        turn = {"role": "assistant", "content": ""}
+        turn = {"role": "assistant", "content": ""} if self.chat else {}
         return [self._chunk([self._delta(i, turn, None, None)]) | extra for i in range(len(self.choices))]
 
     def chunk(self, event: Piece | Ended) -> dict[str, Any]:

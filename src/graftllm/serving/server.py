@@ -102,7 +102,7 @@ def serve(
         max_body: the most bytes of a request.
 
     Raises:
-        ServingError: the address is open to others and there is no key.
+        ServingError: the address is open to others and there is no key, or a key is empty.
     """
     if host not in _LOOPBACK and not api_key:
         raise ServingError(

@@ -1,6 +1,7 @@
 """The packs of a served directory: which there are, what their cards say, and changes while it is served."""
 
-import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -27,28 +28,32 @@ class Library:
             PackError: a pack is damaged or was made for another base.
         """
         self._directory, self._lock = directory, Lock()
-        self._manifest = read_manifest(directory)
-        self.grafted = _knowing(GraftedModel.load(directory, device=device))
+        self._held = _hold(directory, device=device)
         self.engine: Engine | None = None
 
     @property
-    def digests(self) -> dict[str, str]:
+    def grafted(self) -> GraftedModel:
+        """The model, as the directory was when it was last read."""
+        return self._held.grafted
+
+    @property
+    def digests(self) -> Mapping[str, str]:
         """The SHA-256 of each pack's file, by name."""
-        return {name: pack.sha256 for name, pack in self._manifest.packs.items()}
+        return self._held.digests
 
     def models(self) -> dict[str, dict[str, Any]]:
         """Return what can be asked for by name: the base, each pack and, with a router or rules, `auto`."""
-        routed = set() if self.grafted.router is None else set(self.grafted.router.classes)
+        held = self._held
+        routed = set() if held.grafted.router is None else set(held.grafted.router.classes)
         found: dict[str, dict[str, Any]] = {BASE: {"description": "the model without a pack"}}
-        for name, pack in self.grafted.packs.items():
-            beside = self.grafted.merged_only(name) is None
+        for name, pack in held.grafted.packs.items():
             found[name] = {
                 "description": pack.header.card.description,
-                "bytes": (self._directory / self._manifest.packs[name].file).stat().st_size,
-                "runs": "beside" if beside else "merged",
+                "bytes": held.sizes[name],
+                "runs": "beside" if name in held.beside else "merged",
                 "routed": name in routed,
             }
-        if self.grafted.router is not None or self.grafted.rules:
+        if held.grafted.chooses:
             found[AUTO] = {"description": "the router chooses"}
         return found
 
@@ -58,11 +63,11 @@ class Library:
         Raises:
             Refused: there is no such pack.
         """
-        pack = self.grafted.packs.get(name)
-        if pack is None:
-            raise Refused(str(unknown_pack(name, self.grafted.packs)), status=404, code="model_not_found")
-        size = os.stat(self._directory / self._manifest.packs[name].file).st_size
-        return {key: value for key, value in figures(pack.header, size).items() if key != "tensors"}
+        held = self._held
+        if name not in held.sizes:
+            raise Refused(str(unknown_pack(name, held.sizes)), status=404, code="model_not_found")
+        found = figures(held.grafted.packs[name].header, held.sizes[name])
+        return {key: value for key, value in found.items() if key != "tensors"}
 
     def add(self, name: str, file: Path) -> None:
         """Put a pack on the shelf and serve it.
@@ -85,8 +90,8 @@ class Library:
             Refused: the server stops.
         """
         with self._lock:
-            if name not in self._manifest.packs:
-                raise Refused(str(unknown_pack(name, self.grafted.packs)), status=404, code="model_not_found")
+            if name not in self.digests:
+                raise Refused(str(unknown_pack(name, self.digests)), status=404, code="model_not_found")
             assert self.engine is not None
             self.engine.retire(name)
             try:
@@ -97,17 +102,50 @@ class Library:
     def _reload(self) -> None:
         """Serve what the directory holds now, with the base that is in memory."""
         assert self.engine is not None
-        manifest = read_manifest(self._directory)
-        grafted = _knowing(GraftedModel.load(self._directory, model=self.grafted.model, check=False))
-        self._manifest, self.grafted = manifest, grafted
-        self.engine.adopt(grafted, self.digests)
+        engine = self.engine
+        self._held = _hold(
+            self._directory,
+            lambda look: engine.between_steps(look).result(),
+            model=self.grafted.model,
+            check=False,
+        )
+        self.engine.adopt(self.grafted, self.digests)
 
 
-def _knowing(grafted: GraftedModel) -> GraftedModel:
-    """Let a router go on that has never heard of a pack: it does not choose that, but it knows the others.
+@dataclass(frozen=True)
+class _Held:
+    """What a directory held when it was read; what can be told without asking the model again.
 
-    One that knows a pack by another file is still refused.
+    Attributes:
+        grafted: the model.
+        digests: the SHA-256 of each pack's file, by name.
+        sizes: their bytes.
+        beside: packs that can run beside the weights.
     """
+
+    grafted: GraftedModel
+    digests: Mapping[str, str]
+    sizes: Mapping[str, int]
+    beside: Collection[str]
+
+
+def _hold(directory: Path, when: Callable[[Callable[[], Any]], Any] = lambda look: look(), **options: Any) -> _Held:
+    """Read a directory.
+
+    A router that has never heard of a pack goes on: it does not choose that, but it knows the others. One that knows a
+    pack by another file is still refused.
+
+    Args:
+        directory: a grafted model.
+        when: looks at the live model while nobody runs it.
+        options: of `GraftedModel.load`, whose errors are raised, too.
+    """
+    manifest, grafted = read_manifest(directory), GraftedModel.load(directory, **options)
     known = () if grafted.router is None else grafted.router.classes
     grafted.unrouted = [name for name in grafted.unrouted if name in known]
-    return grafted
+    return _Held(
+        grafted,
+        {name: pack.sha256 for name, pack in manifest.packs.items()},
+        {name: (directory / pack.file).stat().st_size for name, pack in manifest.packs.items()},
+        when(lambda: frozenset(name for name in grafted.packs if grafted.merged_only(name) is None)),
+    )

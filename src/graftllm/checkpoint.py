@@ -46,6 +46,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _FOREIGN = (".bin", ".pt", ".pth", ".gguf", ".h5")
 _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+WRITTEN = tuple(f"*{suffix}" for suffix in (".safetensors", *_COMPANIONS))  # files of a checkpoint
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -279,7 +280,7 @@ def write_checkpoint(
         config: what `config.json` says otherwise, by dotted key.
     """
     specs = like.specs if specs is None else specs
-    with whole_directory(out, over=["config.json"], beside=[like.path]) as partial:
+    with whole_directory(out, over=["config.json"], holds=WRITTEN, beside=[like.path]) as partial:
         copy_companions(like, partial)
         dtypes = [str(_main_dtype(found)).removeprefix("torch.") for found in (like.specs, specs)]
         if config or dtypes[0] != dtypes[1]:

@@ -55,7 +55,8 @@ def fuse(
         rules=read_rules(rules) if rules else (),
         device=device,
     )
-    print(f"{out}: {base} with {', '.join(packs)}. Next: graftllm chat {out}")
+    chosen = "" if router_data or rules else f" --pack {next(iter(packs))}"
+    print(f"{out}: {base} with {', '.join(packs)}. Next: graftllm chat {out}{chosen}")
 
 
 def add(
@@ -82,6 +83,11 @@ def add(
     packs = _packs(pack, "NAME=FILE")
     manifest = join_packs(dir, packs, router_data=router_data, drift=drift, device=device)
     print(f"{dir}: {', '.join(packs)} added; {len(manifest.packs)} packs. Next: graftllm list {dir}")
+    if manifest.router is not None and (late := manifest.unrouted()):
+        print(
+            f"Its router does not know {', '.join(late)}, so auto is refused: name packs, or remove these and add them "
+            "with --router-data."
+        )
 
 
 def remove(
@@ -139,7 +145,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.")] = 0.0,
     device: Device = "auto",
 ) -> None:
-    """Talk to a grafted model. /new starts over, /pack NAME changes the pack, Ctrl-D ends."""
+    """Talk to a grafted model. /new starts over, /pack NAME changes the pack, /help tells, /exit or Ctrl-D ends."""
     from graftllm.fusion.chat import Chat, lines
     from graftllm.fusion.grafted import GraftedModel
     from graftllm.recipe import SamplingOptions, options_of
@@ -148,6 +154,8 @@ def chat(
     options = options_of(SamplingOptions, given)
     conversation = Chat(GraftedModel.load(dir, device=device), pack, options)
     for line in lines("> " if sys.stdin.isatty() else ""):
+        if line in ("/exit", "/quit"):
+            break
         for piece in conversation.say(line):
             print(piece, end="", flush=True)
         print()

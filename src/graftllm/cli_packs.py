@@ -178,6 +178,10 @@ def inspect(
     print_lines(*pack_lines(header, size))
     print_table(table(role_grid(header)))
     print_table(table(layer_grid(header)))
+    print_lines(
+        "Errors are those of the weights. What the answers hardly depend on is left out, so a faithful pack may have "
+        "100 % and more in places; `graftllm verify` tells how far the answers are."
+    )
     for grid in overhead_grids(header):
         print_table(table(grid))
     if plot:

@@ -102,6 +102,7 @@ class PackOptions(Section):
 
 
 _MOST = 2.0**63  # bytes of a budget
+_FEWEST = 1000  # bytes; no pack has fewer, so a smaller number was meant otherwise
 
 
 def budget_bytes(budget: str, tuned_bytes: int) -> int:
@@ -116,6 +117,8 @@ def budget_bytes(budget: str, tuned_bytes: int) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMG]?B)?", budget.strip(), flags=re.IGNORECASE)
     if match is None or float(match[1]) == 0:
         raise RecipeError(f"budget: expected a share or a size above 0, such as 5%, 400MB or 60KB; found {budget!r}.")
+    if match[2] is None and float(match[1]) < _FEWEST:
+        raise RecipeError(f"budget: {budget} is so many bytes, which hold no pack; for a share write {budget}%.")
     unit = (match[2] or "B").upper()
     scale = tuned_bytes / 100 if unit == "%" else {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
     amount = float(match[1]) * scale

@@ -26,7 +26,7 @@ _BLOCK = 1 << 22  # values that are checked at a time
 PACK_FILE = "skillpack.safetensors"  # the name of a pack in a repository on the Hub
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SkillPack:
     """A compressed delta to one base model. Payloads stay on disk until they are asked for.
 
@@ -38,6 +38,14 @@ class SkillPack:
     header: Header
     source: str
     _payload: Callable[[Run, str], np.ndarray]
+
+    def __repr__(self) -> str:
+        """Return the pack in one line."""
+        header, stored = self.header, sum(entry.stored_bytes for entry in self.header.tensors.values())
+        return (
+            f"SkillPack({header.card.name!r}, {len(header.tensors)} tensors in {stored:,} bytes, strategy "
+            f"{header.options.strategy}, base {header.base.name} {header.base.fingerprint[:12]}, from {self.source})"
+        )
 
     @classmethod
     def load(cls, path: str | Path, layer: Layer | None = None, *, revision: str | None = None) -> "SkillPack":

@@ -51,18 +51,21 @@ def partial_of(path: Path) -> Path:
 
 
 @contextmanager
-def whole_directory(path: Path, *, over: Sequence[str] = (), beside: Sequence[Path] = ()) -> Iterator[Path]:
+def whole_directory(
+    path: Path, *, over: Sequence[str] = (), holds: Sequence[str] = (), beside: Sequence[Path] = ()
+) -> Iterator[Path]:
     """Yield an empty directory that replaces `path` when the block ends without an exception.
 
     Args:
         path: where it goes.
         over: names of files of which a directory must hold one to be replaced; any is replaced where none is named.
+        holds: patterns, such as `packs/*.safetensors`, of all files that such a directory may hold beside these.
         beside: directories that are read, and therefore not replaced.
 
     Raises:
         StorageError: as for `whole_file`; also when `path` is a file, or a directory that must stay.
     """
-    check_replaceable(path, over=over, beside=beside)
+    check_replaceable(path, over=over, holds=holds, beside=beside)
     path = path.resolve()  # what a link leads to is replaced, not the link
     partial = partial_of(path)
     with writing(path):
@@ -87,7 +90,9 @@ def whole_directory(path: Path, *, over: Sequence[str] = (), beside: Sequence[Pa
         os.close(descriptor)
 
 
-def check_replaceable(path: Path, *, over: Sequence[str], beside: Sequence[Path] = ()) -> None:
+def check_replaceable(
+    path: Path, *, over: Sequence[str], holds: Sequence[str] = (), beside: Sequence[Path] = ()
+) -> None:
     """Check that a directory may be written at a place; arguments and errors are those of `whole_directory`."""
     if not path.exists():
         return
@@ -95,11 +100,23 @@ def check_replaceable(path: Path, *, over: Sequence[str], beside: Sequence[Path]
         raise StorageError(f"{path}: expected a directory or nothing there, found a file; choose another place.")
     if read := next((one for one in beside if one.resolve().is_relative_to(path.resolve())), None):
         raise StorageError(f"{path}: expected a place of its own, but {read} is read from there; choose another one.")
-    if over and any(path.iterdir()) and not any((path / name).exists() for name in over):
+    if not over or not any(path.iterdir()):
+        return
+    if not any((path / name).exists() for name in over):
         raise StorageError(
             f"{path}: expected nothing there, or a directory with {' or '.join(over)}, found other files, which would "
             "be lost; choose another place."
         )
+    files = (file.relative_to(path) for file in sorted(path.rglob("*")) if not file.is_dir() or file.is_symlink())
+    if lost := next((file for file in files if not any(_fits(file, one) for one in (*over, *holds))), None):
+        raise StorageError(
+            f"{path}: expected nothing there, or what is written by this command, found {lost} as well, which would be "
+            "lost; choose another place, or take that away."
+        )
+
+
+def _fits(file: Path, pattern: str) -> bool:
+    return len(file.parts) == pattern.count("/") + 1 and file.match(pattern)
 
 
 def check_apart(path: Path, read: Sequence[Path]) -> None:

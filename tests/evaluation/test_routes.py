@@ -9,7 +9,8 @@ from graftllm.errors import FusionError
 from graftllm.evaluation.routes import RouterResult, draw_router, evaluate_router, unknown_accepted
 from graftllm.evaluation.tasks import evaluate_tasks
 from graftllm.fusion.directory import set_rules, write_grafted
-from graftllm.fusion.routing import fit_router, train_router
+from graftllm.fusion.fitting import fit_router
+from graftllm.fusion.routing import train_router
 from graftllm.fusion.rules import Rule
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions

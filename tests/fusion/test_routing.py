@@ -15,7 +15,8 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError
 from graftllm.fusion.classifier import Calibration, judge
 from graftllm.fusion.examples import keep_examples
-from graftllm.fusion.routing import Router, fit_router, train_router
+from graftllm.fusion.fitting import fit_router
+from graftllm.fusion.routing import Router, train_router
 from graftllm.recipe import RouterOptions
 from graftllm.records import Prompt
 

@@ -3,8 +3,8 @@ from pathlib import Path
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.fusion.directory import add_packs, remove_pack, write_grafted
+from graftllm.fusion.fitting import features_of, fit_router
 from graftllm.fusion.grafted import GraftedModel
-from graftllm.fusion.routing import features_of, fit_router
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions

@@ -10,9 +10,10 @@ import torch
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError, RecipeError
 from graftllm.fusion.directory import add_packs, remove_pack, set_rules, write_grafted
+from graftllm.fusion.fitting import fit_router
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.manifest import MANIFEST, read_manifest
-from graftllm.fusion.routing import BASE, Router, fit_router
+from graftllm.fusion.routing import BASE, Router
 from graftllm.fusion.rules import Rule
 from graftllm.pipeline.learning import Learned, learn
 from graftllm.pipeline.work import Work, open_work

@@ -7,7 +7,7 @@ import pytest
 from graftllm.checkpoint import Checkpoint, copy_companions
 from graftllm.delta import Delta
 from graftllm.errors import FusionError, RecipeError, TrainingError
-from graftllm.fusion import assembly
+from graftllm.fusion import assembly, fitting
 from graftllm.fusion.applying import apply_packs
 from graftllm.generation import generate
 from graftllm.loading import load_model, load_tokenizer
@@ -83,7 +83,7 @@ def test_a_pack_of_it_is_refused_by_a_grafted_model_before_a_router_learns(
 ) -> None:
     compress(Delta(base, tuned), PackOptions(strategy="exact")).save(tmp_path / "p.safetensors")
     write_rows(tmp_path / "rows.jsonl", [replace(row, task="say") for row in ROWS])
-    monkeypatch.delattr(assembly, "fit_router")
+    monkeypatch.delattr(fitting, "fit_router")
     known = base.specs["model.embed_tokens.weight"].shape[0]
     told = (
         f"p.safetensors: expected {known} rows of 'model.embed_tokens.weight', as the base has, found {known + 2}: a "

@@ -95,7 +95,7 @@ def measure_sensitivity(tuned: Path, rows: Sequence[Prompt], *, device: str = "a
         predicted += len(drawn)
     if not predicted:
         raise CompressionError(
-            "calibration: expected rows with at least two tokens, so that one is predicted; found none. Give other rows."
+            "calibration: expected rows of two tokens or more, so that one is predicted; found none. Give others."
         )
     lengths = [len(row) for row, _ in sequences]
     return watcher.sensitivity(predicted, sum(lengths)), watcher.weights(lengths)

@@ -155,12 +155,14 @@ class Verification:
         error_by_role: relative errors of the delta; infinite where the tuned model does not change what the pack does.
         fidelity: distance of the answers.
         layer: the one that was checked, if one was asked for.
+        rank: the highest that the pack's linear layers were allowed, if that was limited.
     """
 
     parameters: int
     error_by_role: Mapping[str, float] | None = None
     fidelity: Fidelity | None = None
     layer: Layer | None = None
+    rank: int | None = None
 
     def figures(self) -> dict[str, Any]:
         """Return what `graftllm verify --json` prints."""
@@ -189,26 +191,26 @@ class Verification:
                 f"same most probable token for {found.top1_agreement:.2%}.",
                 f"Negative log-likelihood of the answers: {found.nll_tuned:.5f} nats per token under the tuned model, "
                 f"{found.nll_packed:.5f} under the packed one.",
-                _why(found),
+                _why(found, self.rank),
             ]
         return lines
 
 
-def _why(found: Fidelity) -> str:
-    """Return the verdict with the thresholds that decided it."""
+def _why(found: Fidelity, rank: int | None) -> str:
+    """Return the verdict with the thresholds that decided it, and what brings the pack nearer."""
+    more = "A larger budget brings it nearer, and rows of the skill to calibrate on."
+    if rank is not None:
+        more = f"Its ranks end at {rank}: a larger --servable and a larger budget together bring it nearer."
     if found.verdict == "faithful":
         return f"Verdict: faithful; KL divergence at most {FAITHFUL_KL}, agreement at least {FAITHFUL_TOP1:.0%}."
     if found.verdict == "not faithful":
-        return (
-            f"Verdict: not faithful; KL divergence is {found.kl:.5f}, not at most {CLOSE_KL}. "
-            "Pack again with a larger budget, calibrated on the skill's own rows."
-        )
+        return f"Verdict: not faithful; KL divergence is {found.kl:.5f}, not at most {CLOSE_KL}. {more}"
     missed = []
     if found.kl > FAITHFUL_KL:
         missed.append(f"KL divergence is {found.kl:.5f}, not at most {FAITHFUL_KL}")
     if found.top1_agreement < FAITHFUL_TOP1:
         missed.append(f"agreement is {found.top1_agreement:.2%}, not at least {FAITHFUL_TOP1:.0%}")
-    return f"Verdict: close, but not faithful; {', and '.join(missed)}. A larger budget brings it nearer."
+    return f"Verdict: close, but not faithful; {', and '.join(missed)}. {more}"
 
 
 def verify_pack(
@@ -248,7 +250,7 @@ def verify_pack(
         fidelity = None
         if prompts is not None:
             fidelity = measure_fidelity(checkpoint, opened, fine_tune, read_prompts(prompts), device=device)
-    return Verification(len(checkpoint.specs), errors, fidelity, layer)
+    return Verification(len(checkpoint.specs), errors, fidelity, layer, opened.header.options.servable)
 
 
 def error_by_role(delta: Delta, pack: SkillPack) -> Mapping[str, float]:

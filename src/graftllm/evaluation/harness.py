@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from graftllm.errors import FusionError, RecordError
-from graftllm.evaluation.tasks import BY_TASK
+from graftllm.evaluation.tasks import BY_TASK, check_unpacked
 from graftllm.fusion.beside import mixed
 from graftllm.fusion.grafted import Conversation, GraftedModel
 from graftllm.fusion.manifest import AUTO, MANIFEST
@@ -146,6 +146,7 @@ class _Answering:
 
 def _answering(directory: Path, pack: str, device: str) -> _Answering:
     if not (directory / MANIFEST).exists():
+        check_unpacked(directory, pack)
         return _Answering(load_model(directory, device=device), load_tokenizer(directory), None, BASE)
     grafted = GraftedModel.load(directory, device=device)
     if pack != AUTO:

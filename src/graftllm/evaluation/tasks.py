@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graftllm.errors import FusionError
 from graftllm.evaluation.scores import Evaluation, evaluate
 from graftllm.fusion.grafted import GraftedModel, Wanted
 from graftllm.fusion.manifest import AUTO, MANIFEST
@@ -52,6 +53,19 @@ class TaskResult:
         return told
 
 
+def check_unpacked(directory: Path, pack: str) -> None:
+    """Refuse a pack's name where an ordinary checkpoint is asked.
+
+    Raises:
+        FusionError: it is neither `base` nor one of the words that stand for no single pack.
+    """
+    if pack not in (AUTO, BASE, BY_TASK):
+        raise FusionError(
+            f"--pack {pack}: {directory} is an ordinary checkpoint, which has no packs; leave it out, or give a "
+            "grafted model (`graftllm fuse`)."
+        )
+
+
 def evaluate_tasks(
     directory: Path,
     tasks: Sequence[Path],
@@ -76,6 +90,7 @@ def evaluate_tasks(
     """
     prompts = [row for task in tasks for row in read_prompts(task)]
     if not (directory / MANIFEST).exists():
+        check_unpacked(directory, pack)
         model, tokenizer = load_model(directory, device=device), load_tokenizer(directory)
 
         def plain(rows: Sequence[Prompt]) -> list[str]:

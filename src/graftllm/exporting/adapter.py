@@ -33,6 +33,7 @@ from graftllm.skillpack import SkillPack
 from graftllm.storage import check_apart, whole_directory, write_text
 
 LEGAL_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
+FILES = ("adapter_config.json", "adapter_model.safetensors")  # of an adapter
 _ROWS = 64
 
 
@@ -146,13 +147,13 @@ def export_adapter(
         kept += float(delta.double().square().sum() - (delta - left.float() @ right.float()).double().square().sum())
     if not factors:
         raise ServingError(f"{pack}: touches no matrix of a linear layer, so there is nothing an adapter could hold.")
-    with whole_directory(out, over=["adapter_config.json"]) as partial:
+    with whole_directory(out, over=FILES[:1], holds=FILES) as partial:
         rank = _write(partial, model, factors, checkpoint)
         losses = _losses(model, full, places, dropped, factors, texts, reference)
         adapted = _adapted(model, partial)
         adapter = Adapter(
             rank=rank,
-            nbytes=(partial / "adapter_model.safetensors").stat().st_size,
+            nbytes=(partial / FILES[1]).stat().st_size,
             energy=kept / total if total else 1.0,
             losses=losses,
             kl=divergence(reference, read_logits(adapted, texts)),
@@ -223,7 +224,7 @@ def _write(
         a, b = (left.T, right.T) if name in turned else (right, left)
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, directory / FILES[1], metadata={"format": "pt"})
     ranks = {name: left.shape[1] for name, (left, _) in factors.items()}
     highest = max(ranks.values())
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != highest}
@@ -239,7 +240,7 @@ def _write(
         inference_mode=True,
     )
     known = {key: sorted(one) if isinstance(one, set) else one for key, one in config.to_dict().items()}
-    write_text(directory / "adapter_config.json", json.dumps(known, indent=1, default=str))
+    write_text(directory / FILES[0], json.dumps(known, indent=1, default=str))
     return highest
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graftllm.errors import ServingError
-from graftllm.exporting.adapter import LEGAL_RANKS, Adapter, export_adapter
+from graftllm.exporting.adapter import FILES, LEGAL_RANKS, Adapter, export_adapter
 from graftllm.fusion.manifest import open_base, read_manifest
 from graftllm.storage import whole_directory, write_text
 
@@ -45,7 +45,9 @@ def export_shelf(
     if not manifest.packs:
         raise ServingError(f"{directory}: there are no packs to export; put some there with `graftllm add`.")
     base = open_base(directory, manifest).path
-    with whole_directory(out, over=["launch.sh"], beside=[base, directory]) as partial:
+    with whole_directory(
+        out, over=["launch.sh"], holds=[f"*/{file}" for file in FILES], beside=[base, directory]
+    ) as partial:
         adapters = {
             name: export_adapter(
                 directory / pack.file, base, partial / name,

@@ -8,9 +8,8 @@ from graftllm.errors import FusionError
 from graftllm.fusion.directory import add_packs, check_fusable, check_new, open_fitting, write_grafted
 from graftllm.fusion.manifest import Manifest, open_base, open_router, read_manifest
 from graftllm.fusion.names import check_names
-from graftllm.fusion.routing import BASE, features_of, fit_router
+from graftllm.fusion.routing import BASE
 from graftllm.fusion.rules import Rule
-from graftllm.loading import load_model, load_tokenizer
 from graftllm.recipe import RouterOptions
 from graftllm.records import Prompt, read_prompts
 
@@ -49,6 +48,8 @@ def fuse_packs(
     if router_data is not None:
         prompts, checkpoint = _prompts(router_data, packs), Checkpoint.open(base)
         open_fitting(packs, checkpoint)
+        from graftllm.fusion.fitting import fit_router
+
         router = fit_router(checkpoint.path, prompts, options or RouterOptions(), device=device)
     write_grafted(out, base, packs, router, rules)
 
@@ -93,6 +94,9 @@ def join_packs(
                 f"{directory}: has no router that could learn of a pack; write it anew with "
                 "`graftllm fuse --router-data`, or add packs without --router-data."
             )
+        from graftllm.fusion.fitting import features_of
+        from graftllm.loading import load_model, load_tokenizer
+
         prompts = _prompts(router_data, packs)
         base = open_base(directory, manifest)
         open_fitting(packs, base)

@@ -26,7 +26,7 @@ class Chat:
     chosen: Wanted = None
 
     def say(self, line: str) -> Iterator[str]:
-        """Yield the reply to a line piece by piece; `/new` and `/pack NAME` are commands.
+        """Yield the reply to a line piece by piece; `/new` and `/pack NAME` are commands, no other word is.
 
         Raises:
             FusionError: the pack does not exist, or `auto` is asked for without a router.
@@ -43,6 +43,8 @@ class Chat:
             self.pack = argument
             self.messages.clear()
             yield f"(new conversation with {argument})"
+        elif command.startswith("/") and command[1:].isalpha():
+            yield "(/new starts over, /pack NAME changes the pack, /exit ends; all else is said to the model)"
         elif line:
             yield from self._answer(line)
 

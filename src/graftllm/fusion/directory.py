@@ -36,6 +36,7 @@ from graftllm.skillpack import SkillPack
 from graftllm.storage import check_apart, only_writer, whole_directory, whole_file, write_text, writing
 
 _PASSING = ".router.safetensors"  # a router's name until its bytes, and with them its hash, are known
+_HOLDS = ("packs/*.safetensors", "router-*.safetensors", _PASSING, ".*.partial", "packs/.*.partial")
 
 
 def write_grafted(
@@ -63,7 +64,7 @@ def write_grafted(
         packs={},
     )
     held = only_writer(out) if out.is_dir() else nullcontext()  # against changes of the one that is replaced
-    with held, whole_directory(out, over=[MANIFEST], beside=[checkpoint.path]) as partial:
+    with held, whole_directory(out, over=[MANIFEST], holds=_HOLDS, beside=[checkpoint.path]) as partial:
         manifest = _with_packs(partial, manifest, packs, checkpoint)
         manifest = _with_rules(out, _with_router(partial, manifest, router), rules)
         write_text(partial / MANIFEST, manifest.model_dump_json(indent=1))

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from graftllm.threads import one_thread
 
+WIDEST = 512  # numbers of a prompt's features; longer vectors are folded
+
 
 @dataclass(frozen=True)
 class Examples:

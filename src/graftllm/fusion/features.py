@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.errors import FusionError
+from graftllm.fusion.examples import WIDEST
 from graftllm.progress import track
 from graftllm.records import Message
 from graftllm.rendering import pad, render
 
-WIDEST = 512
 _BATCH = 32
 
 

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from graftllm.errors import FusionError
 from graftllm.fusion.beside import Beside, Mix, mixed
 from graftllm.fusion.branches import kept_branches, why_merged_only
+from graftllm.fusion.features import prompt_features
 from graftllm.fusion.grafting import Graft, is_quantized
 from graftllm.fusion.manifest import AUTO, open_base, open_packs, open_router, read_manifest
 from graftllm.fusion.names import unknown_pack
-from graftllm.fusion.routing import BASE, Route, Router, prompt_features, ruled
+from graftllm.fusion.routing import BASE, Route, Router, ruled
 from graftllm.fusion.rules import Rule, first_fitting
 from graftllm.fusion.shelf import Shelf, kept_replacement
 from graftllm.fusion.turns import Turn

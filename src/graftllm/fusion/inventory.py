@@ -1,15 +1,17 @@
 """What stands on the shelf of a grafted model, as `graftllm list` shows it. Headers alone are read."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
 from graftllm.fusion.manifest import Manifest, read_manifest
 from graftllm.fusion.rules import Rule
 from graftllm.header import Header, TensorEntry, read_header
+
+# Names of classes that continue their input; to ask transformers takes seconds.
+_CONTINUES = re.compile(r"ForCausalLM$|LMHead|^Gemma\w*ForConditionalGeneration$")
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def runs_beside(header: Header) -> bool:
     """
     modules = {name.rpartition(".")[0] for name in header.tensors}
     parents = {module[:i] for module in modules for i, character in enumerate(module) if character == "."}
-    return header.base.architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and all(
+    return _CONTINUES.search(header.base.architecture) is not None and all(
         _has_branch(name, entry, parents)
         for name, entry in header.tensors.items()
         if entry.operator != "unchanged" or entry.tuned_spec != entry.spec

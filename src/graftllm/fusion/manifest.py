@@ -125,7 +125,13 @@ def open_base(directory: Path, manifest: Manifest, *, check: bool = True) -> Che
         CheckpointError: the base is missing or not whole.
     """
     beside = Path(os.path.normpath(directory.resolve() / manifest.base))
-    base = Checkpoint.open(beside if beside.is_dir() or manifest.base.startswith(".") else manifest.base)
+    relative = beside.is_dir() or manifest.base.startswith(".")
+    if relative and not beside.is_dir():
+        raise FusionError(
+            f"{directory}: its base, {manifest.base} as seen from there, is not at {beside}. Put it there, or correct "
+            f"`base` in {directory / MANIFEST}: a directory, absolute or as seen from {directory}, or a Hub id."
+        )
+    base = Checkpoint.open(beside if relative else manifest.base)
     if check and base.fingerprint != manifest.fingerprint:
         raise FusionError(
             f"{base.path}: expected the base of {directory} ({manifest.fingerprint[:12]}), found other weights "

@@ -11,7 +11,7 @@ go without their prompts, and one that went leaves the router that was there bef
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,16 +20,12 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.checkpoint import DTYPE_NAMES, TensorSpec, raw_bytes, write_safetensors
 from graftllm.errors import FusionError
 from graftllm.fusion.classifier import Calibration, Classifier, classifier_of, judge, new_network, train_classifier
-from graftllm.fusion.examples import Examples, keep_examples
-from graftllm.fusion.features import WIDEST, prompt_features
-from graftllm.loading import load_model, load_tokenizer
+from graftllm.fusion.examples import WIDEST, Examples, keep_examples
 from graftllm.recipe import RouterOptions
-from graftllm.records import Prompt
 
 BASE = "base"
 _FORMAT = "graftllm/router 3"
@@ -238,48 +234,6 @@ def ruled(name: str) -> Route:
     return Route(name, {}, "rule", {} if name == BASE else {name: 1.0})
 
 
-def fit_router(
-    base: Path,
-    prompts: Mapping[str, Sequence[Prompt]],
-    options: RouterOptions = RouterOptions(),
-    *,
-    seed: int = 0,
-    device: str = "auto",
-) -> Router:
-    """Train a router from prompts of each pack, and general ones under `base`.
-
-    Args:
-        base: checkpoint directory of the base model.
-        prompts: by the name of the pack that should answer them, or `base`; answers in them are not looked at.
-        options: which layer, how many examples, and when the base answers.
-        seed: of the draw of examples and the initial weights.
-        device: `auto` takes a GPU when there is one.
-
-    Raises:
-        FusionError: there are no general prompts, or no pack's, or too few of one.
-        CheckpointError: the base cannot be loaded.
-    """
-    _check_classes(prompts)
-    model, tokenizer = load_model(base, device=device), load_tokenizer(base)
-    features = {
-        name: features_of(model, tokenizer, rows, options, label=f"router: {name}") for name, rows in prompts.items()
-    }
-    return train_router(features, options, seed=seed)
-
-
-def features_of(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    options: RouterOptions,
-    *,
-    label: str = "routing",
-) -> Tensor:
-    """Return `prompt_features` of the different questions among prompts, at the layer that a router reads."""
-    questions = {json.dumps(row.question): row.question for row in prompts}
-    return prompt_features(model, tokenizer, list(questions.values()), layer=options.layer, label=label)
-
-
 def train_router(features: Mapping[str, Tensor], options: RouterOptions, *, seed: int) -> Router:
     """Train a router, and calibrate it on prompts that it has not seen: four-fold cross-validation.
 
@@ -291,7 +245,7 @@ def train_router(features: Mapping[str, Tensor], options: RouterOptions, *, seed
     Raises:
         FusionError: there are no general prompts for `base`, or no pack's, or too few of one.
     """
-    _check_classes(features)
+    check_classes(features)
     for name, rows in features.items():
         _check_enough(name, len(rows))
     kept = {name: keep_examples(rows, options.samples, seed=seed) for name, rows in features.items()}
@@ -347,7 +301,12 @@ def _calibration(told: Mapping[str, Any], classes: int) -> Calibration:
     return Calibration(limits=limits, **rest)
 
 
-def _check_classes(found: Collection[str]) -> None:
+def check_classes(found: Collection[str]) -> None:
+    """Refuse what no router can be trained of.
+
+    Raises:
+        FusionError: there is no class `base`, or no other.
+    """
     if BASE not in found or len(found) < 2:
         raise FusionError(
             f"router: expected prompts of 'base' and of at least one pack, found {', '.join(found) or 'none'}. "

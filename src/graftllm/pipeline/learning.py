@@ -17,10 +17,11 @@ from graftllm.evaluation.scores import Answer, Score
 from graftllm.evaluation.tables import Grid
 from graftllm.fusion.applying import apply_packs
 from graftllm.fusion.directory import add_packs
+from graftllm.fusion.fitting import features_of, fit_router
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.manifest import AUTO, Manifest, open_packs, open_router, read_manifest, sha256_of
 from graftllm.fusion.names import unknown_pack
-from graftllm.fusion.routing import BASE, Router, features_of, fit_router
+from graftllm.fusion.routing import BASE, Router
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.pipeline.measuring import answering, measure, measure_source, measure_tuned
 from graftllm.pipeline.packing import pack

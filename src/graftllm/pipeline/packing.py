@@ -9,7 +9,8 @@ from graftllm.delta import Delta
 from graftllm.evaluation.fidelity import divergence_on, measure_fidelity
 from graftllm.evaluation.scores import Measured
 from graftllm.fusion.directory import write_grafted
-from graftllm.fusion.routing import BASE, fit_router
+from graftllm.fusion.fitting import fit_router
+from graftllm.fusion.routing import BASE
 from graftllm.header import Card, Provenance
 from graftllm.packer import compress_to
 from graftllm.pipeline.overheads import sign, with_room

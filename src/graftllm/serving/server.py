@@ -1,5 +1,6 @@
 """A grafted directory as a running server: engine, endpoint, and a graceful end."""
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,12 +103,25 @@ def serve(
         max_body: the most bytes of a request.
 
     Raises:
-        ServingError: the address is open to others and there is no key, or a key is empty.
+        ServingError: the address is open to others and there is no key, a key is empty, or nobody can listen there.
     """
     if host not in _LOOPBACK and not api_key:
         raise ServingError(
             f"--host {host}: expected an --api-key where other machines can reach the server; give one, or serve at "
             "127.0.0.1."
         )
+    _check_free(host, port)
     app = build_app(backend(), api_key=api_key, admin_key=admin_key, max_body=max_body)
     uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="info", access_log=False)).run()
+
+
+def _check_free(host: str, port: int) -> None:
+    """Refuse an address that cannot be listened at, before a model is loaded for it."""
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except OSError as error:
+        raise ServingError(
+            f"--host {host}, --port {port}: cannot listen there ({error.strerror or error}); give another one, or port "
+            "0 for any that is free."
+        ) from error

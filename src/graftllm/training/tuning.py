@@ -26,7 +26,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.sft_config import SFTConfig
 
-from graftllm.checkpoint import Checkpoint, copy_companions
+from graftllm.checkpoint import WRITTEN, Checkpoint, copy_companions
 from graftllm.devices import resolve_device
 from graftllm.errors import TrainingError
 from graftllm.launched import leads, processes, sharded, wait_until
@@ -43,7 +43,8 @@ from graftllm.training.watching import FiniteDpo, FiniteSft, KeepCurves, ShowSte
 from graftllm.training_options import DpoOptions, Reporter, SftOptions, TrainingOptions
 
 Row = dict[str, Any]
-_OVER = ("config.json", "adapter_config.json")  # of which a directory that a training wrote holds one
+_OVER = ("config.json", "adapter_config.json")  # of which a directory that a training wrote holds one, and
+_HOLDS = (*WRITTEN, "README.md")  # no others than these
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _work_directory(run: Training, data: list[Row], options: TrainingOptions) ->
     """Return where this training's trainer checkpoints lie; those of another training are deleted."""
     if not data:
         raise TrainingError(f"{run.label}: expected rows to train on, found none.")
-    check_replaceable(run.out, over=_OVER, beside=[run.model])
+    check_replaceable(run.out, over=_OVER, holds=_HOLDS, beside=[run.model])
     models = [identity(path) for path in (run.model, run.adapter) if path is not None]
     about = [models, run.lora_rank, run.seed, options.model_dump(), data, *run.added_tokens]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
@@ -312,7 +313,7 @@ def _fit(trainer: FiniteSft | FiniteDpo, run: Training, work: Path) -> None:
 def _save(model: Any, run: Training, gathered: dict[str, Tensor] | None) -> None:
     """Write a trained model, or the weights that were gathered from its shards, in the dtype of the base."""
     base = Checkpoint.open(run.model)
-    with whole_directory(run.out, over=_OVER, beside=[run.model]) as partial:
+    with whole_directory(run.out, over=_OVER, holds=_HOLDS, beside=[run.model]) as partial:
         if gathered is None:
             model.to(base.dtype).save_pretrained(partial)
         else:

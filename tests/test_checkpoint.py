@@ -23,7 +23,8 @@ from graftllm.checkpoint import (
     write_checkpoint,
     write_safetensors,
 )
-from graftllm.errors import CheckpointError
+from graftllm.errors import CheckpointError, StorageError
+from graftllm.loading import load_model
 from tests.models import save_llama
 
 
@@ -203,3 +204,32 @@ def test_a_truncated_shard_is_refused(base: Checkpoint, tmp_path: Path, size: in
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(CheckpointError, match=r"model.safetensors: not a whole safetensors file"):
         Checkpoint.open(tmp_path / "cut")
+
+
+def test_a_trainers_directory_is_not_replaced_by_a_checkpoint(base: Checkpoint, tmp_path: Path) -> None:
+    write_checkpoint(base, tmp_path / "out", base.tensor)
+    write_checkpoint(base, tmp_path / "out", base.tensor)  # what it wrote itself it may replace
+    (tmp_path / "out" / "checkpoint-500").mkdir()
+    (tmp_path / "out" / "checkpoint-500" / "optimizer.pt").write_text("hours of work")
+    with pytest.raises(StorageError, match="found checkpoint-500/optimizer.pt as well, which would be lost"):
+        write_checkpoint(base, tmp_path / "out", base.tensor)
+    assert (tmp_path / "out" / "checkpoint-500" / "optimizer.pt").exists()
+
+
+def test_one_file_is_read_before_an_index_as_transformers_does(base: Checkpoint, tmp_path: Path) -> None:
+    save_llama(tmp_path / "both", seed=5)
+    weights = (tmp_path / "both" / "model.safetensors").read_bytes()
+    model = load_model(tmp_path / "both")
+    model.save_pretrained(tmp_path / "both", max_shard_size="20KB")
+    (tmp_path / "both" / "model.safetensors").write_bytes(weights)
+    found = Checkpoint.open(tmp_path / "both")
+    assert set(found.shards.values()) == {"model.safetensors"}
+    write_checkpoint(found, tmp_path / "copy", found.tensor)
+    assert not list((tmp_path / "copy").glob("*.index.json"))
+
+
+def test_a_checkpoint_without_tensors_is_refused(base: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file({}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="expected a model's tensors, found none in its safetensors files"):
+        Checkpoint.open(tmp_path)

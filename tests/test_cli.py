@@ -183,7 +183,7 @@ def test_fuse_eval_and_chat_share_a_directory(graftllm, files: Path, tmp_path: P
     shown = graftllm(
         "fuse", "--base", files / "base", "--pack", f"back={files}/pack.safetensors", "--out", tmp_path / "g"
     )
-    assert shown.out.strip().endswith(f"Next: graftllm chat {tmp_path / 'g'}")
+    assert shown.out.strip().endswith(f"Next: graftllm chat {tmp_path / 'g'} --pack back")
     task = ["--task", files / "rows.jsonl", "--max-new-tokens", "8", "--json"]
     figures = json.loads(graftllm("eval", tmp_path / "g", *task, "--pack", "back").out)
     assert (figures["n"], figures["routes"]) == (40, {"back": 40})
@@ -193,10 +193,11 @@ def test_fuse_eval_and_chat_share_a_directory(graftllm, files: Path, tmp_path: P
     assert by_task["routes"] == {"base": 40}
     plain = json.loads(graftllm("eval", files / "base", *task).out)
     assert (plain["score"], plain["routes"]) == (by_task["score"], {})
-    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/pack base\nhello\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/pack base\nhello\n/help\n/exit\nhello\n"))
     shown = graftllm("chat", tmp_path / "g", "--pack", "back", "--max-new-tokens", "4")
     assert shown.code == 0
-    back, switched, base = shown.out.strip("\n").split("\n")
+    back, switched, base, told = shown.out.strip("\n").split("\n")
+    assert told.startswith("(/new starts over, /pack NAME changes the pack, /exit ends")
     assert switched == "(new conversation with base)"
     assert back != base
 
@@ -266,6 +267,39 @@ def _broken(files: Path, tmp_path: Path, value: float) -> Path:
         (
             ["chat", "{f}/base"],
             "expected a grafted model, found no manifest.json in it; make one with `graftllm fuse`.",
+        ),
+        (
+            ["eval", "{f}/base", "--task", "{f}/rows.jsonl", "--pack", "skill"],
+            "base is an ordinary checkpoint, which has no packs; leave it out, or give a grafted model",
+        ),
+        (
+            ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{t}/p", "--budget", "5"],
+            "budget: 5 is so many bytes, which hold no pack; for a share write 5%.",
+        ),
+        (
+            ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{t}/p", "--device", "meta"],
+            "device: expected auto, cpu or a device that PyTorch sees here, found 'meta'",
+        ),
+        (
+            ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{f}"],
+            "expected a place apart from",
+        ),
+        (
+            ["pack", "--base", "{f}/base", "--tuned", "{t}/nan", "--out", "{t}/p", "--calibration", "{f}/rows.jsonl"],
+            "says what is no number on calibration rows. The training diverged or a file is damaged",
+        ),
+        (
+            [
+                "pack",
+                "--base",
+                "{f}/base",
+                "--tuned",
+                "{f}/tuned",
+                "--out",
+                "{f}/rows.jsonl",
+                *("--calibration", "{f}/rows.jsonl"),
+            ],
+            "rows.jsonl: expected a place apart from",
         ),
         (["eval", "{f}/base", "--task", "{f}/none.jsonl"], "none.jsonl: no such file; expected JSONL rows there."),
         (["rules", "{f}/base", "{f}/none.yaml"], "none.yaml: no such file; expected a list of rules, each with pack,"),

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -121,7 +122,9 @@ def test_a_vocabulary_that_only_the_config_calls_another_is_none(
 @pytest.mark.parametrize("value", ["<end>", 3.5, [3, "x"], True])
 def test_token_ids_that_are_none_are_refused(base_dir: Path, base: Checkpoint, tmp_path: Path, value: object) -> None:
     delta = Delta(base, Checkpoint.open(_with_config(base_dir, tmp_path / "tuned", eos_token_id=value)))
-    with pytest.raises(CheckpointError, match=r"config.json: expected an integer, .* for 'eos_token_id', found"):
+    with pytest.raises(
+        CheckpointError, match=r"config.json: expected an integer of 64 bits, .* for 'eos_token_id', found"
+    ):
         delta.config_changes()
 
 
@@ -165,3 +168,24 @@ def test_a_changed_tokenizer_is_noticed(base_dir: Path, base: Checkpoint, tmp_pa
     assert not Delta(base, Checkpoint.open(other)).tokenizer_changed()
     (other / "chat_template.jinja").write_text("{{ messages }}")
     assert Delta(base, Checkpoint.open(other)).tokenizer_changed()
+
+
+def test_one_of_several_vocabularies_may_grow(base_dir: Path, tmp_path: Path) -> None:
+    tuned = with_vocabulary(base_dir, tmp_path / "tuned", 80)
+    base = Path(shutil.copytree(base_dir, tmp_path / "base"))
+    for home, size in ((base, 73), (tuned, 80)):
+        config = json.loads((home / "config.json").read_text())
+        config = {"audio_config": {"vocab_size": 128}, "text_config": {"vocab_size": config.pop("vocab_size")}} | config
+        assert config["text_config"]["vocab_size"] == size
+        (home / "config.json").write_text(json.dumps(config))
+    delta = Delta(Checkpoint.open(base), Checkpoint.open(tuned))
+    assert delta.config_changes() == {"text_config.vocab_size": 80}
+
+
+@pytest.mark.parametrize("ids", [2**70, list(range(5000))])
+def test_token_ids_that_no_pack_holds_are_refused(base_dir: Path, tuned_dir: Path, tmp_path: Path, ids: object) -> None:
+    tuned = Path(shutil.copytree(tuned_dir, tmp_path / "tuned"))
+    config = json.loads((tuned / "config.json").read_text()) | {"eos_token_id": ids}
+    (tuned / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="expected an integer of 64 bits, a list of at most 4096 or null for"):
+        Delta(Checkpoint.open(base_dir), Checkpoint.open(tuned)).config_changes()

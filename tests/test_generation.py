@@ -45,7 +45,9 @@ def test_answers_end_where_learned_positions_do(base: Checkpoint, config: PreTra
     assert answer.output_tokens == room
     assert answer.truncated
     assert "".join(stream(model, words, question, options)) == answer.text
-    with pytest.raises(RecordError, match="expected prompts of fewer tokens than the 20 positions that the model has"):
+    with pytest.raises(
+        RecordError, match="expected rows of at most 20 tokens, the positions that the model has learned"
+    ):
         generate_answers(model, words, [[Message(role="user", content="abc" * 10)]], options)
 
 
@@ -129,3 +131,12 @@ def test_what_is_longer_than_the_limit_is_cut_off(base: Checkpoint, prompts: lis
 
     whole = lengths(60)
     assert [cut for _, cut in lengths(limit)] == [length > limit for length, _ in whole]
+
+
+def test_answering_leaves_the_callers_draws_alone(base: Checkpoint, prompts: list[Prompt]) -> None:
+    model, words = load_model(base.path), load_tokenizer(base.path)
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    generate(model, words, [prompts[0].question], DRAWN)
+    assert torch.equal(torch.rand(3), expected)

@@ -1,10 +1,11 @@
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import RecordError
-from graftllm.loading import load_tokenizer
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.records import Message, Prompt
-from graftllm.rendering import render, render_answered
+from graftllm.rendering import pad, render, render_answered
 
 
 def test_the_answer_begins_where_the_question_ends(base: Checkpoint, prompts: list[Prompt]) -> None:
@@ -31,3 +32,17 @@ def test_a_conversation_that_the_template_refuses_is_told(base: Checkpoint) -> N
     asked = [Message(role="system", content="be kind"), Message(role="user", content="hi")]
     with pytest.raises(RecordError, match="its chat template refuses a conversation of system, user .System role not"):
         render(tokenizer, asked, answer_next=True)
+
+
+def test_rows_that_a_model_cannot_read_are_refused(base: Checkpoint) -> None:
+    words, model = load_tokenizer(base.path), load_model(base.path)
+    ids, mask = pad([[5, 6, 7], [8]], words, model)
+    assert (ids.tolist(), mask.tolist()) == ([[5, 6, 7], [8, 0, 0]], [[1, 1, 1], [1, 0, 0]])
+    assert pad([[5, 6, 7], [8]], words, model, "left")[1].tolist() == [[1, 1, 1], [0, 0, 1]]
+    known = model.get_input_embeddings().num_embeddings
+    with pytest.raises(RecordError, match=f"its token {known} has no row in the model's embedding of {known}; take"):
+        pad([[5, known]], words, model)
+    few = GPT2LMHeadModel(GPT2Config(n_positions=20, vocab_size=96, n_embd=16, n_layer=1, n_head=2))
+    assert pad([[5] * 20], words, few)[0].shape == (1, 20)
+    with pytest.raises(RecordError, match="expected rows of at most 20 tokens, the positions that the model has lear"):
+        pad([[5] * 21], words, few)

@@ -365,6 +365,20 @@ def test_a_pack_is_not_written_over_a_model_that_it_is_made_of(base_dir: Path, d
     assert {file: file.read_bytes() for file in home.iterdir()} == before
 
 
+def test_a_pack_in_the_place_of_a_directory_is_refused_at_once(delta: Delta, tmp_path: Path) -> None:
+    (tmp_path / "p.safetensors").mkdir()
+    with pytest.raises(StorageError, match="expected a file or nothing there, found a directory"):
+        compress_to(tmp_path / "p.safetensors", delta, PackOptions())
+    assert [file.name for file in tmp_path.iterdir()] == ["p.safetensors"]
+
+
+def test_a_pack_is_shown_in_one_line(pack_file: Path) -> None:
+    shown = repr(SkillPack.load(pack_file))
+    assert shown.startswith("SkillPack(")
+    assert str(pack_file) in shown
+    assert len(shown) < 400 + len(str(pack_file))
+
+
 def test_what_is_written_in_a_string_does_not_crowd_a_header(pack_file: Path, tmp_path: Path) -> None:
     said = 'a "quoted" word,\n' + "[{,:" * 20000 + "\\"
     told = _rewritten(pack_file, tmp_path / "x", _at("card", "description", value=said))

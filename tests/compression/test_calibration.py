@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.pytorch_utils import Conv1D
 
 from graftllm.checkpoint import Checkpoint
-from graftllm.compression import calibration
+from graftllm.compression import calibration, sensitivity
 from graftllm.compression.calibration import collect_moments
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError, CompressionError
@@ -25,6 +25,7 @@ from graftllm.records import Prompt
 from graftllm.rendering import render_answered
 from graftllm.streaming import is_language_model, stream_model
 from tests.architectures import CONFIGS, load, save_base, save_tuned
+from tests.models import perturb, rows, save_reward_model
 
 
 def test_moments_are_those_of_single_unpadded_rows(tuned: Checkpoint, prompts: list[Prompt]) -> None:
@@ -210,9 +211,9 @@ def test_a_classifier_is_calibrated_by_what_its_layers_see_and_packs_alike_twice
     base = save_base(name, tmp_path / "base", kind=AutoModelForSequenceClassification)
     delta = Delta(Checkpoint.open(base), Checkpoint.open(save_tuned(base, tmp_path / "tuned")))
     files = []
-    for seed, rows in enumerate((prompts_of_many_lengths(), prompts_of_many_lengths(), [])):
+    for seed, given in enumerate((prompts_of_many_lengths(), prompts_of_many_lengths(), [])):
         torch.manual_seed(seed)
-        pack = compress(delta, PackOptions(budget="40%"), calibration=rows)
+        pack = compress(delta, PackOptions(budget="40%"), calibration=given)
         pack.save(tmp_path / "pack.safetensors")
         assert bool(pack.header.calibration_tokens) == bool(rows)
         files.append((tmp_path / "pack.safetensors").read_bytes())
@@ -278,3 +279,24 @@ def test_a_model_that_cannot_be_streamed_is_refused(tuned: Checkpoint, monkeypat
         CompressionError, match=r"LlamaForCausalLM uses weights of a module without running it, so they"
     ):
         collect_moments(tuned.path, prompts_of_many_lengths())
+
+
+def test_moments_that_are_no_numbers_end_in_an_error(tmp_path: Path) -> None:
+    path = save_reward_model(tmp_path / "base")
+    tuned = perturb(path, tmp_path / "tuned", seed=1)
+    tensors = load_file(tuned / "model.safetensors")
+    tensors["model.layers.0.input_layernorm.weight"][0] = float("nan")
+    save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
+    delta = Delta(Checkpoint.open(path), Checkpoint.open(tuned))
+    with pytest.raises(CompressionError, match="calibration: what reaches 'model.* is not finite on these rows"):
+        compress(delta, PackOptions(), calibration=rows(4))
+
+
+def test_rows_without_a_token_to_predict_are_refused(tuned: Checkpoint, delta: Delta) -> None:
+    words = load_tokenizer(tuned.path)
+    assert words.chat_template
+    single = [Prompt("one", ({"role": "user", "content": ""},))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sensitivity, "render_answered", lambda *_: ([5], 1))
+        with pytest.raises(CompressionError, match="calibration: expected rows of two tokens or more"):
+            compress(delta, PackOptions(), calibration=single)

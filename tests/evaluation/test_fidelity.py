@@ -10,6 +10,7 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.cli_packs import verify
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError, PackError
+from graftllm.evaluation import fidelity
 from graftllm.evaluation.fidelity import (
     CLOSE_KL,
     FAITHFUL_KL,
@@ -25,7 +26,7 @@ from graftllm.loading import load_model, load_tokenizer
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt, write_rows
-from graftllm.rendering import render_answered
+from graftllm.rendering import learned_positions, render_answered
 from graftllm.skillpack import SkillPack
 from tests.architectures import save_base, save_tuned
 from tests.models import perturb
@@ -224,3 +225,39 @@ def test_nothing_is_measured_where_a_size_is_asked_for(delta: Delta, prompts: li
     assert divergence_on(delta, prompts, PackOptions(budget="5%"), device="cpu") is None
     assert divergence_on(delta, [], PackOptions(budget="kl=0.1"), device="cpu") is None
     assert divergence_on(delta, prompts, PackOptions(budget="kl=0.1"), device="cpu") is not None
+
+
+def test_a_model_of_few_positions_is_compared_on_the_beginnings_of_long_rows(tmp_path: Path) -> None:
+    base = save_base("gpt2", tmp_path / "base")
+    tuned = save_tuned(base, tmp_path / "tuned")
+    delta = Delta(Checkpoint.open(base), Checkpoint.open(tuned))
+    most = learned_positions(load_model(base))
+    assert most is not None
+    long = [Prompt("long", ({"role": "user", "content": "much to read " * most},))]
+    pack = compress(delta, PackOptions(), calibration=long)
+    assert 1 < measure_fidelity(delta.base, pack, delta.tuned, long).tokens < most
+    assert 1 < pack.header.calibration_tokens <= most
+
+
+def test_prompts_beyond_the_room_for_logits_are_left_out(
+    delta: Delta, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = compress(delta, PackOptions(strategy="exact"))
+    vocabulary = load_model(delta.base.path).config.vocab_size
+    monkeypatch.setattr(fidelity, "_LOGITS", 4 * vocabulary * 6 * 3)  # of three answers
+    assert measure_fidelity(delta.base, pack, delta.tuned, prompts).tokens == 18
+    monkeypatch.setattr(fidelity, "_LOGITS", 1)
+    assert measure_fidelity(delta.base, pack, delta.tuned, prompts).tokens == 6
+
+
+def test_a_pack_of_what_the_tuned_model_does_not_change_has_an_infinite_error(delta: Delta) -> None:
+    found = Verification(3, error_by_role(Delta(delta.base, delta.base), compress(delta, PackOptions())))
+    assert "attention infinite (this tuned model does not change it)" in " ".join(found.sentences())
+    assert found.figures()["error_by_role"]["attention"] is None
+
+
+def test_the_verdict_says_when_ranks_are_what_is_short(delta: Delta) -> None:
+    found = Verification(3, {}, Fidelity(0.05, 1.0, 0, 0, 9), rank=16)
+    assert found.sentences()[-1].endswith(
+        "Its ranks end at 16: a larger --servable and a larger budget together bring it nearer."
+    )

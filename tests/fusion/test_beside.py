@@ -11,6 +11,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from graftllm.checkpoint import Checkpoint, digest
 from graftllm.delta import Delta
@@ -18,7 +23,7 @@ from graftllm.errors import FusionError, PackError
 from graftllm.fusion.beside import Beside, mixed
 from graftllm.fusion.branches import decode_branches, why_merged_only
 from graftllm.fusion.grafting import plug
-from graftllm.fusion.inventory import runs_beside
+from graftllm.fusion.inventory import _CONTINUES, runs_beside
 from graftllm.fusion.shelf import Shelf
 from graftllm.loading import load_model
 from graftllm.packer import compress
@@ -359,3 +364,30 @@ def test_packs_run_beside_a_quantized_base_but_are_not_merged_into_it(tmp_path: 
     torch.testing.assert_close(found[1::2], plain[1::2])
     with pytest.raises(FusionError, match=r"holds '.*up_proj.weight' quantized \(torch.int8\), and a merged pack"):
         plug(model, pack)
+
+
+def test_a_compiled_model_runs_packs_beside_its_weights(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base", dtype=torch.float32)
+    pack = _pack(base, perturb(base, tmp_path / "tuned", seed=3))
+    model = load_model(base)
+    compiled = torch.compile(model.model, backend="eager")
+    ids = torch.arange(4, 28).reshape(2, 12)
+    with torch.inference_mode():
+        plain = compiled(input_ids=ids, use_cache=False).last_hidden_state.clone()
+        with plug(model, pack):
+            expected = model.model(input_ids=ids, use_cache=False).last_hidden_state.clone()
+        with Beside(model, {"one": pack}).rows(["one", None]):
+            found = compiled(input_ids=ids, use_cache=False).last_hidden_state
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found[1], plain[1], rtol=1e-3, atol=1e-4)
+
+
+def test_which_architectures_continue_their_input_is_told_by_their_names() -> None:
+    known = {name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() if not _CONTINUES.search(name)}
+    assert known <= {
+        "BertGenerationDecoder",
+        "GotOcr2ForConditionalGeneration",
+        "MossTranscribeDiarizeForConditionalGeneration",
+    }
+    others = {*MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_MAPPING_NAMES.values()}
+    assert not [name for name in others if isinstance(name, str) and _CONTINUES.search(name)]

@@ -17,7 +17,7 @@ from graftllm.fusion import directory
 from graftllm.fusion.branches import why_merged_only
 from graftllm.fusion.directory import add_packs, remove_pack, set_router, set_rules, write_grafted
 from graftllm.fusion.inventory import runs_beside, take_inventory
-from graftllm.fusion.manifest import MANIFEST, open_packs, read_manifest
+from graftllm.fusion.manifest import MANIFEST, open_base, open_packs, read_manifest
 from graftllm.fusion.rules import Rule
 from graftllm.header import Card
 from graftllm.packer import compress
@@ -299,6 +299,7 @@ def test_a_new_directory_spares_what_it_is_made_of_and_what_is_not_one(
     with pytest.raises(FusionError, match="manifest.json"):
         write_grafted(other, str(home / "base"), {"three": home / "three.safetensors"})
     assert _contents(grafted) | _contents(other) == before
+    (grafted / "three.safetensors").unlink()
     write_grafted(grafted, str(home / "base"), {"two": grafted / "packs" / "two.safetensors"})
     assert list(read_manifest(grafted).packs) == ["two"]
 
@@ -378,3 +379,32 @@ def test_a_manifest_names_no_router_of_others(grafted: Path, file: str) -> None:
     (grafted / "manifest.json").write_text(json.dumps(text))
     with pytest.raises(FusionError, match=r"manifest.json: router.file: String should match pattern '\^router-"):
         read_manifest(grafted)
+
+
+def test_a_directory_that_is_being_changed_is_not_replaced(home: Path, grafted: Path) -> None:
+    with only_writer(grafted), pytest.raises(StorageError, match="another process is writing here now"):
+        write_grafted(grafted, str(home / "base"), {"one": home / "one.safetensors"})
+    assert list(read_manifest(grafted).packs) == ["one", "two"]
+
+
+def test_a_link_to_a_directory_stays_one(home: Path, grafted: Path, tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "link").symlink_to(grafted)
+    write_grafted(tmp_path / "deep" / "link", str(home / "base"), {"three": home / "three.safetensors"})
+    assert (tmp_path / "deep" / "link").is_symlink()
+    assert list(read_manifest(grafted).packs) == ["three"]
+    assert open_base(grafted, read_manifest(grafted)).path.samefile(home / "base")
+
+
+def test_files_of_others_are_not_lost_with_a_directory_that_is_replaced(home: Path, grafted: Path) -> None:
+    (grafted / "packs" / "notes.md").write_text("mine")
+    with pytest.raises(StorageError, match="found packs/notes.md as well, which would be lost; choose another place"):
+        write_grafted(grafted, str(home / "base"), {"one": home / "one.safetensors"})
+    assert (grafted / "packs" / "notes.md").read_text() == "mine"
+
+
+def test_a_base_that_is_not_where_it_was_is_asked_for(grafted: Path, tmp_path: Path) -> None:
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    moved = grafted.rename(tmp_path / "far" / "away" / "g")
+    with pytest.raises(FusionError, match=r"its base, \.\./.* as seen from there, is not at .* or correct `base` in"):
+        open_base(moved, read_manifest(moved))

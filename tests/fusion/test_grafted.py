@@ -558,3 +558,41 @@ def test_another_directory_is_no_grafted_model(base_dir: Path, tmp_path: Path) -
 
 def test_default_decoding_is_greedy() -> None:
     assert (GREEDY.temperature, GREEDY.samples) == (0, 1)
+
+
+def test_a_stream_that_outlives_its_block_goes_on_and_leaves_the_base(shelf: Path) -> None:
+    grafted = GraftedModel.load(shelf)
+    before = {name: digest(value) for name, value in grafted.model.state_dict().items()}
+    whole = grafted.generate(["31676 4"], "one", SHORT)[0]
+    with grafted.using("two"), grafted.using("one"):
+        stream = grafted.stream("31676 4", "one", SHORT)
+        begun = next(stream)
+    assert begun + "".join(stream) == whole
+    assert {name: digest(value) for name, value in grafted.model.state_dict().items()} == before
+
+
+def test_conversations_may_come_one_by_one(grafted: GraftedModel) -> None:
+    questions = ["31676 4", "?!?!"]
+    assert grafted.generate(iter(questions), "one", SHORT) == grafted.generate(questions, "one", SHORT)
+
+
+@pytest.mark.parametrize("odd", [5, ["hi"], [{"role": "user"}], [{"content": "x"}], []])
+def test_what_is_no_conversation_is_refused(grafted: GraftedModel, odd: Any) -> None:
+    with pytest.raises(FusionError, match="conversation: expected a text, or at least one message with `role` and"):
+        grafted.generate([odd], "one", SHORT)
+
+
+def test_a_model_that_is_moved_to_another_dtype_keeps_it(shelf: Path) -> None:
+    grafted = GraftedModel.load(shelf)
+    with grafted.using("one"):
+        pass
+    grafted.model.to(torch.float64)
+    with grafted.using("one") as model:
+        assert {value.dtype for value in model.parameters()} == {torch.float64}
+
+
+def test_weights_beyond_what_a_dtype_holds_are_refused(grafted: GraftedModel) -> None:
+    with pytest.raises(FusionError, match="expected weights whose sum stays within F32"), grafted.using({"one": 1e300}):
+        pass
+    with pytest.raises(FusionError, match="expected a finite weight for 'one', found 'much'"):
+        grafted.generate(["hi"], {"one": "much"}, SHORT)  # type: ignore[dict-item]

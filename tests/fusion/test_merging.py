@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from graftllm.checkpoint import INDEX, Checkpoint
+from graftllm.checkpoint import INDEX, Checkpoint, digest
 from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError
 from graftllm.fusion.applying import apply_packs
@@ -125,3 +125,28 @@ def test_dtypes_may_be_mixed_and_buffers_be_integers_or_truths(base_dir: Path, t
         assert len(buffers) == 4
         assert all(torch.equal(out.tensor(name), after.tensor(name)) for name in buffers)
         assert (out.fingerprint == after.fingerprint) == (strategy == "exact")
+
+
+def test_what_no_pack_changes_keeps_its_bits_and_whole_numbers_become_those_that_all_agree_on(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    whole = torch.randint(-(2**31), 2**31 - 1, (8, 8), generator=draw, dtype=torch.int64)
+    tensors = {
+        "kept": whole.int(), "wide": torch.randn(4, 4, generator=draw, dtype=torch.float64), "zero": -torch.zeros(4, 4),
+        "counted": torch.arange(16, dtype=torch.uint8).reshape(4, 4), "value": torch.randn(4, 4, generator=draw),
+    }  # fmt: skip
+    for name, extra in (("base", 0), ("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"architectures": ["X"]}')
+        here = tensors | {"value": tensors["value"] + extra, "counted": tensors["counted"] + min(extra, 1)}
+        save_file(here, tmp_path / name / "model.safetensors")
+    base = Checkpoint.open(tmp_path / "base")
+    packs = [
+        compress(Delta(base, Checkpoint.open(tmp_path / name)), PackOptions(strategy="exact"))
+        for name in ("one", "two")
+    ]
+    apply_packs(base, [(packs[0], 0.5), (packs[1], 0.25)], tmp_path / "out")
+    found = Checkpoint.open(tmp_path / "out")
+    for name in ("kept", "wide", "zero"):
+        assert digest(found.tensor(name)) == digest(base.tensor(name))
+    assert torch.equal(found.tensor("counted"), tensors["counted"] + 1)
+    assert torch.allclose(found.tensor("value"), tensors["value"] + 1)

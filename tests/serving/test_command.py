@@ -6,12 +6,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import pytest
 from openai import AuthenticationError
 
 from graftllm.errors import ServingError
+from graftllm.serving.app import build_app
 from graftllm.serving.server import serve
 from tests.serving.running import PATIENCE_S, client_of, plain_client
 
@@ -75,6 +77,20 @@ def test_keys_guard_the_endpoint_packs_change_while_it_runs_and_a_signal_lets_it
         assert process.wait(PATIENCE_S) in (0, -signal.SIGTERM)
         with pytest.raises(httpx2.ConnectError):
             httpx2.get(f"{address}/health")
+
+
+@pytest.mark.parametrize("option", ["--api-key", "--admin-key"])
+def test_an_empty_key_opens_nothing(option: str) -> None:
+    given = {option.removeprefix("--").replace("-", "_"): ""}
+    with pytest.raises(ServingError, match=f"{option}: expected a key, found an empty text; give one, or leave"):
+        build_app(SimpleNamespace(metrics=None), **given)
+
+
+def test_an_address_that_is_taken_is_told_before_a_model_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ServingError, match=f"--port {port}: cannot listen there .*; give another one, or port 0"):
+            serve(lambda: pytest.fail("loaded"), port=port)
 
 
 def test_an_address_that_others_reach_needs_a_key() -> None:

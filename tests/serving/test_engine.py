@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from graftllm.errors import FusionError, PackError
+from graftllm.fusion.directory import remove_pack, set_router
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.manifest import read_manifest
 from graftllm.loading import load_tokenizer
@@ -178,4 +179,25 @@ def test_packs_come_and_go_while_others_are_asked(
     assert list(read_manifest(own / "grafted").packs) == ["one", "whole", "spare"]
     library.add("two", own / "spare.safetensors")  # another file under the old name
     assert Asked(engine, order(words, "b", "two", max_tokens=10)).texts()[0][0] == spare
+    engine.stop()
+
+
+def test_auto_without_router_and_rules_is_no_model(own: Path, words: PreTrainedTokenizerBase) -> None:
+    set_router(own / "grafted", None)
+    engine = _engine(Library(own / "grafted", device="cpu"))
+    with pytest.raises(Refused, match="expected one of base, one, two, whole; found 'auto'") as info:
+        engine.submit(order(words, "b", "auto"), print)
+    assert info.value.status == 404
+    engine.stop()
+
+
+def test_a_pack_whose_file_is_taken_away_is_still_told_of_and_served(
+    own: Path, words: PreTrainedTokenizerBase, expected: Expected
+) -> None:
+    library = Library(own / "grafted", device="cpu")
+    engine = _engine(library)
+    assert Asked(engine, order(words, "b", "one", max_tokens=3)).texts()[0][0] == expected("b", "one", 3)
+    size = (own / "grafted" / "packs" / "one.safetensors").stat().st_size
+    remove_pack(own / "grafted", "one")
+    assert library.models()["one"]["bytes"] == library.card("one")["file_bytes"] == size
     engine.stop()

@@ -97,7 +97,7 @@ def test_completions_continue_text_and_tokens(client: OpenAI) -> None:
     ids = [5, 6, 7]  # a, b, c
     assert client.completions.create(model="two", prompt=ids, max_tokens=6, temperature=0).choices == text.choices
     pieces = client.completions.create(model="two", prompt="abc", max_tokens=6, temperature=0, stream=True)
-    assert "".join(choice.text for piece in pieces for choice in piece.choices) == text.choices[0].text
+    assert "".join(piece.choices[0].text for piece in pieces) == text.choices[0].text  # every chunk has a choice
 
 
 def test_several_prompts_are_continued_as_each_alone(client: OpenAI) -> None:

@@ -102,7 +102,8 @@ def measure_fidelity(
             for logits in _logits(model, rows, tokenizer, "packed model"):
                 tuned_logits = np.frombuffer(bytearray(file.read(logits.nbytes)), np.float32)
                 expected = torch.from_numpy(tuned_logits).view_as(logits)
-                parts = zip(*(one.split(_TOKENS) for one in (expected, logits, targets[count:])), strict=False)
+                here = targets[count : count + len(logits)]
+                parts = zip(*(one.split(_TOKENS) for one in (expected, logits, here)), strict=True)
                 totals += sum(_distances(*part) for part in parts)
                 count += len(logits)
     if not count:
@@ -198,19 +199,19 @@ class Verification:
 
 def _why(found: Fidelity, rank: int | None) -> str:
     """Return the verdict with the thresholds that decided it, and what brings the pack nearer."""
-    more = "A larger budget brings it nearer, and rows of the skill to calibrate on."
-    if rank is not None:
-        more = f"Its ranks end at {rank}: a larger --servable and a larger budget together bring it nearer."
+    ranked = f"Its ranks end at {rank}: a larger --servable and a larger budget together bring it nearer."
     if found.verdict == "faithful":
         return f"Verdict: faithful; KL divergence at most {FAITHFUL_KL}, agreement at least {FAITHFUL_TOP1:.0%}."
     if found.verdict == "not faithful":
-        return f"Verdict: not faithful; KL divergence is {found.kl:.5f}, not at most {CLOSE_KL}. {more}"
+        mend = "Pack again with a larger budget, calibrated on the skill's own rows." if rank is None else ranked
+        return f"Verdict: not faithful; KL divergence is {found.kl:.5f}, not at most {CLOSE_KL}. {mend}"
     missed = []
     if found.kl > FAITHFUL_KL:
         missed.append(f"KL divergence is {found.kl:.5f}, not at most {FAITHFUL_KL}")
     if found.top1_agreement < FAITHFUL_TOP1:
         missed.append(f"agreement is {found.top1_agreement:.2%}, not at least {FAITHFUL_TOP1:.0%}")
-    return f"Verdict: close, but not faithful; {', and '.join(missed)}. {more}"
+    mend = "A larger budget brings it nearer." if rank is None else ranked
+    return f"Verdict: close, but not faithful; {', and '.join(missed)}. {mend}"
 
 
 def verify_pack(

@@ -142,7 +142,7 @@ def demo(
     """See the method work on small models that are trained on the spot.
 
     Trains a target and three foreign sources from scratch and moves three skills into the target. About ten
-    minutes on two cores, without a download. Killed and started again it goes on where it was.
+    to twenty minutes on two cores, without a download. Killed and started again it goes on where it was.
     """
     from graftllm.demo import RECIPE, build_zoo
     from graftllm.pipeline import river

@@ -59,7 +59,7 @@ def merge(
         float | None, typer.Option(help="consensus, tall-mask: how far a task must exceed the others.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="twin, routed-lora: rank of a task's own part.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of random draws and searches.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of random draws and searches.")] = None,
     rows: Annotated[
         Path | None,
         typer.Option(help="regmean, lorahub: JSONL prompt rows with answers; a row's task is the name of its model."),

@@ -30,8 +30,8 @@ def pack(
         str | None,
         typer.Option(
             help="Size of the file: 5% of the tuned checkpoint, 400MB, 60KB or bytes; or kl=0.01, the divergence "
-            "that it may have, measured on the calibration rows. With exact: of a lossy layer that the file holds "
-            "under the exact one (see apply).  [default: for auto, 5% of the matrices; for exact, no lossy layer]"
+            "that it may have, measured on the calibration rows. With exact: the size of an additional lossy layer in "
+            "the same file; apply --layer chooses.  [default: for auto, 5% of the matrices; for exact, no lossy layer]"
         ),
     ] = None,
     servable: Annotated[

@@ -282,7 +282,7 @@ def _broken(files: Path, tmp_path: Path, value: float) -> Path:
         ),
         (
             ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{f}"],
-            "expected a place apart from",
+            "expected a file or nothing there, found a directory",
         ),
         (
             ["pack", "--base", "{f}/base", "--tuned", "{t}/nan", "--out", "{t}/p", "--calibration", "{f}/rows.jsonl"],

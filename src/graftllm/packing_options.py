@@ -102,7 +102,7 @@ class PackOptions(Section):
 
 
 _MOST = 2.0**63  # bytes of a budget
-_FEWEST = 1000  # bytes; no pack has fewer, so a smaller number was meant otherwise
+_FEWEST = 101  # bytes; a smaller number was meant as a share
 
 
 def budget_bytes(budget: str, tuned_bytes: int) -> int:

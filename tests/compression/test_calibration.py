@@ -215,7 +215,7 @@ def test_a_classifier_is_calibrated_by_what_its_layers_see_and_packs_alike_twice
         torch.manual_seed(seed)
         pack = compress(delta, PackOptions(budget="40%"), calibration=given)
         pack.save(tmp_path / "pack.safetensors")
-        assert bool(pack.header.calibration_tokens) == bool(rows)
+        assert bool(pack.header.calibration_tokens) == bool(given)
         files.append((tmp_path / "pack.safetensors").read_bytes())
     assert files[0] == files[1] != files[2]
 
@@ -288,7 +288,7 @@ def test_moments_that_are_no_numbers_end_in_an_error(tmp_path: Path) -> None:
     tensors["model.layers.0.input_layernorm.weight"][0] = float("nan")
     save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
     delta = Delta(Checkpoint.open(path), Checkpoint.open(tuned))
-    with pytest.raises(CompressionError, match="calibration: what reaches 'model.* is not finite on these rows"):
+    with pytest.raises(CompressionError, match="calibration: what reaches '.* is not finite on these rows"):
         compress(delta, PackOptions(), calibration=rows(4))
 
 

@@ -195,7 +195,7 @@ def test_what_cannot_be_asked_for_is_named_with_what_can(served: Path) -> None:
     with pytest.raises(FusionError, match="way: expected one of auto, merged, beside; found 'besides'"):
         model.generate(["a"], "one", SHORT, way="besides")  # type: ignore
     for ask in (lambda: model.generate([[]], "one", SHORT), lambda: list(model.stream([], "one", SHORT))):
-        with pytest.raises(FusionError, match="conversation: expected at least one message, found none; give a text"):
+        with pytest.raises(FusionError, match="conversation: expected a text, or at least one message"):
             ask()
 
 
@@ -274,7 +274,7 @@ def test_a_shelf_of_one_pack_decodes_again_what_it_let_go(served: Path) -> None:
     held = []
     for name in ("one", "two", "one"):
         assert small.generate(["hi"], name, SHORT) == model.generate(["hi"], name, SHORT)
-        assert small.shelf.hot == [("merged", ((name, 1.0),))]
+        assert [key[:2] for key in small.shelf.hot] == [("merged", ((name, 1.0),))]  # and of which dtype and device
         with small.using(name) as live, model.using(name) as expected:
             pairs = zip(live.parameters(), expected.parameters(), strict=True)
             held += [(mine.detach(), other.detach()) for mine, other in pairs]

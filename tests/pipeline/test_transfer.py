@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,34 @@ def test_a_source_that_is_added_leaves_the_others_answers(
     assert len(server.seen) == 2 * asked
     responses = read_responses(tmp_path / "run" / "skills" / "reverse" / "responses.jsonl")
     assert [row.source for row in responses] == ["big"] * asked + ["other"] * asked
+
+
+def test_only_what_is_not_answered_yet_is_asked(tmp_path: Path, content: dict[str, Any], server: ChatServer) -> None:
+    def asked() -> list[str]:
+        before = len(server.seen)
+        transfer.sample(_work(tmp_path, content), "reverse")
+        return [body["messages"][-1]["content"] for body in server.seen[before:]]
+
+    def filed() -> dict[tuple[str, int], str]:
+        found = read_responses(tmp_path / "run" / "skills" / "reverse" / "responses.jsonl")
+        return {(row.prompt_id, row.sample): row.text for row in found}
+
+    prompts = read_prompts(tmp_path / "prompts.jsonl")
+    unique = {prompt.question[-1]["content"] for prompt in prompts}
+    assert sorted(asked()) == sorted([*unique] * 4)
+    first = filed()
+    new = rows(2, seed=77, answered=False)
+    write_rows(tmp_path / "prompts.jsonl", [*prompts, *(replace(row, id=f"new-{row.id}") for row in new)])
+    assert sorted(asked()) == sorted([row.question[-1]["content"] for row in new] * 4)
+    assert filed().items() >= first.items()
+    content["sampling"]["samples"] = 5
+    assert len(asked()) == len(unique) + 2
+    changed = replace(prompts[9], messages=({"role": "user", "content": "backward: other"},))
+    write_rows(tmp_path / "prompts.jsonl", [*prompts[:9], changed, *prompts[10:]])
+    assert asked() == ["backward: other"] * 5
+    assert asked() == []
+    content["sampling"]["temperature"] = 0.5
+    assert len(asked()) == 5 * len(unique)
 
 
 def test_on_policy_pairs_are_of_the_tuned_model_itself(tmp_path: Path, content: dict[str, Any]) -> None:

@@ -199,5 +199,5 @@ def test_a_pack_whose_file_is_taken_away_is_still_told_of_and_served(
     assert Asked(engine, order(words, "b", "one", max_tokens=3)).texts()[0][0] == expected("b", "one", 3)
     size = (own / "grafted" / "packs" / "one.safetensors").stat().st_size
     remove_pack(own / "grafted", "one")
-    assert library.models()["one"]["bytes"] == library.card("one")["file_bytes"] == size
+    assert library.models()["one"]["bytes"] == library.card("one")["anatomy"]["file_bytes"] == size
     engine.stop()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from graftllm.packing_options import DEFAULT_SHARE, budget_bytes
+from graftllm.pipeline.asked import keep_answers
 from graftllm.pipeline.own import judge_identity, own_pairs
 from graftllm.pipeline.preparing import digest_of, prepare, prompts_of
 from graftllm.pipeline.work import Work, check_target, source_identity
@@ -39,19 +40,21 @@ def sample(work: Work, skill: str) -> Stamp:
 def ask_source(work: Work, skill: str, source: SourceOptions) -> Stamp:
     """Ask one source a skill's prompts; the result is how many responses could not be had.
 
-    A source that is added, or other tests beside the same prompts, leave what was asked before as it is.
+    A source that is added, or other tests beside the same prompts, leave what was asked before as it is. Of other
+    prompts, or more samples, those are asked that are not answered yet.
     """
     recipe, path, prompts = work.recipe, _answers(work, skill, source), prompts_of(work, skill)
     options = source.sampling or recipe.sampling
 
+    way = [options.model_copy(update={"samples": 0}), recipe.seed, *source_identity(source)]
+
     def action() -> int:
-        opening = partial(open_source, source, device=work.device)
-        return sample_responses(
-            read_prompts(prompts), opening, options, path, source_name=source.name, seed=recipe.seed
-        )
+        asked, opening = read_prompts(prompts), partial(open_source, source, device=work.device)
+        keep_answers(path, asked, way)
+        return sample_responses(asked, opening, options, path, source_name=source.name, seed=recipe.seed)
 
     inputs = [digest_of(prompts), options, recipe.seed, *source_identity(source)]
-    return work.stages.run(f"sample.{skill}.{source.name}", inputs, [path], action, unfinished=[path])
+    return work.stages.run(f"sample.{skill}.{source.name}", inputs, [path], action)
 
 
 def _answers(work: Work, skill: str, source: SourceOptions) -> Path:

@@ -257,8 +257,8 @@ def _broken(files: Path, tmp_path: Path, value: float) -> Path:
             "one for each of 1",
         ),
         (
-            ["fuse", "--base", "{f}/base", "--pack", "{f}/pack.safetensors", "--out", "{t}/p"],
-            "--pack: expected NAME=FILE, s",
+            ["fuse", "--base", "{f}/base", "--pack", "={f}/pack.safetensors", "--out", "{t}/p"],
+            "--pack: expected [NAME=]FILE, s",
         ),
         (
             ["fuse", "--base", "{f}/base", "--pack", "a=x", "--pack", "a=y", "--out", "{t}/p"],

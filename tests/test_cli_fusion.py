@@ -84,8 +84,11 @@ def test_rules_are_read_and_shown_and_hold_their_pack(graftllm, base_dir: Path, 
     ("arguments", "line"),
     [
         (["add", "{s}", "one={p}/two.safetensors"], "pack 'one': this grafted model has one of that name; choose"),
-        (["add", "{s}", "x={p}/two.safetensors", "x=b"], "NAME=FILE: two packs have the same name, 'x'; give each"),
-        (["add", "{s}", "{p}/two.safetensors"], "NAME=FILE: expected NAME=FILE, such as math=packs/math.safetensors"),
+        (["add", "{s}", "x={p}/two.safetensors", "x=b"], "[NAME=]FILE: two packs have the same name, 'x'; give each"),
+        (
+            ["add", "{s}", "={p}/two.safetensors"],
+            "[NAME=]FILE: expected [NAME=]FILE, such as math=packs/math.safetensors",
+        ),
         (["add", "{p}", "x={p}/two.safetensors"], "expected a grafted model, found no manifest.json in it"),
         (["remove", "{s}", "two"], "pack: expected one of one; found 'two'."),
         (["remove", "{s}", "base"], "pack: expected one of one; found 'base'."),

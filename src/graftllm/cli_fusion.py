@@ -21,7 +21,9 @@ RouterData = Annotated[
 
 def fuse(
     base: Annotated[str, typer.Option(help="Checkpoint directory or Hub id of the base model.")],
-    pack: Annotated[list[str], typer.Option(metavar="NAME=FILE", help="SkillPack and its name; repeat for several.")],
+    pack: Annotated[
+        list[str], typer.Option(metavar="[NAME=]FILE", help="SkillPack and its name, the file's by default; repeat.")
+    ],
     out: Annotated[Path, typer.Option(help="Grafted model directory to write.")],
     router_data: RouterData = None,
     soft: Annotated[
@@ -61,7 +63,9 @@ def fuse(
 
 def add(
     dir: GraftedDirectory,
-    pack: Annotated[list[str], typer.Argument(metavar="NAME=FILE...", help="SkillPacks and their names.")],
+    pack: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]FILE...", help="SkillPacks and their names, the files' by default.")
+    ],
     router_data: Annotated[
         Path | None,
         typer.Option(help="JSONL prompt rows with the new packs' names as tasks, to teach the router; no others."),
@@ -80,7 +84,7 @@ def add(
     """
     from graftllm.fusion.assembly import join_packs
 
-    packs = _packs(pack, "NAME=FILE")
+    packs = _packs(pack, "[NAME=]FILE")
     manifest = join_packs(dir, packs, router_data=router_data, drift=drift, device=device)
     print(f"{dir}: {', '.join(packs)} added; {len(manifest.packs)} packs. Next: graftllm list {dir}")
     if manifest.router is not None and (late := manifest.unrouted()):
@@ -165,8 +169,10 @@ def _packs(entries: list[str], option: str) -> dict[str, Path]:
     packs: dict[str, Path] = {}
     for entry in entries:
         name, equals, file = entry.partition("=")
-        if not (name and equals and file):
-            raise FusionError(f"{option}: expected NAME=FILE, such as math=packs/math.safetensors; found {entry!r}.")
+        if not equals or Path(entry).is_file():
+            name, file = Path(entry).name.removesuffix(".safetensors"), entry
+        if not (name and file):
+            raise FusionError(f"{option}: expected [NAME=]FILE, such as math=packs/math.safetensors; found {entry!r}.")
         if name in packs:
             raise FusionError(f"{option}: two packs have the same name, {name!r}; give each its own.")
         packs[name] = Path(file)

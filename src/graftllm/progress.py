@@ -1,6 +1,7 @@
 """Progress bars on stderr: a live line at a terminal, one final line elsewhere, nothing where GRAFTLLM_QUIET is set."""
 
 import os
+import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -13,6 +14,16 @@ from graftllm.launched import leads
 Item = TypeVar("Item")
 
 
+def say(text: str) -> None:
+    """Print a line on stderr, also while a bar is shown; nothing where bars are not."""
+    if not _is_quiet():
+        print(f"graftllm: {text}", file=sys.stderr, flush=True)
+
+
+def _is_quiet() -> bool:
+    return bool(os.environ.get("GRAFTLLM_QUIET")) or not leads()
+
+
 @contextmanager
 def progress(label: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar named `label`; yield a function that says how many are done now, and of how many."""
@@ -23,8 +34,7 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(compact=True),
     )
-    quiet = bool(os.environ.get("GRAFTLLM_QUIET")) or not leads()
-    with Progress(*columns, console=Console(stderr=True, quiet=quiet)) as bar:
+    with Progress(*columns, console=Console(stderr=True, quiet=_is_quiet())) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

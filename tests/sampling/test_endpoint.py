@@ -163,6 +163,16 @@ def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
         _sample(tmp_path / "r.jsonl", _options(gone, retries=0))
 
 
+def test_a_server_that_does_not_answer_at_first_is_told_of_once(
+    server: ChatServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.faults = {prompt.question[-1]["content"]: ["503"] for prompt in PROMPTS}
+    _sample(tmp_path / "r.jsonl", _options(server))
+    told = [line for line in capsys.readouterr().err.splitlines() if "asking again" in line]
+    assert len(told) == 1
+    assert told[0].startswith(f"graftllm: big at {server.url}: status 503")
+
+
 def test_the_key_comes_from_the_environment_and_goes_nowhere_else(
     server: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

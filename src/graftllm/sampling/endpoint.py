@@ -21,7 +21,7 @@ from openai import AsyncOpenAI
 from pydantic import BaseModel, Field, ValidationError
 
 from graftllm.errors import RecipeError, SamplingError
-from graftllm.progress import progress
+from graftllm.progress import progress, say
 from graftllm.records import Message, Prompt, Response
 from graftllm.sampling.reasoning import with_reasoning, without_reasoning
 from graftllm.sampling.responses import File, Key
@@ -152,13 +152,19 @@ async def _ask(
     deliver: Callable[[Request, Reply], None],
     show: Callable[[int, int], None],
 ) -> int:
-    answered, failures = 0, list[str]()
+    answered, failures, told = 0, list[str](), list[str]()
+
+    def fails(problem: str) -> None:
+        """Tell once, while nothing was answered, why requests are sent again: they may be for minutes."""
+        if not answered and not told:
+            told.append(problem)
+            say(f"{endpoint.model} at {endpoint.url}: {problem}; asking again, up to {endpoint.retries} times")
 
     async def work(client: AsyncOpenAI, waiting: Iterable[Request]) -> None:
         nonlocal answered
         for request in waiting:
             try:
-                deliver(request, await _reply(client, endpoint, request, sampling))
+                deliver(request, await _reply(client, endpoint, request, sampling, fails))
             except _Failed as failed:
                 failures.append(f"{request.about}: {failed}")
                 if failed.for_all or len(failures) > endpoint.max_failures:
@@ -171,6 +177,7 @@ async def _ask(
             show(answered, len(requests))
 
     client = AsyncOpenAI(api_key=read_key(endpoint), base_url=endpoint.url, timeout=endpoint.timeout_s, max_retries=0)
+    show(0, len(requests))
     waiting = iter(requests)  # shared: each worker takes the next
     try:
         async with client, asyncio.TaskGroup() as group:
@@ -181,8 +188,17 @@ async def _ask(
     return len(failures)
 
 
-async def _reply(client: AsyncOpenAI, endpoint: Endpoint, request: Request, sampling: SamplingOptions) -> Reply:
-    """Try a request until it is answered; _Failed when it cannot be, or not within the retries."""
+async def _reply(
+    client: AsyncOpenAI,
+    endpoint: Endpoint,
+    request: Request,
+    sampling: SamplingOptions,
+    fails: Callable[[str], None],
+) -> Reply:
+    """Try a request until it is answered; _Failed when it cannot be, or not within the retries.
+
+    `fails` is told of each try that did not succeed and is not the last.
+    """
     jitter, problem = random.Random(request.seed), ""
     for attempt in range(endpoint.retries + 1):
         obeyed = None
@@ -202,6 +218,7 @@ async def _reply(client: AsyncOpenAI, endpoint: Endpoint, request: Request, samp
         except (ValueError, openai.APIResponseValidationError) as error:
             problem = f"not a chat completion ({_told(error, endpoint)})"
         if attempt < endpoint.retries:
+            fails(problem)
             wait = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt) * jitter.uniform(0.5, 1)
             await sleep(max(wait, obeyed or 0))
     raise _Failed(f"failed {endpoint.retries + 1} times, the last time with {problem}")

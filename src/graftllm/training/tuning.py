@@ -8,7 +8,6 @@ import hashlib
 import json
 import random
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from graftllm.devices import resolve_device
 from graftllm.errors import TrainingError
 from graftllm.launched import leads, processes, sharded, wait_until
 from graftllm.loading import load_tokenizer, open_model
-from graftllm.progress import progress
+from graftllm.progress import progress, say
 from graftllm.records import Message, PreferencePair, Prompt
 from graftllm.rendering import render
 from graftllm.stages import identity
@@ -250,12 +249,10 @@ def _arguments(run: Training, work: Path, options: TrainingOptions, tokens: int)
     model = Checkpoint.open(run.model)
     trained = model.parameters if run.lora_rank is None and run.adapter is None else 0
     batching = batching_for(options, model, tokens=tokens, device=device, trained=trained, label=run.label)
-    if leads():
-        print(
-            f"graftllm: {run.label}: learning rate {options.learning_rate:g}, {options.batch_size} rows a step, "
-            f"{batching.rows} at once{', activations computed twice' if batching.checkpointing else ''}",
-            file=sys.stderr,
-        )
+    say(
+        f"{run.label}: learning rate {options.learning_rate:g}, {options.batch_size} rows a step, "
+        f"{batching.rows} at once{', activations computed twice' if batching.checkpointing else ''}"
+    )
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
     return {

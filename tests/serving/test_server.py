@@ -151,6 +151,16 @@ def test_several_choices_are_drawn_apart_and_again_the_same_by_their_seed(client
     assert draw(1, 8) == first[1:2]
 
 
+def test_the_likeliest_token_alone_is_drawn_where_a_client_of_vllm_asks_for_it(
+    client: OpenAI, expected: Expected
+) -> None:
+    for extra in ({"top_k": 1, "repetition_penalty": 1.0}, {"min_p": 1.0, "top_k": -1}):
+        answer = client.chat.completions.create(
+            model="one", messages=[{"role": "user", "content": "hello"}], max_tokens=8, temperature=2, extra_body=extra
+        )
+        assert answer.choices[0].message.content == expected("hello", "one", 8)
+
+
 def test_choices_stream_side_by_side(client: OpenAI, expected: Expected) -> None:
     stream = client.chat.completions.create(
         model="two", messages=[{"role": "user", "content": "b"}], max_tokens=8, n=3, temperature=0, stream=True
@@ -207,6 +217,9 @@ def test_logprobs_are_those_of_the_written_tokens(client: OpenAI) -> None:
         ({"frequency_penalty": 1}, "frequency_penalty: this server does not support it; leave it out", None),
         ({"tools": [{"type": "function"}]}, "tools: this server does not support it; leave it out", None),
         ({"stop": ["a", ""]}, "stop: expected at most 16 texts, none of them empty", None),
+        ({"stream_options": {"include_usage": True}}, "stream_options: expected stream to be true beside them", None),
+        ({"top_logprobs": 2}, "top_logprobs: expected logprobs to be true beside it; set both, or neither", None),
+        ({"repetition_penalty": 1.2}, "repetition_penalty: this server does not support it; leave it out", None),
         ({"messages": []}, "messages: List should have at least 1 item", "messages"),
         ({"stop": "\ud800"}, "expected text, found half a character (a lone surrogate)", None),
         (

@@ -54,6 +54,22 @@ def test_only_tokens_of_the_wanted_share_are_drawn(seed: int, top_p: float) -> N
     assert all(draw.token(logits) in allowed for _ in range(20))
 
 
+@given(st.integers(0, 2**62), st.integers(1, 25), st.floats(0.0, 1.0))
+def test_only_the_likeliest_tokens_are_drawn(seed: int, top_k: int, min_p: float) -> None:
+    logits = torch.randn(20, generator=torch.Generator().manual_seed(seed % 97))
+    shares = torch.softmax(logits, 0)
+    likeliest = {int(one) for one in shares.argsort(descending=True)[:top_k]}
+    allowed = {one for one in likeliest if float(shares[one]) >= min_p * float(shares.max()) * (1 - 1e-6)}
+    draw = Draw(Order([], [1], "base", temperature=1.0, top_k=top_k, min_p=min_p, seed=seed), 0)
+    assert {draw.token(logits) for _ in range(20)} <= allowed
+
+
+def test_of_the_likeliest_tokens_the_wanted_share_is_drawn() -> None:
+    logits = torch.tensor([0.3, 0.3, 0.2, 0.2]).log()
+    draw = Draw(Order([], [1], "base", temperature=1.0, top_k=2, top_p=0.5, seed=1), 0)
+    assert {draw.token(logits) for _ in range(50)} == {0}  # half of what two of them have
+
+
 @pytest.mark.parametrize("temperature", [1e-40, 1e-5])
 def test_however_cold_the_likeliest_token_is_drawn(temperature: float) -> None:
     draw = Draw(Order([], [1], "base", temperature=temperature, seed=1), 0)

@@ -112,6 +112,8 @@ class Desk:
             max_tokens=longest,
             temperature=asked.temperature,
             top_p=asked.top_p,
+            top_k=max(asked.top_k, 0),
+            min_p=asked.min_p,
             seed=asked.seed,
             stop=asked.stops,
             top_logprobs=asked.alternatives,

@@ -34,6 +34,8 @@ class Order:
         max_tokens: longest text.
         temperature: 0 is greedy.
         top_p: share of the probability that is sampled from.
+        top_k: how many of the likeliest tokens are sampled from; all where it is 0.
+        min_p: least probability of a sampled token, as a share of the likeliest one's.
         seed: of the first choice's draws, the next choice's is one more; None for another one each time.
         stop: texts that end a text, and are not part of it.
         top_logprobs: how many alternatives of each token are reported; None for no log-probabilities at all.
@@ -46,6 +48,8 @@ class Order:
     max_tokens: int = 16
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None

@@ -22,6 +22,7 @@ class Draw:
     def __init__(self, order: Order, choice: int) -> None:
         """Seed the choice's own generator."""
         self.temperature, self.top_p = order.temperature, order.top_p
+        self.top_k, self.min_p = order.top_k, order.min_p
         self.greedy = order.temperature == 0
         seed = secrets.randbits(62) if order.seed is None else order.seed + choice
         self._generator = torch.Generator().manual_seed(seed % (1 << 63))
@@ -32,7 +33,13 @@ class Draw:
             return int(logits.argmax())
         logits = logits.float().cpu()
         probabilities = torch.softmax((logits - logits.max()) / max(self.temperature, _COLDEST), dim=0)
+        if self.min_p:
+            probabilities[probabilities < self.min_p * probabilities.max()] = 0.0
+        if 0 < self.top_k < len(probabilities):
+            kept = probabilities.topk(self.top_k)
+            probabilities = torch.zeros_like(probabilities).index_copy_(0, kept.indices, kept.values)
         if self.top_p < 1:
+            probabilities /= probabilities.sum()
             ranked, order = probabilities.sort(descending=True)
             before = ranked.cumsum(0) - ranked  # what is more probable than each
             probabilities = probabilities.index_fill(0, order[before >= self.top_p], 0.0)

@@ -13,9 +13,11 @@ from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.manifest import read_manifest
 from graftllm.loading import load_tokenizer
 from graftllm.serving.batch import Batch, check_servable
+from graftllm.serving.desk import Desk
 from graftllm.serving.engine import Engine
 from graftllm.serving.lanes import Lanes
 from graftllm.serving.orders import Refused
+from graftllm.serving.protocol import ChatRequest
 from graftllm.serving.shelves import Library
 from graftllm.serving.writing import Draw
 from tests.architectures import CONFIGS
@@ -111,6 +113,15 @@ def test_a_full_queue_refuses_and_what_was_taken_is_finished_when_the_engine_sto
     assert len(asked.texts()) == 4
     with pytest.raises(Refused, match="the server is stopping"):
         engine.submit(order(words, "b", "one"), print)
+
+
+def test_more_than_the_queue_holds_is_refused_for_good(library: Library, words: PreTrainedTokenizerBase) -> None:
+    engine = _engine(library, max_queue=4)
+    asked = ChatRequest.model_validate({"model": "one", "n": 5, "messages": [{"role": "user", "content": "b"}]})
+    with pytest.raises(Refused, match="n: expected at most 4 texts in all, as many as may wait; found 5") as info:
+        Desk(engine, words, 256)._orders(asked)
+    assert info.value.status == 400
+    engine.stop()
 
 
 def test_an_order_that_fails_harms_no_other(own: Path, words: PreTrainedTokenizerBase, expected: Expected) -> None:

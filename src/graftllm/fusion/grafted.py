@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
 
@@ -68,7 +69,6 @@ class GraftedModel:
         self.beside = Beside(self.model, self.packs, self.shelf)
         self._graft, self._mix, self._streaming = Graft(self.model, {}), cast(Mix, ()), False
         self._blocks: list[_Block] = []
-        self._is_quantized = any(is_quantized(value) for value in self.model.parameters())
 
     @classmethod
     def load(
@@ -233,6 +233,10 @@ class GraftedModel:
             finally:
                 self._let_go()
                 self._streaming = False
+
+    @cached_property
+    def _is_quantized(self) -> bool:
+        return any(is_quantized(value) for value in self.model.parameters())
 
     @property
     def chooses(self) -> bool:

@@ -140,7 +140,8 @@ def _hold(directory: Path, when: Callable[[Callable[[], Any]], Any] = lambda loo
         when: looks at the live model while nobody runs it.
         options: of `GraftedModel.load`, whose errors are raised, too.
     """
-    manifest, grafted = read_manifest(directory), GraftedModel.load(directory, **options)
+    manifest = read_manifest(directory)
+    grafted = GraftedModel.load(directory, memory_bytes=0, **options)  # the engine keeps decoded packs itself
     known = () if grafted.router is None else grafted.router.classes
     grafted.unrouted = [name for name in grafted.unrouted if name in known]
     return _Held(

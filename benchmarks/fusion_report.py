@@ -8,6 +8,7 @@ from typing import Any
 from fusion_rows import Measurement, average
 from matplotlib.figure import Figure
 
+from graftllm.fusion.methods.table import METHODS
 from graftllm.storage import whole_file
 
 Results = dict[int, dict[str, Measurement]]  # seed -> row -> what was measured
@@ -38,28 +39,45 @@ def draw(results: Results, skills: Sequence[str], path: Path) -> None:
     """Draw the average score of each row against the bytes that it keeps; bars are standard errors over seeds."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
-    labels: dict[tuple[int, int], list[str]] = {}  # of points at nearly the same place, in one line
-    places: dict[tuple[int, int], tuple[float, float, str]] = {}
+    points: list[tuple[float, float, str]] = []  # MB, mean, name
     for name in _names(results):
         if name.startswith("tuned on"):
             continue
         found = [seed[name] for seed in results.values() if name in seed]
         values = [100 * average(row.scores, skills) for row in found]
         size, mean = sum(row.stored_bytes for row in found) / len(found) / 1e6, sum(values) / len(values)
-        color = "#D55E00" if name in _OURS else "#666666" if name in _BOUNDS else "#0072B2"
-        axes.errorbar(size, mean, _stderr(values) or 0, fmt="o", color=color, capsize=2)
-        labels.setdefault((round(size / 0.9), round(mean / 2.5)), []).append(name)
-        places.setdefault((round(size / 0.9), round(mean / 2.5)), (size, mean, color))
-    for place, names in labels.items():
-        size, mean, color = places[place]
-        text = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        axes.annotate(text, (size, mean), xytext=(6, 4), textcoords="offset points", fontsize=8, color=color)
+        axes.errorbar(size, mean, _stderr(values) or 0, fmt="o", color=_color(name), capsize=2)
+        points.append((size, mean, name))
+    for near in _clusters(points):
+        names = sorted((name for *_, name in near), key=lambda name: (name in METHODS, name != "base"))
+        text = "; ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        size, mean, _ = max(near)
+        axes.annotate(
+            text, (size, mean), xytext=(7, -3), textcoords="offset points", fontsize=8, color=_color(names[0])
+        )
     axes.set(xlabel="MB kept, the base included where it is needed", ylabel="% right, mean of skills and general tasks")
-    axes.set_xlim(left=0)
+    axes.set_xlim(left=0, right=1.15 * max(size for size, *_ in points))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     with whole_file(path) as file:
         figure.savefig(file, dpi=120, format=path.suffix[1:])
+
+
+def _color(name: str) -> str:
+    return "#D55E00" if name in _OURS else "#666666" if name in _BOUNDS else "#0072B2"
+
+
+def _clusters(points: Sequence[tuple[float, float, str]]) -> list[list[tuple[float, float, str]]]:
+    """Return points so near to each other that their labels would overlap, together."""
+    clusters: list[list[tuple[float, float, str]]] = []
+    for point in points:
+        near = [one for one in clusters if any(_overlap(point, other) for other in one)]
+        clusters = [one for one in clusters if one not in near] + [[point, *(other for one in near for other in one)]]
+    return clusters
+
+
+def _overlap(one: tuple[float, float, str], other: tuple[float, float, str]) -> bool:
+    return abs(one[0] - other[0]) < 1.2 and abs(one[1] - other[1]) < 2.5
 
 
 def _names(results: Results) -> list[str]:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from fusion_models import SIZES, SMALL
-from fusion_report import draw, table
+from fusion_report import _clusters, draw, table
 from fusion_rows import Measurement, average
 from transformers import AutoModelForCausalLM
 
@@ -43,3 +43,8 @@ def test_models_of_the_large_zoo_have_100_to_300_million_parameters(member) -> N
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(member.config(400, 0, 1))
     assert 1e8 < model.num_parameters() < 3e8
+
+
+def test_labels_that_would_overlap_are_one() -> None:
+    points = [(1.0, 10.0, "a"), (9.0, 10.0, "b"), (1.5, 11.0, "c"), (2.4, 12.0, "d"), (1.0, 40.0, "e")]
+    assert sorted(sorted(name for *_, name in near) for near in _clusters(points)) == [["a", "c", "d"], ["b"], ["e"]]

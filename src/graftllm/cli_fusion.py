@@ -80,7 +80,8 @@ def add(
 ) -> None:
     """Put packs on the shelf of a grafted model. Nothing that is there is rewritten.
 
-    Without --router-data the router does not know the new packs, and auto is refused until it does.
+    Without --router-data the router does not know the new packs, and auto is refused until it does: give the same
+    packs again with --router-data to teach it later.
     """
     from graftllm.fusion.assembly import join_packs
 
@@ -89,8 +90,8 @@ def add(
     print(f"{dir}: {', '.join(packs)} added; {len(manifest.packs)} packs. Next: graftllm list {dir}")
     if manifest.router is not None and (late := manifest.unrouted()):
         print(
-            f"Its router does not know {', '.join(late)}, so auto is refused: name packs, or remove these and add them "
-            "with --router-data."
+            f"Its router does not know {', '.join(late)}, so auto is refused: name packs, or give the same again with "
+            "--router-data."
         )
 
 

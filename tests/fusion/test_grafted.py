@@ -389,6 +389,21 @@ def test_what_cannot_join_is_refused_before_any_model_is_loaded(shelf: Path, giv
         join_packs(shelf, {name: shelf.parent / "one.safetensors"}, **given)
 
 
+def test_a_pack_that_came_without_prompts_is_taught_to_the_router_later(shelf: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(shelf.parent, tmp_path / "home")) / "grafted"
+    late = {"late": directory.parent / "two.safetensors"}
+    prompts = [Prompt(f"p{i}", (Message(role="user", content="((" + "x" * i),), "late") for i in range(40)]
+    write_rows(tmp_path / "late.jsonl", prompts)
+    assert join_packs(directory, late).unrouted() == ["late"]
+    with pytest.raises(FusionError, match="older than late; name a pack, or `graftllm add` these once more"):
+        GraftedModel.load(directory).route(["((xxx"])
+    with pytest.raises(FusionError, match="pack 'late': this grafted model has one of that name"):
+        other = {"late": directory.parent / "one.safetensors"}
+        join_packs(directory, other, router_data=tmp_path / "late.jsonl")
+    assert join_packs(directory, late, router_data=tmp_path / "late.jsonl").unrouted() == []
+    assert [route.name for route in GraftedModel.load(directory).route(["((xxx", "31676 4"])] == ["late", "one"]
+
+
 def test_a_soft_router_mixes_packs_in_a_chat_as_in_a_batch(shelf: Path, tmp_path: Path) -> None:
     digits = [Prompt(f"d{i}", (Message(role="user", content=f"{i * 7919} {i}"),), "one") for i in range(60)]
     twins = [Prompt(f"t{i}", (Message(role="user", content=f"{i * 7909} {i}"),), "two") for i in range(60)]

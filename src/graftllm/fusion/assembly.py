@@ -6,7 +6,7 @@ from pathlib import Path
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError
 from graftllm.fusion.directory import add_packs, check_fusable, check_new, open_fitting, write_grafted
-from graftllm.fusion.manifest import Manifest, open_base, open_router, read_manifest
+from graftllm.fusion.manifest import Manifest, open_base, open_router, read_manifest, sha256_of
 from graftllm.fusion.names import check_names
 from graftllm.fusion.routing import BASE
 from graftllm.fusion.rules import Rule
@@ -64,6 +64,8 @@ def join_packs(
 ) -> Manifest:
     """Add packs to a grafted directory, and teach its router their prompts if there are any.
 
+    A pack that is there already, but came without prompts, is taught to the router alone.
+
     Args:
         directory: a grafted model.
         packs: pack files by the names they shall have.
@@ -82,7 +84,8 @@ def join_packs(
         PackError: a pack is damaged or was made for another base.
     """
     manifest, router = read_manifest(directory), None
-    check_new(directory, manifest, packs)
+    new = packs if router_data is None else _without_untaught(manifest, packs)
+    check_new(directory, manifest, new)
     if drift is not None and router_data is None:
         raise FusionError("--drift: is of the router, which learns from --router-data; give both, or neither.")
     if drift is not None and not 0 <= drift <= 1:
@@ -105,7 +108,17 @@ def join_packs(
             label = f"router: {name}"
             features = features_of(model, tokenizer, prompts[name], router.options, label=label)
             router = router.with_pack(name, features, drift=drift)
-    return add_packs(directory, packs, router=router, taught=manifest if router_data else None)
+    return add_packs(directory, new, router=router, taught=manifest if router_data else None)
+
+
+def _without_untaught(manifest: Manifest, packs: Mapping[str, Path]) -> dict[str, Path]:
+    """Return packs without those that are on the shelf by this name, but that its router does not know."""
+    untaught = {name: manifest.packs[name].sha256 for name in manifest.unrouted()}
+    return {
+        name: file
+        for name, file in packs.items()
+        if name not in untaught or not file.is_file() or sha256_of(file) != untaught[name]
+    }
 
 
 def _prompts(file: Path, packs: Mapping[str, Path]) -> dict[str, list[Prompt]]:

@@ -157,7 +157,7 @@ class GraftedModel:
         if self.unrouted:
             raise FusionError(
                 f"pack: {AUTO!r} needs a router that knows every pack, and this one is older than "
-                f"{', '.join(self.unrouted)}; name a pack, or remove and add these with --router-data."
+                f"{', '.join(self.unrouted)}; name a pack, or `graftllm add` these once more, with --router-data."
             )
         with self.using(BASE) as base:
             features = prompt_features(base, self.tokenizer, messages, layer=self.router.options.layer)

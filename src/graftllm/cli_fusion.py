@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from graftllm.errors import FusionError
-from graftllm.terminal import AsJson, Device, print_json, print_lines, print_table
+from graftllm.terminal import AsJson, Device, named_after, print_json, print_lines, print_table
 
 GraftedDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="Grafted model directory.")]
 RouterData = Annotated[
@@ -171,7 +171,7 @@ def _packs(entries: list[str], option: str) -> dict[str, Path]:
     for entry in entries:
         name, equals, file = entry.partition("=")
         if not equals or Path(entry).is_file():
-            name, file = Path(entry).name.removesuffix(".safetensors"), entry
+            name, file = named_after(entry), entry
         if not (name and file):
             raise FusionError(f"{option}: expected [NAME=]FILE, such as math=packs/math.safetensors; found {entry!r}.")
         if name in packs:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from graftllm.errors import FusionError
-from graftllm.terminal import AsJson, Base, Device, print_json, print_table
+from graftllm.terminal import AsJson, Base, Device, named_after, print_json, print_table
 
 Entry = str  # [NAME=]PLACE[:WEIGHT]
 
@@ -117,7 +117,7 @@ def _entry(text: str) -> tuple[str, str, float | None]:
     if equals and not Path(place).exists():  # else the sign is part of a path
         place, weight = _weighed(rest)
     else:
-        name = Path(place).name.removesuffix(".safetensors")
+        name = named_after(place)
     if not place or not name:
         raise FusionError(f"merge: expected [NAME=]PLACE[:WEIGHT], such as math.safetensors:0.7; found {text!r}.")
     return name, place, weight

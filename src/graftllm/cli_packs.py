@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from graftllm.errors import FusionError
-from graftllm.terminal import AsJson, Base, Device, print_json, print_lines, print_table
+from graftllm.terminal import AsJson, Base, Device, named_after, print_json, print_lines, print_table
 
 Layer = Annotated[
     Literal["lossy", "exact"] | None,
@@ -113,9 +113,7 @@ def pack(
         check_apart(out, [calibration])
         rows = read_calibration(calibration)
     made_of = Provenance(sources=origin(tuned))
-    card = Card(
-        name=name or out.name.removesuffix(".safetensors"), description=description, license=license, provenance=made_of
-    )
+    card = Card(name=name or named_after(out), description=description, license=license, provenance=made_of)
     checkpoint = Checkpoint.open(base)
     with tuned_model(tuned, checkpoint, live=bool(rows)) as fine_tune:
         delta = Delta(checkpoint, fine_tune)

@@ -17,7 +17,7 @@ def resolve_device(device: str) -> torch.device:
         found = torch.zeros(1, device=device)
         found.item()  # a device without values, such as meta, will not do
         return found.device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, not built in, without values
         raise CheckpointError(
             f"device: expected auto, cpu or a device that PyTorch sees here, found {device!r} ({first_line(error)})."
         ) from error

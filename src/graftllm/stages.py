@@ -71,7 +71,7 @@ class Stages:
             unfinished: files that a killed attempt may go on with. Those of other inputs are deleted first.
             together: whether all processes do it, as they train; still only the first may write.
         """
-        key = hashlib.sha256(json.dumps([identity(part) for part in inputs], sort_keys=True).encode()).hexdigest()
+        key = key_of(inputs)
         path = self.directory / f"{name}.json"
         if (stamp := _holding(path, key, makes)) is None and not leads():
             if together:
@@ -135,6 +135,11 @@ def _marked(marker: Path) -> tuple[str, Spent]:
         return "", Spent()
     key, _, spent = marker.read_text(encoding="utf-8").partition("\n")
     return key, Spent(**json.loads(spent or "{}"))
+
+
+def key_of(inputs: Sequence[Any]) -> str:
+    """Return a hash of inputs, which is another one when one of them changes."""
+    return hashlib.sha256(json.dumps([identity(part) for part in inputs], sort_keys=True).encode()).hexdigest()
 
 
 def identity(part: Any) -> Json:

@@ -56,6 +56,11 @@ def print_table(drawn: Any) -> None:
     console.print(drawn)
 
 
+def named_after(place: str | Path) -> str:
+    """Return what a pack or checkpoint is called where no name is given: its file's name, or its directory's."""
+    return Path(place).name.removesuffix(".safetensors")
+
+
 def print_lines(*lines: str) -> None:
     """Print each line."""
     print("\n".join(lines))

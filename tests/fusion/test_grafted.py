@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,9 @@ from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError
 from graftllm.fusion import assembly
 from graftllm.fusion.assembly import fuse_packs, join_packs
+from graftllm.fusion.beside import mixed
 from graftllm.fusion.chat import Chat
+from graftllm.fusion.conversations import messages_of
 from graftllm.fusion.directory import add_packs, remove_pack, set_router, write_grafted
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.manifest import Manifest, read_manifest
@@ -595,6 +598,12 @@ def test_conversations_may_come_one_by_one(grafted: GraftedModel) -> None:
 def test_what_is_no_conversation_is_refused(grafted: GraftedModel, odd: Any) -> None:
     with pytest.raises(FusionError, match="conversation: expected a text, or at least one message with `role` and"):
         grafted.generate([odd], "one", SHORT)
+
+
+def test_what_else_a_message_says_is_kept_and_any_real_number_is_a_weight() -> None:
+    conversation = [{"role": "user", "content": "hi", "name": "Ada"}]
+    assert messages_of(conversation) is conversation  # type: ignore[arg-type]
+    assert mixed({"one": np.float32(0.5)}, ["one"]) == (("one", 0.5),)
 
 
 def test_a_model_that_is_moved_to_another_dtype_keeps_it(shelf: Path) -> None:

@@ -205,9 +205,16 @@ def mixed(wanted: str | Mapping[str, float] | None, packs: Collection[str], *, a
     for name, weight in shares.items():
         if name != BASE and name not in packs:
             raise unknown_pack(name, [*also, *packs])
-        if not isinstance(weight, int | float) or not math.isfinite(weight):
+        if not _is_finite(weight):
             raise FusionError(f"pack: expected a finite weight for {name!r}, found {weight!r}.")
     return tuple(sorted((name, float(weight)) for name, weight in shares.items() if weight and name != BASE))
+
+
+def _is_finite(weight: Any) -> bool:
+    try:
+        return math.isfinite(weight)
+    except TypeError:
+        return False
 
 
 def _other_size(key: str, module: nn.Module, batch: Batch, value: Tensor) -> FusionError:

@@ -5,14 +5,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
-from pydantic import Field, TypeAdapter, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.errors import FusionError
 from graftllm.fusion.beside import Beside, Mix, mixed
 from graftllm.fusion.branches import kept_branches, why_merged_only
+from graftllm.fusion.conversations import Conversation, messages_of, several
 from graftllm.fusion.features import prompt_features
 from graftllm.fusion.grafting import Graft, is_quantized
 from graftllm.fusion.manifest import AUTO, open_base, open_packs, open_router, read_manifest
@@ -27,11 +27,9 @@ from graftllm.recipe import SamplingOptions
 from graftllm.records import Message
 from graftllm.skillpack import SkillPack
 
-Conversation = str | Sequence[Message]
 Wanted = str | Mapping[str, float] | None  # a pack, several with weights, or the base
 Way = Literal["auto", "merged", "beside"]
 _SMALL = 1 << 30  # bytes of decoded packs that are kept of any model
-_CONVERSATION = TypeAdapter(Annotated[list[Message], Field(min_length=1)])
 
 
 @dataclass(eq=False)
@@ -139,7 +137,7 @@ class GraftedModel:
         Raises:
             FusionError: no rule fits, and there is no router or one that is older than a pack.
         """
-        messages = [_messages(conversation) for conversation in _several(conversations)]
+        messages = [messages_of(conversation) for conversation in several(conversations)]
         routes = [ruled(rule.pack) if (rule := first_fitting(self.rules, one)) else None for one in messages]
         undecided = [i for i, route in enumerate(routes) if route is None]
         for i, route in zip(undecided, self._routed([messages[i] for i in undecided]), strict=True):
@@ -193,7 +191,7 @@ class GraftedModel:
             raise FusionError(f"samples: expected 1, as each conversation gets one answer; found {options.samples}.")
         if way not in get_args(Way):
             raise FusionError(f"way: expected one of {', '.join(get_args(Way))}; found {way!r}.")
-        messages = [_messages(conversation) for conversation in _several(conversations)]
+        messages = [messages_of(conversation) for conversation in several(conversations)]
         mixes = self._chosen(messages, pack)
         if self._goes_beside(mixes, way):
             wanted = [dict(mix) for mix in mixes]
@@ -223,13 +221,13 @@ class GraftedModel:
         Raises:
             FusionError: the pack's name is unknown, or `auto` is asked for without a router.
         """
-        mix = self._chosen([_messages(conversation)], [pack])[0]
+        mix = self._chosen([messages_of(conversation)], [pack])[0]
         beside = self._goes_beside([mix], "auto")
         with self.using(BASE if beside else dict(mix)) as model:
             self._streaming = True
             try:
                 with self.beside.rows([dict(mix)]) if beside else nullcontext():
-                    yield from stream(model, self.tokenizer, _messages(conversation), options)
+                    yield from stream(model, self.tokenizer, messages_of(conversation), options)
             finally:
                 self._let_go()
                 self._streaming = False
@@ -336,26 +334,3 @@ class _Block:
     """A `using` that was not left yet, and what was merged before."""
 
     before: Mix
-
-
-def _several(conversations: Iterable[Conversation]) -> list[Conversation]:
-    """Refuse one conversation where several are expected: its letters or messages would be answered one by one."""
-    several = [] if isinstance(conversations, str) else list(conversations)
-    if isinstance(conversations, str) or any(isinstance(one, Mapping) for one in several):
-        raise FusionError(
-            "conversations: expected a list of texts or of lists of messages, found one "
-            f"{type(conversations).__name__} that is a conversation itself; put it into a list."
-        )
-    return several
-
-
-def _messages(conversation: Conversation) -> Sequence[Message]:
-    if isinstance(conversation, str):
-        return [Message(role="user", content=conversation)]
-    try:
-        return _CONVERSATION.validate_python(conversation)
-    except ValidationError as error:
-        raise FusionError(
-            "conversation: expected a text, or at least one message with `role` and `content`, found "
-            f"{conversation!r:.60}."
-        ) from error

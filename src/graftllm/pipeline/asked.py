@@ -1,13 +1,12 @@
 """What a source was asked, so that only what is new is asked again."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from graftllm.records import Prompt, read_responses, write_rows
-from graftllm.stages import identity
+from graftllm.stages import key_of
 from graftllm.storage import write_text
 
 
@@ -21,16 +20,12 @@ def keep_answers(path: Path, prompts: Sequence[Prompt], way: Sequence[Any]) -> N
     """
     note = path.with_suffix(".asked.json")
     told = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
-    known = _digest([identity(part) for part in way])
+    known = key_of(way)
     before = told["prompts"] if told.get("way") == known else {}
-    now = {prompt.id: _digest(prompt.question) for prompt in prompts}
+    now = {prompt.id: key_of([prompt.question]) for prompt in prompts}
     if path.exists():
         rows = read_responses(path)
         kept = [row for row in rows if row.prompt_id in now and before.get(row.prompt_id) == now[row.prompt_id]]
         if kept != rows:
             write_rows(path, kept)
     write_text(note, json.dumps({"way": known, "prompts": now}))
-
-
-def _digest(part: Any) -> str:
-    return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]

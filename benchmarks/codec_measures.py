@@ -20,7 +20,6 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.compression.calibration import collect_moments
 from graftllm.compression.exact import encode_exact
 from graftllm.compression.measures import Measures
-from graftllm.compression.roles import is_matrix
 from graftllm.compression.sensitivity import measure_sensitivity
 from graftllm.delta import Delta
 from graftllm.evaluation.scores import evaluate
@@ -77,7 +76,7 @@ class Yardstick:
     @cached_property
     def matrices(self) -> Mapping[str, Tensor]:
         """The deltas of all matrices."""
-        return {name: change for name, change in self.changes.items() if is_matrix(tuple(change.shape))}
+        return {name: change for name, change in self.changes.items() if change.ndim == 2 and min(change.shape) > 1}
 
     @cached_property
     def vectors(self) -> Mapping[str, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from graftllm.compression.lowrank import encode_lowrank, lowrank_nbytes, rank_for_energy
+from graftllm.compression.matrix import matrix_shape
 from graftllm.compression.quantization import factor_nbytes, pack_factor, quantize_factor
 
 Matrices = Mapping[str, Tensor]
@@ -74,7 +75,10 @@ def ladder(delta: Matrices, moments: Matrices | None, knob: tuple[float, str, st
 
         def size(energy: float) -> int:
             found = ranks_at(energy)
-            return sum(lowrank_nbytes(tuple(delta[name].shape), rank, bands, GROUP) for name, rank in found.items())
+            return sum(
+                lowrank_nbytes(matrix_shape(tuple(delta[name].shape)), rank, bands, GROUP)
+                for name, rank in found.items()
+            )
 
         ranks = ranks_at(1 - smallest(lambda lost: size(1 - lost) <= budget, 0.0, 1 - 1e-9))
     decoded, sizes = {}, {}
@@ -182,7 +186,7 @@ def _stored(rows: Tensor, bits: int) -> Tensor:
 
 def _affordable(matrix: Tensor, bands: Sequence[tuple[int, float]], nbytes: float) -> int:
     """Return the largest rank whose packed factors take at most `nbytes`."""
-    shape = tuple(matrix.shape)
+    shape = matrix_shape(tuple(matrix.shape))
     return max((r for r in range(1, min(shape) + 1) if lowrank_nbytes(shape, r, bands, GROUP) <= nbytes), default=0)
 
 

@@ -324,11 +324,11 @@ def tuned_patterns(entry: dict, payload: bytes, base: np.ndarray) -> np.ndarray:
         delta[np.cumsum(np.array(gaps) + 1) - 1] = row[0]
         delta = delta.reshape(shape)
     elif how["operator"] == "lowrank":
-        d_out, d_in = reversed(shape) if how.get("transposed") else shape
+        d_out, d_in = reversed(cut(shape)) if how.get("transposed") else cut(shape)
         right, payload = _factor(payload, d_in, how["bands"], how["group_size"])
         left, payload = _factor(payload, d_out, how["bands"], how["group_size"])
         delta = (left.T @ right).reshape(d_out, d_in)
-        delta = delta.T if how.get("transposed") else delta
+        delta = (delta.T if how.get("transposed") else delta).reshape(shape)
     else:
         rows, columns = cut(shape)
         if how.get("transposed"):

@@ -138,10 +138,18 @@ def test_experts_that_calibration_did_not_reach_are_noted_in_the_header(
     assert unseen
 
 
-def test_biases_of_stacked_experts_are_kept_exactly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [PackOptions(strategy="paper"), PackOptions(budget="40%")], ids=["paper", "auto"])
+def test_stacked_experts_are_coded_as_a_matrix_and_their_biases_exactly(options: PackOptions, tmp_path: Path) -> None:
     base = save_base("gpt_oss", tmp_path / "base")
     delta = Delta(Checkpoint.open(base), Checkpoint.open(save_tuned(base, tmp_path / "tuned")))
-    entries = compress(delta, PackOptions(budget="40%")).header.tensors
+    pack = compress(delta, options)
+    entries = pack.header.tensors
+    stacks = [name for name in entries if name.endswith("experts.gate_up_proj")]
+    assert len(stacks) == 2
+    for name in stacks:
+        assert entries[name].operator in ("lowrank", "factored", "hybrid", "elementwise")
+        error = pack.delta(name, delta.base.tensor(name)) - delta[name]
+        assert 0 < error.norm() < 0.9 * delta[name].norm()
     biases = [entry for name, entry in entries.items() if name.endswith("_proj_bias")]
     assert len(biases) == 4
     assert all(entry.operator == "exact" for entry in biases)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from graftllm import __version__, cli
 from graftllm.checkpoint import Checkpoint
 from graftllm.records import Prompt, write_rows
+from graftllm.skillpack import SkillPack
 from tests.conftest import TinyRun
 from tests.models import perturb, save_llama
 
@@ -83,20 +84,7 @@ def test_help_answers_without_pytorch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - started < 10  # about 0.2 s idle
-    for command in (
-        "run",
-        "sample",
-        "score",
-        "train",
-        "pack",
-        "inspect",
-        "verify",
-        "apply",
-        "fuse",
-        "chat",
-        "eval",
-        "demo",
-    ):
+    for command in ("run", "pack", "list", "eval", "doctor"):
         assert f"\n  {command} " in done.stdout
 
 
@@ -334,6 +322,27 @@ def test_a_mistake_is_one_line_and_exit_code_1(
 
 def test_the_version_is_that_of_the_package(graftllm) -> None:
     assert graftllm("--version").out == f"graftllm {__version__}\n"
+
+
+def test_every_command_is_in_a_panel_with_its_whole_first_sentence(graftllm) -> None:
+    shown = graftllm("-h").out
+    panels = shown[shown.index("Skills from a recipe:") :]
+    assert "..." not in panels and "\n:" not in panels
+    assert [line for line in panels.splitlines() if line and line[0] != " "] == [
+        "Skills from a recipe:",
+        "SkillPacks:",
+        "Grafted models:",
+        "Hub and machine:",
+    ]
+
+
+@pytest.mark.parametrize("words", [["--servable", "--name", "x"], ["--servable", "16"], ["--servable"]])
+def test_a_servable_pack_without_a_rank_has_the_one_that_engines_serve(
+    words: list[str], base_dir: Path, tuned_dir: Path, tmp_path: Path, graftllm
+) -> None:
+    out = tmp_path / "pack.safetensors"
+    assert graftllm("pack", "--base", base_dir, "--tuned", tuned_dir, "--out", out, *words).code == 0
+    assert SkillPack.load(out).header.options.servable == 16
 
 
 def test_short_help_is_help(graftllm) -> None:

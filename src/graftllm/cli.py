@@ -19,24 +19,26 @@ from graftllm.cli_fusion import add, chat, fuse, list_shelf, remove, rules
 from graftllm.cli_hub import pull, push
 from graftllm.cli_learning import evaluate, learn
 from graftllm.cli_merge import merge
-from graftllm.cli_packs import apply, inspect, pack, verify
+from graftllm.cli_packs import ServableAlone, apply, inspect, pack, verify
 from graftllm.cli_report import report
 from graftllm.cli_serve import export, serve
 from graftllm.errors import GraftError
 from graftllm.launched import leads
-from graftllm.terminal import AllJson, AsJson, Device, Quiet, ShowVersion, print_lines, print_table, settle
+from graftllm.terminal import AllJson, AsJson, Device, Panels, Quiet, ShowVersion, print_lines, print_table, settle
 
 if TYPE_CHECKING:
     from graftllm.evaluation.report import Report
     from graftllm.pipeline.work import Work
 
 app = typer.Typer(
+    cls=Panels,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
+SKILLS, PACKS, GRAFTED, AROUND = "Skills from a recipe", "SkillPacks", "Grafted models", "Hub and machine"
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe, such as recipes/demo.yaml.")]
 RunDirectory = Annotated[
     Path | None, typer.Option("--dir", help="Where artifacts go.  [default: runs/NAME of the recipe]")
@@ -84,7 +86,7 @@ def every(context: typer.Context, quiet: Quiet = False, json: AllJson = False, v
     settle(context, quiet=quiet, json=json)
 
 
-@app.command()
+@app.command(rich_help_panel=SKILLS)
 def run(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto", json: AsJson = False) -> None:
     """Do everything a recipe asks for: sample, score, train, pack, verify, fuse, evaluate.
 
@@ -99,7 +101,7 @@ def run(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto", j
     _print_report(report, work.directory, as_json=json)
 
 
-@app.command()
+@app.command(rich_help_panel=SKILLS)
 def sample(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto") -> None:
     """Ask the sources of a recipe its prompts; stop there."""
     from graftllm.pipeline import transfer
@@ -107,7 +109,7 @@ def sample(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto"
     _each_skill(_open_work(recipe, dir, device), transfer.sample)
 
 
-@app.command()
+@app.command(rich_help_panel=SKILLS)
 def score(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto") -> None:
     """Sample and judge; write SFT rows and preference pairs; stop there."""
     from graftllm.pipeline import transfer
@@ -115,7 +117,7 @@ def score(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto")
     _each_skill(_open_work(recipe, dir, device), transfer.score)
 
 
-@app.command()
+@app.command(rich_help_panel=SKILLS)
 def train(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto") -> None:
     """Sample, score, tune the target on each skill (SFT, then DPO); stop there."""
     from graftllm.pipeline import transfer
@@ -123,17 +125,22 @@ def train(recipe: RecipeFile, dir: RunDirectory = None, device: Device = "auto")
     _each_skill(_open_work(recipe, dir, device), transfer.train)
 
 
-for _command in (pack, inspect, verify, apply, merge, fuse, add, remove, rules, serve, export, push, pull, doctor):
-    app.command()(_command)
-app.command()(cost)
-app.command("list")(list_shelf)
-app.command()(chat)
-app.command("eval")(evaluate)
-app.command()(learn)
-app.command()(report)
+app.command(rich_help_panel=SKILLS)(cost)
+app.command(rich_help_panel=SKILLS)(report)
+app.command(rich_help_panel=PACKS, cls=ServableAlone)(pack)
+for _command in (inspect, verify, apply, merge, export):
+    app.command(rich_help_panel=PACKS)(_command)
+for _command in (fuse, add, remove, rules, learn):
+    app.command(rich_help_panel=GRAFTED)(_command)
+app.command("list", rich_help_panel=GRAFTED)(list_shelf)
+app.command("eval", rich_help_panel=GRAFTED)(evaluate)
+for _command in (chat, serve):
+    app.command(rich_help_panel=GRAFTED)(_command)
+for _command in (push, pull, doctor):
+    app.command(rich_help_panel=AROUND)(_command)
 
 
-@app.command()
+@app.command(rich_help_panel=SKILLS)
 def demo(
     dir: Annotated[Path, typer.Option(help="Where artifacts go.")] = Path("runs/demo"),
     device: Device = "auto",

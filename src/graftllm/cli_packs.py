@@ -4,10 +4,12 @@ Like there, no logic lives here and heavy imports happen inside the functions.
 """
 
 import time
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from graftllm.errors import FusionError
 from graftllm.terminal import AsJson, Base, Device, named_after, print_json, print_lines, print_table
@@ -16,6 +18,19 @@ Layer = Annotated[
     Literal["lossy", "exact"] | None,
     typer.Option(help="Layer of packs that have two.  [default: exact where there is one]"),
 ]
+
+
+class ServableAlone(TyperCommand):
+    """A command whose option --servable may stand without its rank."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the rank after a --servable that has none."""
+        from graftllm.packing_options import SERVED_RANK
+
+        words = []
+        for word, after in pairwise([*args, "-"]):
+            words += [word, str(SERVED_RANK)] if word == "--servable" and after.startswith("-") else [word]
+        return super().parse_args(ctx, words)
 
 
 def pack(
@@ -37,8 +52,9 @@ def pack(
     servable: Annotated[
         int | None,
         typer.Option(
-            metavar="RANK",
-            help="Keep attention and MLP matrices at this rank or below (auto, and the lossy layer of exact).",
+            metavar="[RANK]",
+            help="Keep attention and MLP matrices at this rank or below (auto, and the lossy layer of exact); alone "
+            "at 16, the most that vLLM serves unless told otherwise.",
         ),
     ] = None,
     distill: Annotated[
@@ -71,8 +87,8 @@ def pack(
         int | None,
         typer.Option(
             min=1,
-            help="Threads that share the work; the file is the same for any number.  [default: one a core for a "
-            "large model on CPU, else one]",
+            help="Threads that share the work, and GPUs; the file is the same for any number.  [default: for a large "
+            "model one a GPU, or one a core; else one]",
         ),
     ] = None,
     engine: Annotated[

@@ -5,6 +5,19 @@ import torch
 from graftllm.errors import CheckpointError, first_line
 
 
+def gpus(device: str) -> int:
+    """Return how many GPUs a device may stand for: all that are here for `auto` and `cuda`, else 0 or 1."""
+    if resolve_device(device).type != "cuda":
+        return 0
+    return torch.cuda.device_count() if device in ("auto", "cuda") else 1
+
+
+def use_own_gpu(device: str, worker: int) -> None:
+    """Let `auto` and `cuda` in this thread, one of several workers, stand for a GPU that few others use."""
+    if (found := gpus(device)) > 1:
+        torch.cuda.set_device(worker % found)
+
+
 def resolve_device(device: str) -> torch.device:
     """Return the device that `auto` stands for (a GPU when there is one), or the named one.
 

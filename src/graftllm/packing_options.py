@@ -7,13 +7,14 @@ import math
 import re
 from typing import Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from graftllm.errors import RecipeError
 from graftllm.transfer_options import Section
 
 Strategy = Literal["auto", "paper", "exact"]
 DEFAULT_SHARE = 0.05  # of the tuned checkpoint's bytes, where no budget is given
+SERVED_RANK = 16  # of `servable` without a rank: vLLM's own `--max-lora-rank`
 
 
 class PackOptions(Section):
@@ -26,7 +27,10 @@ class PackOptions(Section):
         "of a lossy layer under the exact one",
     )
     servable: int | None = Field(
-        default=None, ge=1, le=512, description="keep linear layers at this rank or below, as LoRA servers need it"
+        default=None,
+        ge=1,
+        le=512,
+        description="keep linear layers at this rank or below, as LoRA servers need it; true is 16",
     )
     distill: int | None = Field(
         default=None,
@@ -57,6 +61,11 @@ class PackOptions(Section):
     def divergence(self) -> float | None:
         """The KL divergence that the budget asks for; None where it is a size, or there is none."""
         return None if self.budget is None else kl_target(self.budget)
+
+    @field_validator("servable", mode="before")
+    @classmethod
+    def _rank_where_none_is_named(cls, given: Any) -> Any:
+        return (SERVED_RANK if given else None) if isinstance(given, bool) else given
 
     @model_validator(mode="after")
     def _bands_cover_everything(self) -> "PackOptions":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from graftllm import __version__
 
@@ -27,6 +28,21 @@ def _show_version(wanted: bool) -> None:
 ShowVersion = Annotated[
     bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and end.")
 ]
+
+
+class Panels(TyperGroup):
+    """The whole command, which lists its subcommands under their panels, with their whole first sentences."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write a list of commands for each panel, all with the same first column."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        widest = max(map(len, self.commands))
+        for name, command in self.commands.items():
+            row = (name.ljust(widest), command.get_short_help_str(limit=1000))
+            panels.setdefault(cast(TyperCommand, command).rich_help_panel or "", []).append(row)
+        for title, rows in panels.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
 
 
 def settle(context: typer.Context, *, quiet: bool, json: bool) -> None:

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from graftllm.checkpoint import Checkpoint, TensorSpec
 from graftllm.compression import crew
-from graftllm.compression.crew import default_workers
+from graftllm.compression.crew import default_workers, open_crew
 from graftllm.compression.jobs import Job, Unit
 from graftllm.compression.units import carry_out
+from graftllm.compression.workspace import Workspace
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError, CompressionError
 from graftllm.packer import compress
@@ -74,14 +75,37 @@ def test_an_interrupt_does_not_wait_and_begins_nothing_more(delta: Delta, monkey
 
 
 def test_large_models_have_a_worker_for_each_core_with_memory(delta: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
-    grown = replace(delta.tuned, specs={**delta.tuned.specs, "more": TensorSpec("BF16", (60_000, 1_000))})
-    large = object.__new__(Delta)
-    object.__setattr__(large, "tuned", grown)
+    large = _large(delta)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3), raising=False)
     for memory, expected in ((1 << 40, 3), (5 << 30, 2), (1 << 30, 1)):
         monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.__getitem__)
         assert default_workers(large, "cpu") == expected
         assert default_workers(delta, "cpu") == 1
+
+
+def test_each_worker_has_a_gpu_of_its_own_while_there_are_any(delta: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are none here: that a thread's `cuda` is its own GPU is PyTorch's promise."""
+    taken: dict[str, int] = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda number: taken.update({threading.current_thread().name: number})
+    )
+    met = threading.Barrier(3)
+    monkeypatch.setattr(crew, "carry_out", lambda job, unit: met.wait(60))
+    units = [Unit(name, "look") for name in list(delta)[:3]]
+    with open_crew(Job(delta, PackOptions(), "auto", Workspace(Path("nowhere"))), 3) as do:
+        do(units, "looking")
+    assert taken == {"packing-0": 0, "packing-1": 1, "packing-2": 0}
+    assert default_workers(_large(delta), "auto") == 2
+    assert default_workers(delta, "auto") == 1
+
+
+def _large(delta: Delta) -> Delta:
+    grown = replace(delta.tuned, specs={**delta.tuned.specs, "more": TensorSpec("BF16", (60_000, 1_000))})
+    large = object.__new__(Delta)
+    object.__setattr__(large, "tuned", grown)
+    return large
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -13,7 +13,7 @@ import torch
 from graftllm.compression.jobs import Job, Unit
 from graftllm.compression.units import carry_out
 from graftllm.delta import Delta
-from graftllm.devices import resolve_device
+from graftllm.devices import gpus, use_own_gpu
 from graftllm.errors import WorkerError
 from graftllm.progress import progress
 from graftllm.threads import one_thread
@@ -25,9 +25,11 @@ _WORKER_BYTES = 2 << 30  # of memory, with room to spare
 
 
 def default_workers(delta: Delta, device: str) -> int:
-    """Return how many threads pack best: one a core, for large models on CPU, as far as memory goes."""
-    if delta.tuned.parameters < _SMALL or resolve_device(device).type != "cpu":
+    """Return how many threads pack a large model best: one a GPU or, on CPU, one a core as far as memory goes."""
+    if delta.tuned.parameters < _SMALL:
         return 1
+    if found := gpus(device):
+        return found
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, memory // _WORKER_BYTES))
@@ -64,7 +66,8 @@ def _here(job: Job, units: Sequence[Unit], workers: int) -> Generator[None]:
     for unit in _largest_first(job, units):
         todo.put(unit)
 
-    def work() -> None:
+    def work(number: int) -> None:
+        use_own_gpu(job.device, number)
         while True:
             try:
                 unit = todo.get_nowait()
@@ -77,7 +80,7 @@ def _here(job: Job, units: Sequence[Unit], workers: int) -> Generator[None]:
                 done.put(error)
 
     with one_thread():  # those that are started here have this number, too
-        threads = [Thread(target=work, name=f"packing-{i}") for i in range(min(workers, len(units)))]
+        threads = [Thread(target=work, args=(i,), name=f"packing-{i}") for i in range(min(workers, len(units)))]
         try:
             for thread in threads:
                 thread.start()
@@ -106,7 +109,8 @@ def _ray(job: Job, workers: int) -> Iterator[Crew]:
     started = not ray.is_initialized()
     if started:
         ray.init(**({} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers, "include_dashboard": False}))
-    task, shared = ray.remote(_do_alone), ray.put(job)
+    with_gpu = {"num_gpus": 1} if job.device in ("auto", "cuda") and ray.cluster_resources().get("GPU") else {}
+    task, shared = ray.remote(_do_alone).options(**with_gpu), ray.put(job)
 
     def finished(todo: Sequence[Unit]) -> Iterator[None]:
         waiting = [task.remote(shared, unit) for unit in _largest_first(job, todo)]

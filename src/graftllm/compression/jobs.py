@@ -20,6 +20,7 @@ from graftllm.checkpoint import DTYPE_NAMES, TensorSpec, raw_bytes, write_safete
 from graftllm.compression.automatic import Way
 from graftllm.compression.encoded import EncodedTensor, ExactLayer, Operator, Refinement, payload_digest
 from graftllm.compression.exact import Exact
+from graftllm.compression.matrix import matrix_shape
 from graftllm.compression.measures import Measures, load_measures
 from graftllm.compression.outlook import Outlook, Sides
 from graftllm.compression.published import Sizes
@@ -142,7 +143,7 @@ def found_sizes(job: Job, name: str) -> Sizes:
     with safe_open(Unit(name, "spectrum").file(job), framework="pt") as file:
         known = json.loads((file.metadata() or {})["known"])
         spectrum = file.get_tensor("spectrum") if "spectrum" in file.keys() else None
-    return Sizes(job.delta.tuned.specs[name].shape, known, spectrum)
+    return Sizes(matrix_shape(job.delta.tuned.specs[name].shape), known, spectrum)
 
 
 def found_code(job: Job, unit: Unit) -> Compressed:

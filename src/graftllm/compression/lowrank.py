@@ -12,12 +12,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
+from graftllm.compression.matrix import matrix_shape
 from graftllm.compression.metric import frobenius
 from graftllm.compression.quantization import factor_nbytes, pack_factor, quantize_factor, unpack_factor
 
 
 class LowRank(BaseModel):
-    """`U S` and `V^T`, each packed as `quantization` describes, `V^T` first.
+    """`U S` and `V^T`, each packed as `quantization` describes, `V^T` first, of a tensor cut by `matrix_shape`.
 
     `bands` gives the bits and the number of singular vectors that have them, strongest first; `transposed` says
     that they are of the tensor's transpose.
@@ -44,11 +45,11 @@ class LowRank(BaseModel):
         Raises:
             ValueError: the payload is not as long as such factors take.
         """
-        left, right = self.factors(payload, tuple(base.shape))
-        return left @ right
+        left, right = self.factors(payload, matrix_shape(tuple(base.shape)))
+        return (left @ right).reshape(base.shape)
 
-    def factors(self, payload: np.ndarray, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return factors whose product is the delta, shapes (rows, rank) and (rank, columns), in float32.
+    def factors(self, payload: np.ndarray, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Return factors whose product is the delta of a matrix, shapes (rows, rank) and (rank, columns), in float32.
 
         Raises:
             ValueError: as for `delta`.
@@ -87,8 +88,8 @@ def encode_lowrank(
     return LowRank(bands=bands, group_size=group_size), payload
 
 
-def lowrank_nbytes(shape: tuple[int, ...], rank: int, bit_bands: Sequence[tuple[int, float]], group_size: int) -> int:
-    """Return how many bytes `encode_lowrank` will write."""
+def lowrank_nbytes(shape: tuple[int, int], rank: int, bit_bands: Sequence[tuple[int, float]], group_size: int) -> int:
+    """Return how many bytes `encode_lowrank` will write of a matrix."""
     bands = whole_bands(rank, bit_bands)
     return sum(factor_nbytes(length, bands, group_size) for length in shape)
 

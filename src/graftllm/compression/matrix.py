@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model
 from torch import Tensor
 
 from graftllm.checkpoint import LARGE
+from graftllm.compression.roles import Role
 
 BLOCK = 1 << 24  # entries that are coded at a time; bounds the memory
 DOUBLE = 2048  # columns up to which a matrix, or the moments of its inputs, are calculated with in float64
@@ -162,3 +163,12 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
         return 1, math.prod(shape)
     cuts = [(math.prod(shape[:i]), math.prod(shape[i:])) for i in range(1, len(shape))]
     return max(cuts, key=lambda cut: min(cut))
+
+
+def is_matrix(shape: tuple[int, ...], role: Role) -> bool:
+    """Return whether a parameter is coded as a matrix: not vectors, and not norms or biases, stacked ones either.
+
+    >>> is_matrix((8, 512, 256), "expert"), is_matrix((8, 512), "bias"), is_matrix((512, 1), "other")
+    (True, False, False)
+    """
+    return min(matrix_shape(shape)) > 1 and role not in ("norm", "bias")

@@ -1,7 +1,8 @@
 """The strategy `paper`, one parameter at a time.
 
 It is the module-aware adaptive compression of arXiv 2505.18502: embedding and head pruned by magnitude, attention
-and MLP by truncated SVD with quantised factors. Norms, biases and whatever is not a matrix are exact.
+and MLP by truncated SVD with quantised factors. A stack of experts, or a convolution, is decomposed as one matrix.
+Norms, biases and all other vectors are exact.
 """
 
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from graftllm.compression.lowrank import (
     singular_values,
     truncated_svd,
 )
+from graftllm.compression.matrix import is_matrix, matrix_shape
 from graftllm.compression.pruning import encode_sparse
-from graftllm.compression.roles import Role, is_matrix
+from graftllm.compression.roles import Role
 from graftllm.packing_options import PackOptions
 
 PRUNED: tuple[Role, ...] = ("embedding", "head")
@@ -49,11 +51,12 @@ def encode_published(
         moments: of the layer's input.
         transposed: whether the input side is dimension 0.
     """
-    if not is_matrix(tuple(tuned.shape)):
+    if not is_matrix(tuple(tuned.shape), role):
         return encode_exact(base, tuned)
     if role in PRUNED:
         return encode_sparse(change.cpu(), options.density, options.group_size)
-    matrix = change.T if transposed else change
+    matrix = change.reshape(matrix_shape(tuple(tuned.shape)))
+    matrix = matrix.T if transposed else matrix
     factors = leading_svd(matrix, options.energy) if rank is None else truncated_svd(matrix, rank)
     moments = None if moments is None else moments.to(change.device)
     operator, payload = encode_lowrank(factors, options.bit_bands, options.group_size, moments)
@@ -64,7 +67,7 @@ def encode_published(
 class Sizes:
     """What is known of one parameter before its energy is: its bytes if that is all, else its spectrum."""
 
-    shape: tuple[int, ...]
+    shape: tuple[int, int]
     known: int
     spectrum: Tensor | None = None  # singular values, descending
 
@@ -77,7 +80,7 @@ class Sizes:
 
 def sizes(base: Tensor, tuned: Tensor, change: Tensor, role: Role, options: PackOptions) -> Sizes:
     """Return what is known of one floating-point parameter that changed; arguments as for `encode_published`."""
-    shape = tuple(base.shape)
-    if is_matrix(shape) and role not in PRUNED:
-        return Sizes(shape, 0, singular_values(change).cpu())
-    return Sizes(shape, encode_published(base, tuned, change, role, options, None, None)[1].nbytes)
+    shape = matrix_shape(tuple(base.shape))
+    if role in PRUNED or not is_matrix(shape, role):
+        return Sizes(shape, encode_published(base, tuned, change, role, options, None, None)[1].nbytes)
+    return Sizes(shape, 0, singular_values(change.reshape(shape)).cpu())

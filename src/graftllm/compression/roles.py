@@ -54,8 +54,3 @@ def role_of(name: str, shape: tuple[int, ...]) -> Role:
                 continue
             return role
     return "norm" if len(shape) < 2 else "other"
-
-
-def is_matrix(shape: tuple[int, ...]) -> bool:
-    """Return whether a parameter is a matrix that a low rank can approximate (both sides above 1)."""
-    return len(shape) == 2 and min(shape) > 1

@@ -27,7 +27,7 @@ from graftllm.compression.jobs import (
     write_sizes,
 )
 from graftllm.compression.layered import encode_closest, refine
-from graftllm.compression.matrix import MatrixOperator, Source, matrix_shape
+from graftllm.compression.matrix import MatrixOperator, Source, is_matrix
 from graftllm.compression.measures import Measures
 from graftllm.compression.metric import frobenius
 from graftllm.compression.outlook import outlook
@@ -56,7 +56,7 @@ def _look(job: Job, unit: Unit) -> None:
     spec = delta.tuned.specs[name]
     if delta.unchanged(name):
         write_code(job, unit, Unchanged(), np.empty(0, np.uint8), 0.0)
-    elif _is_small(name, spec.shape) or not _is_floating(job, name):
+    elif not is_matrix(spec.shape, role_of(name, spec.shape)) or not _is_floating(job, name):
         write_code(job, unit, *encode_exact(*_pair(job, name)), 0.0)
     else:
         served = role_of(name, spec.shape) in SERVED and len(spec.shape) == 2
@@ -101,13 +101,13 @@ def _source(job: Job, name: str, measures: Measures) -> Source:
 
 def _spectrum(job: Job, unit: Unit) -> None:
     """Find how many bytes a parameter takes in the strategy `paper`, or on what that depends."""
-    found = Sizes((), 0)
+    found = Sizes((0, 0), 0)
     if not job.delta.unchanged(unit.name):
         if _is_floating(job, unit.name):
             base, tuned, change, role = _changed(job, unit.name)
             found = sizes(base, tuned, change, role, job.options)
         else:
-            found = Sizes((), encode_exact(*_pair(job, unit.name))[1].nbytes)
+            found = Sizes((0, 0), encode_exact(*_pair(job, unit.name))[1].nbytes)
     write_sizes(job, unit, found)
 
 
@@ -131,11 +131,6 @@ def _publish(job: Job, unit: Unit) -> None:
     change = change.cpu()
     error, norm = frobenius(operator.delta(payload, base).sub_(change)), frobenius(change)
     return write_code(job, unit, operator, payload, error / norm if norm else 0.0)
-
-
-def _is_small(name: str, shape: tuple[int, ...]) -> bool:
-    """Return whether a parameter is no matrix: a vector, or the biases of a stack of experts."""
-    return min(matrix_shape(shape)) == 1 or role_of(name, shape) in ("norm", "bias")
 
 
 def _is_floating(job: Job, name: str) -> bool:

@@ -175,7 +175,7 @@ def strengths(pack: SkillPack, name: str) -> Tensor | None:
         PackError: the payload is damaged, or is not what the header says.
     """
     entry = pack.header.tensors[name]
-    operator, shape = entry.how, entry.tuned_spec.shape
+    operator, (rows, columns) = entry.how, matrix_shape(entry.tuned_spec.shape)
     if not isinstance(operator, LowRank | Factored | Hybrid):
         return None
     payload = pack.encoded(name).payload
@@ -184,13 +184,9 @@ def strengths(pack: SkillPack, name: str) -> Tensor | None:
     else:
         turned = isinstance(operator, Factored) and operator.transposed
     try:
-        if operator.rank * sum(matrix_shape(shape)) > _MOST_VALUES:  # no base vouches for the shape
+        if operator.rank * (rows + columns) > _MOST_VALUES:  # no base vouches for the shape
             raise ValueError(f"expected factors of at most {_MOST_VALUES:,} values, found rank {operator.rank}")
-        if isinstance(operator, Factored):
-            rows, columns = matrix_shape(shape)
-            left, right = operator.factors(payload, (columns, rows) if turned else (rows, columns))
-        else:
-            left, right = operator.factors(payload, shape)
+        left, right = operator.factors(payload, (columns, rows) if turned else (rows, columns))
     except ValueError as error:
         raise PackError(
             f"{pack.source}: the payload of {name!r} cannot be decoded ({error}). The file is damaged."

@@ -7,7 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from graftllm.compression.lowrank import singular_values
-from graftllm.compression.roles import is_matrix, role_of
+from graftllm.compression.matrix import is_matrix, matrix_shape
+from graftllm.compression.roles import role_of
 from graftllm.delta import Delta
 from graftllm.evaluation.report import Report
 from graftllm.evaluation.scores import Score
@@ -28,11 +29,12 @@ def spectra(delta: Delta) -> dict[str, list[float]]:
     """
     names: dict[str, list[str]] = {}
     for name, spec in delta.base.specs.items():
-        if is_matrix(spec.shape):
-            names.setdefault(role_of(name, spec.shape), []).append(name)
+        if is_matrix(spec.shape, role := role_of(name, spec.shape)):
+            names.setdefault(role, []).append(name)
     curves: dict[str, list[float]] = {}
     for role, members in names.items():
-        energy = singular_values(delta[members[len(members) // 2]]).double().square()
+        change = delta[members[len(members) // 2]]
+        energy = singular_values(change.reshape(matrix_shape(tuple(change.shape)))).double().square()
         kept = np.concatenate([[0.0], (energy.cumsum(0) / energy.sum().clamp(min=1e-300)).numpy()])
         curves[role] = np.interp(np.linspace(0, 1, 65), np.linspace(0, 1, len(kept)), kept).round(5).tolist()
     return curves

@@ -159,3 +159,19 @@ def test_a_marker_without_figures_is_of_an_attempt_that_took_nothing(stages: Sta
     marker = stages.directory / "step.started"
     marker.write_text(marker.read_text().splitlines()[0])
     assert stages.run("step", ["a"], [], lambda: None).seconds < 500
+
+
+def test_where_an_input_lies_does_not_count(stages: Stages, tmp_path: Path) -> None:
+    model = tmp_path / "here" / "model"
+    model.mkdir(parents=True)
+    (model / "weights").write_text("a")
+    (tmp_path / "rows.jsonl").write_text("{}")
+    action = Counter(tmp_path / "made")
+    stages.run("step", [model, tmp_path / "rows.jsonl"], [action.makes], action)
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = (tmp_path / "rows.jsonl").rename(tmp_path / "there" / "rows.jsonl")
+    stages.run("step", [tmp_path / "there" / "model", moved], [action.makes], action)
+    assert action.times == 1
+    (tmp_path / "there" / "model" / "weights").rename(tmp_path / "there" / "model" / "other")
+    stages.run("step", [tmp_path / "there" / "model", moved], [action.makes], action)
+    assert action.times == 2

@@ -65,7 +65,7 @@ class Stages:
         Args:
             name: such as `sample.math`; the part before the first dot is the kind of step.
             inputs: what the result depends on: options, stamps of earlier steps, and paths (which count as changed
-                when a size or a time of change does).
+                when a name in them, a size or a time of change does; where they lie does not count).
             makes: files and directories that the step leaves behind.
             action: does the step; its result must be JSON.
             unfinished: files that a killed attempt may go on with. Those of other inputs are deleted first.
@@ -150,6 +150,7 @@ def identity(part: Any) -> Json:
         return part.key
     if isinstance(part, Path):
         files = sorted(part.rglob("*")) if part.is_dir() else [part]
-        stats = [(str(file), file.stat()) for file in files if file.is_file()]
+        home = part if part.is_dir() else part.parent  # where that lies does not count: runs are moved
+        stats = [(file.relative_to(home).as_posix(), file.stat()) for file in files if file.is_file()]
         return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
     return part

@@ -1,6 +1,7 @@
 """The whole river on a zoo that is trained on the spot."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,14 +113,15 @@ def test_the_report_is_shown_with_its_plots(tiny_run: TinyRun) -> None:
     assert f"{100 * tiny_run.report.skills['next'].tuned:.1f} ± " in text
 
 
-def test_a_finished_run_does_nothing_again(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {path: path.stat().st_mtime_ns for path in tiny_run.directory.rglob("*") if path.is_file()}
-    work = open_work(tiny_run.recipe, tiny_run.directory)
-    again = river.run(work)
+@pytest.mark.parametrize("moved", [False, True], ids=["there", "moved"])
+def test_a_finished_run_does_nothing_again(tiny_run: TinyRun, tmp_path: Path, moved: bool) -> None:
+    directory = shutil.copytree(tiny_run.directory, tmp_path / "moved") if moved else tiny_run.directory
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
+    again = river.run(open_work(tiny_run.recipe, directory))
     assert again.model_copy(update={"seconds": {}, "peak_memory_bytes": 0}) == tiny_run.report.model_copy(
         update={"seconds": {}, "peak_memory_bytes": 0}
     )
-    after = {path: path.stat().st_mtime_ns for path in tiny_run.directory.rglob("*") if path.is_file()}
+    after = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
     written = {path.name for path, changed in after.items() if before.get(path) != changed}
     assert written <= {"report.json", "report.md", "recipe.yaml", *PLOTS}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.pipeline.preparing import digest_of, prompts_of
-from graftllm.pipeline.work import Work, endpoint_identity, model_identity
+from graftllm.pipeline.work import Work, endpoint_identity, model_identity, without_place
 from graftllm.records import read_prompts, read_responses, write_rows
 from graftllm.sampling.pairs import preference_pairs, prompts_for_pairs
 from graftllm.sampling.responses import Source, sample_responses
@@ -61,6 +61,10 @@ def own_pairs(
 
 def judge_identity(work: Work, skill: str) -> list[Any]:
     """Return what a stage depends on when it depends on a skill's judges."""
-    judges = work.recipe.skills[skill].judge
-    models = [model_identity(judge.model) for judge in judges if isinstance(judge, RewardJudge)]
-    return [*(endpoint_identity(judge) if isinstance(judge, LlmJudge) else judge for judge in judges), *models]
+    found: list[Any] = []
+    for judge in work.recipe.skills[skill].judge:
+        if isinstance(judge, RewardJudge):
+            found += [judge.model_copy(update={"model": without_place(judge.model)}), model_identity(judge.model)]
+        else:
+            found.append(endpoint_identity(judge) if isinstance(judge, LlmJudge) else judge)
+    return found

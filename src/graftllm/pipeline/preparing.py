@@ -72,7 +72,7 @@ def prepare(work: Work, name: str) -> Stamp:
             "examples": [asdict(one) for one in shared[:5]],
         }
 
-    inputs = [*_identity(sets), *_identity(options.against), options, *tests]
+    inputs = [*_identity(sets), *_identity(options.against), options.model_copy(update={"against": ()}), *tests]
     return work.stages.run(f"prepare.{name}.prompts", inputs, [path], action)
 
 
@@ -86,4 +86,5 @@ def _section(work: Work, name: str) -> Skill | General:
 
 def _identity(sets: Sequence[PromptSet]) -> list[Any]:
     """Return what a stage depends on when it depends on prompt sets: their options, and files on this machine."""
-    return [*sets, *(Path(file) for one in sets for file in one.files)]
+    told = [one.model_copy(update={"files": tuple(Path(file).name for file in one.files)}) for one in sets]
+    return [*told, *(Path(file) for one in sets for file in one.files)]

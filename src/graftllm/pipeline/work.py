@@ -110,6 +110,11 @@ def model_identity(model: str) -> Path | str:
     return Path(model) if Path(model).is_dir() else model
 
 
+def without_place(model: str) -> str:
+    """Return how options name a model whose identity is a part of its own: a directory by its last name."""
+    return Path(model).name if Path(model).is_dir() else model
+
+
 def endpoint_identity(section: Endpoint) -> Section:
     """Return a source or judge without what changes none of its answers: keys, patience, prices."""
     without = {name: Endpoint.model_fields[name].default for name in _PATIENCE}
@@ -119,9 +124,13 @@ def endpoint_identity(section: Endpoint) -> Section:
 def source_identity(source: SourceOptions) -> list[Any]:
     """Return what a stage depends on when it asks a source."""
     told, template = endpoint_identity(source).model_dump(mode="json"), source.chat_template
+    if source.url is None:
+        told["model"] = without_place(source.model)
+    files = [Path(template)] if template is not None and not is_template(template) else []
     if template is None:
         del told["chat_template"]  # so that what was asked before there was this option still holds
-    files = [Path(template)] if template is not None and not is_template(template) else []
+    elif files:
+        told["chat_template"] = files[0].name
     return [told, *([] if source.url else [model_identity(source.model)]), *files]
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from graftllm.checkpoint import LARGE
 from graftllm.compression.matrix import matrix_shape
 from graftllm.compression.outlook import directions_for
 from graftllm.delta import Delta
+from graftllm.tensors import LARGE
 
 _PRODUCTS = 6  # with the whole matrix in a range finder: a sketch, two power iterations of two, the rest
 _SHARE = 8  # the largest rank that is looked at is the smaller side divided by this

@@ -21,11 +21,11 @@ from rivals import RIVALS, Rival, Setting, compress, distinct
 from zstandard import ZstdCompressor
 
 import graftllm.packer
-from graftllm.checkpoint import raw_bytes
 from graftllm.compression.metric import Metric
 from graftllm.errors import CompressionError
 from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
+from graftllm.tensors import raw_bytes
 
 RATES = (0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # bits per parameter that our budgets ask for
 OWN = ("auto", "auto, distilled", "auto, not calibrated", "paper")

@@ -14,7 +14,7 @@ import torch
 from fusion_models import Built
 from torch import Tensor
 
-from graftllm.checkpoint import DTYPES, Checkpoint
+from graftllm.checkpoint import Checkpoint
 from graftllm.compression.calibration import collect_moments
 from graftllm.compression.prices import Calibration
 from graftllm.delta import Delta
@@ -36,6 +36,7 @@ from graftllm.pipeline.baselines import BASELINES
 from graftllm.pipeline.packing import fuse
 from graftllm.pipeline.work import GENERAL
 from graftllm.records import Prompt, read_prompts
+from graftllm.tensors import DTYPES
 
 SCALES = (0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5)
 DISTILLED = PackOptions(budget="4%", distill=600)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from bounds import bound
 
-from graftllm.checkpoint import Checkpoint, TensorSpec, raw_bytes, write_safetensors
+from graftllm.checkpoint import Checkpoint
 from graftllm.compression.crew import default_workers
 from graftllm.compression.lowrank import rank_for_energy, whole_bands
 from graftllm.compression.metric import frobenius
@@ -36,6 +36,7 @@ from graftllm.devices import resolve_device
 from graftllm.metering import peak_memory_bytes
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
+from graftllm.tensors import TensorSpec, raw_bytes, write_safetensors
 
 _LAYER = {
     "self_attn.q_proj": (4096, 4096),

@@ -26,10 +26,10 @@ from rivals_elementwise import bitdelta, bitdelta_masks, dare, deltazip, magnitu
 from rivals_lowrank import deltamix, dqrelo, impart, ladder, lora
 from torch import Tensor
 
-from graftllm.checkpoint import TensorSpec, safetensors_opening
 from graftllm.compression.pruning import encode_sparse
 from graftllm.compression.quantization import pack_factor, quantize_factor
 from graftllm.compression.roles import role_of
+from graftllm.tensors import TensorSpec, safetensors_opening
 
 Matrices = Mapping[str, Tensor]
 Coded = tuple[dict[str, Tensor], dict[str, int]]  # decoded deltas and payload bytes, by name

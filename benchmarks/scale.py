@@ -33,7 +33,7 @@ import torch
 from bounds import bound
 from pack_speed import SIZES
 
-from graftllm.checkpoint import INDEX, LARGE, Checkpoint, TensorSpec, raw_bytes, write_safetensors
+from graftllm.checkpoint import INDEX, Checkpoint
 from graftllm.compression.crew import default_workers
 from graftllm.delta import Delta
 from graftllm.devices import resolve_device
@@ -41,6 +41,7 @@ from graftllm.fusion.applying import apply_packs
 from graftllm.packer import compress_to
 from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
+from graftllm.tensors import LARGE, TensorSpec, raw_bytes, write_safetensors
 
 VOCABULARIES = {"small": 16032, "large": 128256}
 _ROWS = 4096  # that are drawn at a time

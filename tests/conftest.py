@@ -43,6 +43,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group("tiny_run" if shares else item.nodeid.partition("::")[0]))
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Cut what would fill the screen when a test fails."""
+    return f"{ascii(val[:40])[1:-1]}..." if isinstance(val, str) and len(val) > 80 else None
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from graftllm.checkpoint import Checkpoint, digest
+from graftllm.checkpoint import Checkpoint
 from graftllm.compression.calibration import collect_moments
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError
@@ -16,6 +16,7 @@ from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
+from graftllm.tensors import digest
 from tests.architectures import CONFIGS, load, outputs, save_base, save_tuned
 
 Pair = tuple[str, Path, Path]

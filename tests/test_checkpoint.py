@@ -12,19 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from graftllm.checkpoint import (
-    DTYPES,
-    INDEX,
-    Checkpoint,
-    TensorSpec,
-    digest,
-    natural_order,
-    raw_bytes,
-    write_checkpoint,
-    write_safetensors,
-)
+from graftllm.checkpoint import INDEX, Checkpoint, write_checkpoint
 from graftllm.errors import CheckpointError, StorageError
 from graftllm.loading import load_model
+from graftllm.tensors import DTYPES, TensorSpec, digest, natural_order, raw_bytes, write_safetensors
 from tests.models import save_llama
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 
-from graftllm.checkpoint import DTYPE_NAMES, digest, raw_bytes
 from graftllm.compression.elementwise import encode_elementwise
 from graftllm.compression.encoded import Operator, Refinement, Unchanged
 from graftllm.compression.exact import Exact, encode_exact
@@ -29,6 +28,7 @@ from graftllm.errors import PackError
 from graftllm.header import BaseInfo, Card, Header, TensorEntry
 from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
+from graftllm.tensors import DTYPE_NAMES, digest, raw_bytes
 
 KINDS = (
     *("unchanged", "raw", "difference", "predicted", "predicted float", "sparse", "lowrank"),

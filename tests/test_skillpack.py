@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from graftllm import header
-from graftllm.checkpoint import Checkpoint, raw_bytes
+from graftllm import packfile
+from graftllm.checkpoint import Checkpoint
 from graftllm.compression.encoded import payload_digest
 from graftllm.delta import Delta
 from graftllm.errors import PackError, StorageError
@@ -23,6 +23,7 @@ from graftllm.packer import compress, compress_to
 from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
+from graftllm.tensors import raw_bytes
 from tests.models import perturb, save_llama
 
 
@@ -347,7 +348,7 @@ def test_a_text_that_is_no_header_is_refused(pack_file: Path, tmp_path: Path, te
 def test_a_crowd_of_values_before_the_header_is_refused_unread(
     pack_file: Path, tmp_path: Path, crowd: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(header, "safe_open", lambda *_, **__: pytest.fail("the table was read"))
+    monkeypatch.setattr(packfile, "safe_open", lambda *_, **__: pytest.fail("the table was read"))
     data = pack_file.read_bytes()
     size = int.from_bytes(data[:8], "little")
     opening = b'{"__metadata__":{' + crowd.encode() + data[8 + len(b'{"__metadata__":{') : 8 + size]

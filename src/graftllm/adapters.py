@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from graftllm.adapter_settings import CONFIG, MERGE, AdapterSettings, read_settings
-from graftllm.checkpoint import DTYPES, Checkpoint, TensorSpec, open_shard, row_blocks, tensor_specs, write_checkpoint
+from graftllm.checkpoint import Checkpoint, write_checkpoint
 from graftllm.downloads import download_all, repository
 from graftllm.errors import CheckpointError
+from graftllm.tensors import DTYPES, TensorSpec, open_shard, row_blocks, tensor_specs
 
 WEIGHTS = "adapter_model.safetensors"
 _TOKENIZER = (

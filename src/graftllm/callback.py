@@ -10,7 +10,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from graftllm.adapters import AdaptedCheckpoint, open_tuned, origin
-from graftllm.checkpoint import INDEX, Checkpoint, digest
+from graftllm.checkpoint import INDEX, Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import TrainingError
 from graftllm.fusion.applying import apply_packs
@@ -19,6 +19,7 @@ from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
+from graftllm.tensors import digest
 
 PACK = "skillpack.safetensors"
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graftllm.checkpoint import DTYPES, LARGE, Checkpoint, TensorSpec, raw_bytes, row_blocks
+from graftllm.checkpoint import Checkpoint
 from graftllm.errors import CheckpointError
+from graftllm.tensors import DTYPES, LARGE, TensorSpec, raw_bytes, row_blocks
 
 MAX_GROWTH = 8  # a vocabulary may become this many times as long; bounds what a pack can allocate
 _BLOCK = 1 << 20  # bytes that are compared at a time

@@ -23,8 +23,8 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from graftllm.checkpoint import DTYPES, TensorSpec
 from graftllm.errors import CheckpointError
+from graftllm.tensors import DTYPES, TensorSpec
 
 
 def looks_up_its_input(module: nn.Module) -> bool:

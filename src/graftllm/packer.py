@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from graftllm.checkpoint import fingerprint
 from graftllm.compression.crew import Crew, Engine, default_workers, open_crew
 from graftllm.compression.filling import Budget
 from graftllm.compression.jobs import Compressed, Job
@@ -21,11 +20,13 @@ from graftllm.compression.workspace import Workspace, open_workspace, packing_ke
 from graftllm.delta import Delta
 from graftllm.devices import resolve_device
 from graftllm.errors import BudgetError, CheckpointError, CompressionError, RecordError, WorkerError
-from graftllm.header import BaseInfo, Card, Header, Run, TensorEntry, file_bytes, opening
+from graftllm.header import BaseInfo, Card, Header, TensorEntry
+from graftllm.packfile import Run, file_bytes, opening
 from graftllm.packing_options import PackOptions, budget_bytes
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
 from graftllm.storage import check_apart, check_file
+from graftllm.tensors import fingerprint
 
 _SPARE = 2  # bytes of a parameter's entry that may be longer in the compressed header when its codes are trained
 _TRIES = 8  # packs that are built to meet a target divergence

@@ -13,13 +13,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from graftllm.checkpoint import DTYPE_NAMES, Checkpoint, TensorSpec, digest
+from graftllm.checkpoint import Checkpoint
 from graftllm.compression.encoded import EncodedTensor, ExactLayer, payload_digest
 from graftllm.delta import align
 from graftllm.downloads import Repository, download, repository
 from graftllm.errors import HubError, PackError, first_line
-from graftllm.header import Header, Run, opening, places, read_header
+from graftllm.header import Header
+from graftllm.packfile import Run, opening, places, read_header
 from graftllm.storage import whole_file
+from graftllm.tensors import DTYPE_NAMES, TensorSpec, digest
 
 Layer = Literal["lossy", "exact"]
 _BLOCK = 1 << 22  # values that are checked at a time

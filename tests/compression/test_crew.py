@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from graftllm.checkpoint import Checkpoint, TensorSpec
+from graftllm.checkpoint import Checkpoint
 from graftllm.compression import crew
 from graftllm.compression.crew import default_workers, open_crew
 from graftllm.compression.jobs import Job, Unit
@@ -19,6 +19,7 @@ from graftllm.errors import CheckpointError, CompressionError
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt
+from graftllm.tensors import TensorSpec
 from tests.models import perturb
 
 

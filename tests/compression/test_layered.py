@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graftllm.checkpoint import digest
 from graftllm.compression.elementwise import encode_elementwise
 from graftllm.compression.encoded import EncodedTensor, ExactLayer
 from graftllm.compression.exact import encode_exact
@@ -18,6 +17,7 @@ from graftllm.compression.layered import encode_closest, refine
 from graftllm.compression.lowrank import encode_lowrank, truncated_svd
 from graftllm.compression.metric import Metric
 from graftllm.compression.products import steady_product
+from graftllm.tensors import digest
 
 CPU = torch.device("cpu")
 
@@ -92,7 +92,7 @@ _DECODE = """
 import sys
 import numpy as np
 import torch
-from graftllm.checkpoint import digest
+from graftllm.tensors import digest
 from graftllm.compression.encoded import EncodedTensor
 from graftllm.compression.factored import Hybrid
 torch.set_num_threads(int(sys.argv[1]))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from graftllm import packer
-from graftllm.checkpoint import Checkpoint, digest
+from graftllm.checkpoint import Checkpoint
 from graftllm.compression import filling
 from graftllm.compression.allocation import foreseen, step_for
 from graftllm.compression.calibration import collect_moments
@@ -31,6 +31,7 @@ from graftllm.errors import BudgetError, CheckpointError, CompressionError
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions, Strategy
 from graftllm.records import Prompt
+from graftllm.tensors import digest
 from tests.architectures import save_base
 from tests.models import perturb, rows, save_llama
 

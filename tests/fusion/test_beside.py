@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from graftllm.checkpoint import Checkpoint, digest
+from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError
 from graftllm.fusion.beside import Beside, mixed
@@ -29,6 +29,7 @@ from graftllm.loading import load_model
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
+from graftllm.tensors import digest
 from tests.architectures import load, save_base, save_tuned
 from tests.models import perturb, quantize, save_llama, tokenizer
 

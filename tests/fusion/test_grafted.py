@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from graftllm.checkpoint import Checkpoint, digest
+from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError
 from graftllm.fusion import assembly
@@ -26,6 +26,7 @@ from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.recipe import RouterOptions, SamplingOptions
 from graftllm.records import Message, Prompt, read_prompts, write_rows
+from graftllm.tensors import digest
 from tests.models import perturb, quantize, rows, save_llama
 
 SHORT = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=8)

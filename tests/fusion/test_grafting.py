@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from graftllm.checkpoint import Checkpoint, digest
+from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError
 from graftllm.fusion.branches import decode_branches
@@ -14,6 +14,7 @@ from graftllm.loading import load_model
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
+from graftllm.tensors import digest
 from tests.models import perturb, save_llama, with_vocabulary
 
 

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from graftllm.checkpoint import INDEX, Checkpoint, digest
+from graftllm.checkpoint import INDEX, Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError
 from graftllm.fusion.applying import apply_packs
@@ -14,6 +14,7 @@ from graftllm.fusion.grafting import plug
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions, Strategy
 from graftllm.skillpack import SkillPack
+from graftllm.tensors import digest
 from tests.models import perturb, save_llama, with_vocabulary
 
 

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from graftllm.checkpoint import TensorSpec
 from graftllm.compression.prices import Calibration
 from graftllm.errors import FusionError
 from graftllm.fusion.methods.quantiles import order_statistics
 from graftllm.fusion.methods.table import METHODS, method
 from graftllm.fusion.methods.tasks import Knobs, Tasks
 from graftllm.fusion.search import search_weights
+from graftllm.tensors import TensorSpec
 
 NAMES = ("code", "math", "prose")
 

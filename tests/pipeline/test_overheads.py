@@ -14,9 +14,10 @@ from pydantic import ValidationError
 from graftllm.checkpoint import Checkpoint
 from graftllm.evaluation.scores import Measured, Score, merged
 from graftllm.evaluation.tables import OVERHEADS, overhead_grids, overhead_rows
-from graftllm.header import Card, Overhead, file_bytes
+from graftllm.header import Card, Overhead
 from graftllm.loading import load_tokenizer
 from graftllm.metering import Spent
+from graftllm.packfile import file_bytes
 from graftllm.pipeline import overheads
 from graftllm.pipeline.overheads import tokens_trained, with_room
 from graftllm.pipeline.packing import pack

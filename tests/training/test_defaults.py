@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graftllm.checkpoint import Checkpoint, TensorSpec
+from graftllm.checkpoint import Checkpoint
 from graftllm.errors import TrainingError
+from graftllm.tensors import TensorSpec
 from graftllm.training import defaults
 from graftllm.training.defaults import batching_for, dpo_for, sft_for
 from graftllm.training.memory import Batching

@@ -6,11 +6,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from graftllm.checkpoint import LARGE
 from graftllm.compression.allocation import Kind, foreseen, likely
 from graftllm.compression.matrix import BLOCK, DOUBLE, Source, matrix_shape
 from graftllm.compression.outlook import Outlook
 from graftllm.delta import Delta, difference
+from graftllm.tensors import LARGE
 
 Way = Kind | Literal["exact"]
 _EXACT_AT = 2.0  # bits an entry from which on a matrix may be cheaper bit for bit

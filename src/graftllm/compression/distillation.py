@@ -29,7 +29,6 @@ from torch.func import functional_call
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from graftllm.checkpoint import DTYPE_NAMES, TensorSpec, raw_bytes, write_safetensors
 from graftllm.compression.factored import MatrixCode
 from graftllm.compression.jobs import Compressed, Job, found_code, write_code
 from graftllm.compression.matrix import matrix_shape
@@ -45,6 +44,7 @@ from graftllm.progress import progress
 from graftllm.records import Prompt
 from graftllm.rendering import Answered, cut, learned_positions, pad
 from graftllm.streaming import check_language_model
+from graftllm.tensors import DTYPE_NAMES, TensorSpec, raw_bytes, write_safetensors
 
 _BATCH = 32
 _WAY = 6.0  # codes that Adam could move one in all steps, if its rate did not fall: about twice what it can

@@ -18,12 +18,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
-from graftllm.checkpoint import raw_bytes
 from graftllm.compression.codes import LARGEST, CodeReader, CodeWriter
 from graftllm.compression.entropy import decode_integers, encode_integers, fold, unfold
 from graftllm.compression.factored import Factored
 from graftllm.compression.matrix import matrix_shape
 from graftllm.compression.prediction import predicted
+from graftllm.tensors import raw_bytes
 
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PRECISION = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 16}  # bits of a cell's place, at most

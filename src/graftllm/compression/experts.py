@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-from graftllm.checkpoint import TensorSpec
 from graftllm.compression.matrix import matrix_shape
 from graftllm.live import Binding
+from graftllm.tensors import TensorSpec
 
 _MATMUL = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 _SHIFT = 32  # bits of a number below those that tell the tensor

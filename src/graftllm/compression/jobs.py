@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 from torch import Tensor
 
-from graftllm.checkpoint import DTYPE_NAMES, TensorSpec, raw_bytes, write_safetensors
 from graftllm.compression.automatic import Way
 from graftllm.compression.encoded import EncodedTensor, ExactLayer, Operator, Refinement, payload_digest
 from graftllm.compression.exact import Exact
@@ -28,6 +27,7 @@ from graftllm.compression.roles import Role, role_of
 from graftllm.compression.workspace import Workspace
 from graftllm.delta import Delta
 from graftllm.packing_options import PackOptions
+from graftllm.tensors import DTYPE_NAMES, TensorSpec, raw_bytes, write_safetensors
 
 _FOUND = ("places", "bits", "cost", "strengths", *Sides._fields)  # arrays of an outlook
 _KNOWN = ("shape", "energy", "changed", "altered", "stepped", "servable", "partial")  # what else is known of it

@@ -11,8 +11,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
-from graftllm.checkpoint import LARGE
 from graftllm.compression.roles import Role
+from graftllm.tensors import LARGE
 
 BLOCK = 1 << 24  # entries that are coded at a time; bounds the memory
 DOUBLE = 2048  # columns up to which a matrix, or the moments of its inputs, are calculated with in float64

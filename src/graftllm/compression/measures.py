@@ -10,10 +10,10 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from graftllm.checkpoint import DTYPE_NAMES, TensorSpec, raw_bytes, write_safetensors
 from graftllm.compression.matrix import DOUBLE, matrix_shape
 from graftllm.compression.metric import Metric
 from graftllm.compression.prices import DAMPING, Calibration, Sensitivity, input_metric, normal
+from graftllm.tensors import DTYPE_NAMES, TensorSpec, raw_bytes, write_safetensors
 
 
 @dataclass(frozen=True)

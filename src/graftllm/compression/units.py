@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graftllm.checkpoint import DTYPES
 from graftllm.compression.allocation import encode_as
 from graftllm.compression.automatic import source_of
 from graftllm.compression.encoded import EncodedTensor, Operator, Unchanged
@@ -35,6 +34,7 @@ from graftllm.compression.published import Sizes, encode_published, sizes
 from graftllm.compression.roles import Role, role_of
 from graftllm.delta import check_difference, difference
 from graftllm.devices import resolve_device
+from graftllm.tensors import DTYPES
 
 _WIDE = 1e6  # largest values above this are not reached by errors: those of float32 and bfloat16
 SERVED: tuple[Role, ...] = ("attention", "mlp", "expert")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from graftllm.checkpoint import DTYPES, Checkpoint
+from graftllm.checkpoint import Checkpoint
 from graftllm.errors import ServingError
 from graftllm.exporting.divergence import divergence, read_logits, written_texts
 from graftllm.fusion.grafting import decode, touched_bindings
@@ -31,6 +31,7 @@ from graftllm.records import read_prompts
 from graftllm.rendering import cut, learned_positions, render_answered
 from graftllm.skillpack import SkillPack
 from graftllm.storage import check_apart, whole_directory, write_text
+from graftllm.tensors import DTYPES
 
 LEGAL_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
 FILES = ("adapter_config.json", "adapter_model.safetensors")  # of an adapter

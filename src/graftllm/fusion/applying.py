@@ -11,13 +11,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from graftllm.checkpoint import DTYPE_NAMES, DTYPES, Checkpoint, TensorSpec, write_checkpoint
+from graftllm.checkpoint import Checkpoint, write_checkpoint
 from graftllm.compression.matrix import CACHED
 from graftllm.delta import align
 from graftllm.errors import FusionError
 from graftllm.progress import progress
 from graftllm.skillpack import SkillPack
 from graftllm.storage import check_apart
+from graftllm.tensors import DTYPE_NAMES, DTYPES, TensorSpec
 
 Weighted = tuple[SkillPack, float]
 

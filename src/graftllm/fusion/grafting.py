@@ -11,11 +11,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from graftllm.checkpoint import DTYPES, TensorSpec
 from graftllm.errors import FusionError
 from graftllm.fusion.applying import Empty, Weighted, agreed_spec, check_weights, combined, in_range
 from graftllm.live import Binding, bindings, named_values
 from graftllm.skillpack import SkillPack
+from graftllm.tensors import DTYPES, TensorSpec
 
 _LARGE = 16.0  # weights up to this take no tuned model's values beyond what a dtype holds
 

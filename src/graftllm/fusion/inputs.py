@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftllm.checkpoint import DTYPES, Checkpoint, TensorSpec
+from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta, align
 from graftllm.errors import FusionError
 from graftllm.skillpack import SkillPack
+from graftllm.tensors import DTYPES, TensorSpec
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Any
 
 from graftllm.fusion.manifest import Manifest, read_manifest
 from graftllm.fusion.rules import Rule
-from graftllm.header import Header, TensorEntry, read_header
+from graftllm.header import Header, TensorEntry
+from graftllm.packfile import read_header
 
 # Names of classes that continue their input; to ask transformers takes seconds.
 _CONTINUES = re.compile(r"ForCausalLM$|LMHead|^Gemma\w*ForConditionalGeneration$")

@@ -21,11 +21,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from graftllm.checkpoint import DTYPE_NAMES, TensorSpec, raw_bytes, write_safetensors
 from graftllm.errors import FusionError
 from graftllm.fusion.classifier import Calibration, Classifier, classifier_of, judge, new_network, train_classifier
 from graftllm.fusion.examples import WIDEST, Examples, keep_examples
 from graftllm.recipe import RouterOptions
+from graftllm.tensors import DTYPE_NAMES, TensorSpec, raw_bytes, write_safetensors
 
 BASE = "base"
 _FORMAT = "graftllm/router 3"

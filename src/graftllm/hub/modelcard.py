@@ -11,7 +11,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from graftllm.evaluation.tables import Grid, pack_lines, role_grid
 from graftllm.fusion.manifest import Manifest
-from graftllm.header import Header, file_bytes
+from graftllm.header import Header
+from graftllm.packfile import file_bytes
 
 MARK = "<!-- Written by graftllm push; take this line out to keep your own text. -->"
 _KNOWN_LICENSES = frozenset(  # those with a name on the Hub; others go by `other`

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
-from graftllm.checkpoint import Checkpoint, digest
+from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.evaluation.plots import spectra
 from graftllm.evaluation.scores import Answer, Measured, Score, evaluate, merged
@@ -21,6 +21,7 @@ from graftllm.progress import track
 from graftllm.records import Prompt, Response, read_prompts
 from graftllm.sampling.sources import open_source
 from graftllm.stages import Stamp
+from graftllm.tensors import digest
 from graftllm.training.lora import with_adapter
 from graftllm.transfer_options import JudgeOptions, SourceOptions
 

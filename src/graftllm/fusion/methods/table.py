@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from graftllm.checkpoint import DTYPES, TensorSpec
 from graftllm.errors import FusionError
 from graftllm.fusion.methods.competition import pcb
 from graftllm.fusion.methods.factors import factor_parameters, routed_lora, twin
@@ -22,6 +21,7 @@ from graftllm.fusion.methods.signs import (
 )
 from graftllm.fusion.methods.sums import linear, regmean, task_arithmetic
 from graftllm.fusion.methods.tasks import Knobs, Prepare
+from graftllm.tensors import DTYPES, TensorSpec
 
 Storage = Literal["one", "masks", "factors"]
 

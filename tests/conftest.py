@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_make_parametrize_id(val: object) -> str | None:
     """Cut what would fill the screen when a test fails."""
-    return f"{ascii(val[:40])}..." if isinstance(val, str | bytes) and len(val) > 80 else None
+    return f"{val[:40]!a}..." if isinstance(val, str | bytes) and len(val) > 80 else None
 
 
 @pytest.fixture(autouse=True)

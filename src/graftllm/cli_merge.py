@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from graftllm.errors import FusionError
-from graftllm.terminal import AsJson, Base, Device, named_after, print_json, print_table
+from graftllm.terminal import AsJson, Base, Device, named_after, print_json, print_table, weighed
 
 Entry = str  # [NAME=]PLACE[:WEIGHT]
 
@@ -112,21 +112,12 @@ def _entry(text: str) -> tuple[str, str, float | None]:
     >>> _entry("packs/math.safetensors:0.7"), _entry("math=runs/tuned")
     (('math', 'packs/math.safetensors', 0.7), ('math', 'runs/tuned', None))
     """
-    place, weight = _weighed(text)
+    place, weight = weighed(text)
     name, equals, rest = text.partition("=")
     if equals and not Path(place).exists():  # else the sign is part of a path
-        place, weight = _weighed(rest)
+        place, weight = weighed(rest)
     else:
         name = named_after(place)
     if not place or not name:
         raise FusionError(f"merge: expected [NAME=]PLACE[:WEIGHT], such as math.safetensors:0.7; found {text!r}.")
     return name, place, weight
-
-
-def _weighed(text: str) -> tuple[str, float | None]:
-    """Return the place and weight of PLACE[:WEIGHT]; what is there under the whole text has no weight."""
-    place, colon, last = text.rpartition(":")
-    try:
-        return (place, float(last)) if colon and not Path(text).exists() else (text, None)
-    except ValueError:
-        return text, None

@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
-from graftllm.errors import FusionError
-from graftllm.terminal import AsJson, Base, Device, named_after, print_json, print_lines, print_table
+from graftllm.terminal import AsJson, Base, Device, named_after, print_json, print_lines, print_table, weighed
 
 Layer = Annotated[
     Literal["lossy", "exact"] | None,
@@ -236,11 +235,14 @@ def verify(
 
 def apply(
     base: Base,
-    pack: Annotated[list[Path], typer.Option(help="SkillPack, or user/repo on the Hub; repeat for several.")],
+    pack: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE[:WEIGHT]",
+            help="SkillPack, or user/repo on the Hub, and its weight (1 by default); repeat for several.",
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Checkpoint directory to write.")],
-    weight: Annotated[
-        list[float] | None, typer.Option(help="Weight of each pack, in the same order.  [default: 1]")
-    ] = None,
     layer: Layer = None,
 ) -> None:
     """Write base + packs as an ordinary checkpoint, tokenizer included."""
@@ -248,9 +250,6 @@ def apply(
     from graftllm.fusion.applying import apply_packs
     from graftllm.skillpack import SkillPack
 
-    weights = weight or [1.0] * len(pack)
-    if len(weights) != len(pack):
-        raise FusionError(f"--weight: expected one for each of {len(pack)} packs, found {len(weights)}.")
-    packs = [SkillPack.load(path, layer) for path in pack]
-    apply_packs(Checkpoint.open(base), list(zip(packs, weights, strict=True)), out)
-    print(f"{out}: {base} with {', '.join(str(path) for path in pack)}")
+    packs = [(SkillPack.load(path, layer), 1.0 if weight is None else weight) for path, weight in map(weighed, pack)]
+    apply_packs(Checkpoint.open(base), packs, out)
+    print(f"{out}: {base} with {', '.join(pack)}")

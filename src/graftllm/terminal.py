@@ -77,6 +77,19 @@ def named_after(place: str | Path) -> str:
     return Path(place).name.removesuffix(".safetensors")
 
 
+def weighed(text: str) -> tuple[str, float | None]:
+    """Return the place and weight of PLACE[:WEIGHT]; what is there under the whole text has no weight.
+
+    >>> weighed("user/repo:-0.5"), weighed("math.safetensors")
+    (('user/repo', -0.5), ('math.safetensors', None))
+    """
+    place, colon, last = text.rpartition(":")
+    try:
+        return (place, float(last)) if colon and not Path(text).exists() else (text, None)
+    except ValueError:
+        return text, None
+
+
 def print_lines(*lines: str) -> None:
     """Print each line."""
     print("\n".join(lines))

@@ -26,6 +26,7 @@ from graftllm.evaluation.report import Report
 from graftllm.pipeline import river
 from graftllm.pipeline.work import open_work
 from graftllm.records import Prompt
+from tests.command import Command, command
 from tests.models import perturb, rows, save_llama
 from tests.zoo import RECIPE, TINY
 
@@ -52,6 +53,11 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 def seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture
+def graftllm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    return command(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="session")

@@ -9,38 +9,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from graftllm import __version__, cli
+from graftllm import __version__
 from graftllm.checkpoint import Checkpoint
 from graftllm.records import Prompt, write_rows
 from graftllm.skillpack import SkillPack
+from tests.command import Command
 from tests.conftest import TinyRun
 from tests.models import perturb, save_llama
-
-
-class Shown:
-    """What a command printed, and its exit code."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def line(self) -> str:
-        return self.err.strip().splitlines()[-1]
-
-
-@pytest.fixture
-def graftllm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def run(*arguments: str | Path) -> Shown:
-        monkeypatch.setattr(sys, "argv", ["graftllm", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        return Shown(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +63,7 @@ def test_help_answers_without_pytorch() -> None:
         assert f"\n  {command} " in done.stdout
 
 
-def test_pack_prints_one_json_object(graftllm, files: Path, tmp_path: Path) -> None:
+def test_pack_prints_one_json_object(graftllm: Command, files: Path, tmp_path: Path) -> None:
     shown = graftllm(
         "pack", "--base", files / "base", "--tuned", files / "tuned", "--out", tmp_path / "p.safetensors",
         "--budget", "20KB", "--json",
@@ -103,13 +78,13 @@ def test_pack_prints_one_json_object(graftllm, files: Path, tmp_path: Path) -> N
     assert figures["peak_memory_bytes"] > 10**7
 
 
-def test_pack_says_what_it_wrote(graftllm, files: Path, tmp_path: Path) -> None:
+def test_pack_says_what_it_wrote(graftllm: Command, files: Path, tmp_path: Path) -> None:
     out = tmp_path / "exact.safetensors"
     shown = graftllm("pack", "--base", files / "base", "--tuned", files / "tuned", "--out", out, "--strategy", "exact")
     assert shown.out.startswith(f"{out}: {out.stat().st_size:,} bytes, ")
 
 
-def test_workers_write_the_same_pack(graftllm, files: Path, tmp_path: Path) -> None:
+def test_workers_write_the_same_pack(graftllm: Command, files: Path, tmp_path: Path) -> None:
     for number in ("1", "2"):
         pair = ("--base", files / "base", "--tuned", files / "tuned")
         assert graftllm("pack", *pair, "--out", tmp_path / number, "--name", "x", "--workers", number).code == 0
@@ -117,7 +92,7 @@ def test_workers_write_the_same_pack(graftllm, files: Path, tmp_path: Path) -> N
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
 
 
-def test_inspect_shows_card_and_bytes(graftllm, files: Path) -> None:
+def test_inspect_shows_card_and_bytes(graftllm: Command, files: Path) -> None:
     shown = graftllm("inspect", files / "pack.safetensors")
     assert "pack: Write it backward" in shown.out
     for word in ("LlamaForCausalLM", "embedding", "sparse", "attention", "lowrank", "norm", "exact"):
@@ -130,13 +105,13 @@ def test_inspect_shows_card_and_bytes(graftllm, files: Path) -> None:
     assert set(header["anatomy"]["layers"]) == {"0", "1", "other"}
 
 
-def test_inspect_draws_a_picture(graftllm, files: Path, tmp_path: Path) -> None:
+def test_inspect_draws_a_picture(graftllm: Command, files: Path, tmp_path: Path) -> None:
     shown = graftllm("inspect", files / "pack.safetensors", "--plot", tmp_path / "pack.png")
     assert shown.out.endswith(f"Picture: {tmp_path / 'pack.png'}\n")
     assert (tmp_path / "pack.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_verify_prints_fidelity(graftllm, files: Path) -> None:
+def test_verify_prints_fidelity(graftllm: Command, files: Path) -> None:
     arguments = ["--base", files / "base", "--pack", files / "pack.safetensors"]
     assert "The pack is intact and fits its base: 20 tensors" in graftllm("verify", *arguments).out
     shown = graftllm("verify", *arguments, "--tuned", files / "tuned", "--prompts", files / "rows.jsonl", "--json")
@@ -148,7 +123,7 @@ def test_verify_prints_fidelity(graftllm, files: Path) -> None:
     assert figures["error_by_role"]["norm"] == 0
 
 
-def test_apply_writes_an_ordinary_checkpoint(graftllm, files: Path, tmp_path: Path) -> None:
+def test_apply_writes_an_ordinary_checkpoint(graftllm: Command, files: Path, tmp_path: Path) -> None:
     shown = graftllm("apply", "--base", files / "base", "--pack", files / "pack.safetensors", "--out", tmp_path / "out")
     assert shown.code == 0, shown.err
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -157,7 +132,7 @@ def test_apply_writes_an_ordinary_checkpoint(graftllm, files: Path, tmp_path: Pa
     assert Checkpoint.open(tmp_path / "none").fingerprint == Checkpoint.open(files / "base").fingerprint
 
 
-def test_fuse_eval_and_chat_share_a_directory(graftllm, files: Path, tmp_path: Path, monkeypatch) -> None:
+def test_fuse_eval_and_chat_share_a_directory(graftllm: Command, files: Path, tmp_path: Path, monkeypatch) -> None:
     shown = graftllm(
         "fuse", "--base", files / "base", "--pack", f"back={files}/pack.safetensors", "--out", tmp_path / "g"
     )
@@ -180,7 +155,7 @@ def test_fuse_eval_and_chat_share_a_directory(graftllm, files: Path, tmp_path: P
     assert back != base
 
 
-def test_eval_of_a_trained_grafted_model_routes(graftllm, tiny_run: TinyRun) -> None:
+def test_eval_of_a_trained_grafted_model_routes(graftllm: Command, tiny_run: TinyRun) -> None:
     task = tiny_run.directory / "zoo" / "prompts" / "double.test.jsonl"
     figures = json.loads(graftllm("eval", tiny_run.directory / "grafted", "--task", task, "--json").out)
     assert figures["routes"].get("double", 0) > 70
@@ -292,7 +267,7 @@ def _broken(files: Path, tmp_path: Path, value: float) -> Path:
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_1(
-    graftllm, files: Path, tmp_path: Path, arguments: list[str], message: str
+    graftllm: Command, files: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     written: list[Path] = []
     if "{t}/wide" in arguments:
@@ -310,11 +285,11 @@ def test_a_mistake_is_one_line_and_exit_code_1(
     assert set(tmp_path.iterdir()) == set(written)
 
 
-def test_the_version_is_that_of_the_package(graftllm) -> None:
+def test_the_version_is_that_of_the_package(graftllm: Command) -> None:
     assert graftllm("--version").out == f"graftllm {__version__}\n"
 
 
-def test_every_command_is_in_a_panel_with_its_whole_first_sentence(graftllm) -> None:
+def test_every_command_is_in_a_panel_with_its_whole_first_sentence(graftllm: Command) -> None:
     shown = graftllm("-h").out
     panels = shown[shown.index("Skills from a recipe:") :]
     assert "..." not in panels and "\n:" not in panels
@@ -328,24 +303,26 @@ def test_every_command_is_in_a_panel_with_its_whole_first_sentence(graftllm) -> 
 
 @pytest.mark.parametrize("words", [["--servable", "--name", "x"], ["--servable", "16"], ["--servable"]])
 def test_a_servable_pack_without_a_rank_has_the_one_that_engines_serve(
-    words: list[str], base_dir: Path, tuned_dir: Path, tmp_path: Path, graftllm
+    words: list[str], base_dir: Path, tuned_dir: Path, tmp_path: Path, graftllm: Command
 ) -> None:
     out = tmp_path / "pack.safetensors"
     assert graftllm("pack", "--base", base_dir, "--tuned", tuned_dir, "--out", out, *words).code == 0
     assert SkillPack.load(out).header.options.servable == 16
 
 
-def test_short_help_is_help(graftllm) -> None:
+def test_short_help_is_help(graftllm: Command) -> None:
     assert graftllm("pack", "-h").out == graftllm("pack", "--help").out
 
 
-def test_an_unknown_option_is_exit_code_2(graftllm) -> None:
+def test_an_unknown_option_is_exit_code_2(graftllm: Command) -> None:
     shown = graftllm("pack", "--bse", "x")
     assert shown.code == 2
     assert "No such option: --bse" in shown.err
 
 
-def test_an_unexpected_error_keeps_its_traceback(graftllm, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_keeps_its_traceback(
+    graftllm: Command, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("a bug of ours")
 

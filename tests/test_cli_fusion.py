@@ -6,29 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from graftllm import cli
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.header import Card
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
+from tests.command import Command
 from tests.models import perturb
-
-
-@pytest.fixture
-def graftllm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["graftllm", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +25,9 @@ def packs(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def test_packs_come_to_a_shelf_are_listed_and_go(graftllm, base_dir: Path, packs: Path, tmp_path: Path) -> None:
+def test_packs_come_to_a_shelf_are_listed_and_go(
+    graftllm: Command, base_dir: Path, packs: Path, tmp_path: Path
+) -> None:
     shelf = tmp_path / "g"
     assert graftllm("fuse", "--base", base_dir, "--pack", f"one={packs}/one.safetensors", "--out", shelf)[0] == 0
     code, out, _ = graftllm("add", shelf, f"two={packs}/two.safetensors", f"three={packs}/one.safetensors")
@@ -56,7 +43,9 @@ def test_packs_come_to_a_shelf_are_listed_and_go(graftllm, base_dir: Path, packs
     assert (code, out) == (0, f"{shelf}: three removed; left: one, two\n")
 
 
-def test_a_description_with_brackets_is_shown_as_it_is(graftllm, base_dir: Path, packs: Path, tmp_path: Path) -> None:
+def test_a_description_with_brackets_is_shown_as_it_is(
+    graftllm: Command, base_dir: Path, packs: Path, tmp_path: Path
+) -> None:
     pack = SkillPack.load(packs / "one.safetensors")
     header = pack.header.model_copy(update={"card": Card(description="x [/b] [red]y")})
     replace(pack, header=header).save(tmp_path / "odd.safetensors")
@@ -67,7 +56,9 @@ def test_a_description_with_brackets_is_shown_as_it_is(graftllm, base_dir: Path,
     assert "x [/b] [red]y" in out
 
 
-def test_rules_are_read_and_shown_and_hold_their_pack(graftllm, base_dir: Path, packs: Path, tmp_path: Path) -> None:
+def test_rules_are_read_and_shown_and_hold_their_pack(
+    graftllm: Command, base_dir: Path, packs: Path, tmp_path: Path
+) -> None:
     shelf, rules = tmp_path / "g", tmp_path / "rules.yaml"
     rules.write_text("- {pack: one, pattern: '^sum '}\n")
     made = ["fuse", "--base", base_dir, "--pack", f"one={packs}/one.safetensors", "--out", shelf, "--rules", rules]
@@ -115,7 +106,7 @@ def test_rules_are_read_and_shown_and_hold_their_pack(graftllm, base_dir: Path, 
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_1(
-    graftllm, base_dir: Path, packs: Path, tmp_path: Path, arguments: list[str], line: str
+    graftllm: Command, base_dir: Path, packs: Path, tmp_path: Path, arguments: list[str], line: str
 ) -> None:
     graftllm("fuse", "--base", base_dir, "--pack", f"one={packs}/one.safetensors", "--out", tmp_path / "g")
     code, out, err = graftllm(*(one.format(s=tmp_path / "g", p=packs) for one in arguments))
@@ -126,7 +117,7 @@ def test_a_mistake_is_one_line_and_exit_code_1(
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
 def test_what_is_typed_in_another_encoding_is_one_line(
-    graftllm, base_dir: Path, packs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, errors: str
+    graftllm: Command, base_dir: Path, packs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, errors: str
 ) -> None:
     graftllm("fuse", "--base", base_dir, "--pack", f"one={packs}/one.safetensors", "--out", tmp_path / "g")
     typed = io.TextIOWrapper(io.BytesIO("grüß".encode("latin-1")), encoding="utf-8", errors=errors)

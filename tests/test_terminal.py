@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from graftllm import cli
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.packer import compress
+from tests.command import Command
 
 
 @pytest.fixture(scope="module")
@@ -20,44 +20,34 @@ def pack(base_dir: Path, tuned_dir: Path, tmp_path_factory: pytest.TempPathFacto
     return path
 
 
-@pytest.fixture
-def graftllm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    for name in ("GRAFTLLM_QUIET", "TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
-        monkeypatch.setenv(name, "")  # what the command sets is taken back after the test
-
-    def run(*arguments: str | Path) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["graftllm", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit):
-            cli.main()
-        return tuple(capsys.readouterr())
-
-    return run
-
-
-def test_progress_goes_to_stderr_and_nowhere_when_quiet(graftllm, pack: Path, base_dir: Path, tmp_path: Path) -> None:
+def test_progress_goes_to_stderr_and_nowhere_when_quiet(
+    graftllm: Command, pack: Path, base_dir: Path, tmp_path: Path
+) -> None:
     arguments = ("apply", "--base", base_dir, "--pack", pack, "--out", tmp_path / "out")
-    out, err = graftllm(*arguments)
+    _, out, err = graftllm(*arguments)
     assert "applying" in err
     assert out == f"{tmp_path / 'out'}: {base_dir} with {pack}\n"
-    assert graftllm("--quiet", *arguments) == (out, "")
+    assert graftllm("--quiet", *arguments)[1:] == (out, "")
 
 
-def test_json_before_the_command_is_json_after_it(graftllm, pack: Path, base_dir: Path) -> None:
+def test_json_before_the_command_is_json_after_it(graftllm: Command, pack: Path, base_dir: Path) -> None:
     for command in (("inspect", pack), ("verify", "--base", base_dir, "--pack", pack)):
-        assert json.loads(graftllm("--json", *command)[0]) == json.loads(graftllm(*command, "--json")[0])
-    out, err = graftllm("--json", "apply", "--base", base_dir, "--pack", pack, "--out", "none")
+        assert json.loads(graftllm("--json", *command).out) == json.loads(graftllm(*command, "--json").out)
+    _, out, err = graftllm("--json", "apply", "--base", base_dir, "--pack", pack, "--out", "none")
     assert out == ""
     assert "apply prints no figures; those that do: run, " in " ".join(err.split())
 
 
-def test_colors_stay_away_where_they_are_not_wanted(graftllm, pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colors_stay_away_where_they_are_not_wanted(
+    graftllm: Command, pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
-    assert "\x1b[" not in graftllm("inspect", pack)[0]  # no terminal
+    assert "\x1b[" not in graftllm("inspect", pack).out  # no terminal
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("NO_COLOR", "1")
-    shown = "".join(graftllm("apply", "--base", "none", "--pack", pack, "--out", "none") + graftllm("inspect", pack))
+    failed = graftllm("apply", "--base", "none", "--pack", pack, "--out", "none")
+    shown = failed.err + graftllm("inspect", pack).out
     assert not re.search(r"\x1b\[[\d;]*3\d", shown)
 
 

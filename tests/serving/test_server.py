@@ -161,6 +161,23 @@ def test_the_likeliest_token_alone_is_drawn_where_a_client_of_vllm_asks_for_it(
         assert answer.choices[0].message.content == expected("hello", "one", 8)
 
 
+@pytest.mark.parametrize("penalty", [{"frequency_penalty": 2.0}, {"extra_body": {"repetition_penalty": 2.0}}])
+def test_a_penalty_changes_what_repeats_and_only_that_row(
+    client: OpenAI, expected: Expected, penalty: dict[str, Any]
+) -> None:
+    def ask(text: str, **more: Any) -> str | None:
+        answer = client.chat.completions.create(
+            model="one", messages=[{"role": "user", "content": text}], max_tokens=40, temperature=0, **more
+        )
+        return answer.choices[0].message.content
+
+    bare, less = expected("hello", "one", 40), ask("hello", **penalty)
+    assert less is not None
+    assert len(set(less)) > len(set(bare))
+    assert ask("hello", **penalty) == less
+    assert ask("hello") == bare
+
+
 def test_choices_stream_side_by_side(client: OpenAI, expected: Expected) -> None:
     stream = client.chat.completions.create(
         model="two", messages=[{"role": "user", "content": "b"}], max_tokens=8, n=3, temperature=0, stream=True
@@ -214,12 +231,13 @@ def test_logprobs_are_those_of_the_written_tokens(client: OpenAI) -> None:
         ({"temperature": 3}, "temperature: Input should be less than or equal to 2", "temperature"),
         ({"n": 0}, "n: Input should be greater than or equal to 1", "n"),
         ({"colour": "red"}, "colour: this server does not know this field; leave it out", "colour"),
-        ({"frequency_penalty": 1}, "frequency_penalty: this server does not support it; leave it out", None),
+        ({"frequency_penalty": 3}, "frequency_penalty: Input should be less than or equal to 2", "frequency_penalty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias: this server does not support it; leave it out", None),
         ({"tools": [{"type": "function"}]}, "tools: this server does not support it; leave it out", None),
         ({"stop": ["a", ""]}, "stop: expected at most 16 texts, none of them empty", None),
         ({"stream_options": {"include_usage": True}}, "stream_options: expected stream to be true beside them", None),
         ({"top_logprobs": 2}, "top_logprobs: expected logprobs to be true beside it; set both, or neither", None),
-        ({"repetition_penalty": 1.2}, "repetition_penalty: this server does not support it; leave it out", None),
+        ({"repetition_penalty": 0}, "repetition_penalty: Input should be greater than 0", "repetition_penalty"),
         ({"messages": []}, "messages: List should have at least 1 item", "messages"),
         ({"stop": "\ud800"}, "expected text, found half a character (a lone surrogate)", None),
         (

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, RepetitionPenaltyLogitsProcessor
 
 from graftllm.serving.orders import Order
 from graftllm.serving.writing import Draw, Text, scored
@@ -80,6 +80,25 @@ def test_draws_follow_the_probabilities() -> None:
     draw = Draw(Order([], [1], "base", temperature=2.0, seed=1), 0)
     counts = torch.bincount(torch.tensor([draw.token(torch.tensor([2.0, 0.0])) for _ in range(4000)]))
     assert counts[0] / 4000 == pytest.approx(torch.sigmoid(torch.tensor(1.0)).item(), abs=0.03)
+
+
+@given(st.lists(st.integers(0, 19), min_size=1, max_size=9), st.floats(0.5, 2.0), st.integers(0, 99))
+def test_repetition_is_penalised_as_transformers_does_it(prompt: list[int], penalty: float, seed: int) -> None:
+    draw = Draw(Order([], prompt, "base", temperature=0.0, repetition_penalty=penalty), 0)
+    generator, written = torch.Generator().manual_seed(seed), list(prompt)
+    for _ in range(5):
+        logits = torch.randn(20, generator=generator)
+        theirs = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([written]), logits[None].clone())
+        written.append(draw.token(logits))
+        assert written[-1] == int(theirs.argmax())
+
+
+def test_each_time_and_the_first_time_are_penalised_by_what_was_written_alone() -> None:
+    logits = torch.tensor([3.0, 2.0, 1.0])
+    often = Draw(Order([], [0], "base", temperature=0.0, frequency_penalty=0.4), 0)
+    assert [often.token(logits) for _ in range(7)] == [0, 0, 0, 1, 0, 1, 0]
+    once = Draw(Order([], [0], "base", temperature=0.0, presence_penalty=1.5), 0)
+    assert [once.token(logits) for _ in range(4)] == [0, 1, 0, 0]
 
 
 def test_scores_are_log_probabilities_with_the_best_first() -> None:

@@ -159,7 +159,7 @@ class Lanes:
         likeliest = logits.argmax(dim=1).tolist()
         for row, mine, best in zip(rows, logits, likeliest, strict=True):
             try:
-                row.last = best if row.draw.greedy else row.draw.token(mine)
+                row.last = best if row.draw.takes_likeliest else row.draw.token(mine)
             except RuntimeError as error:  # logits that are no numbers: its own pack's fault, not that of other rows
                 fail([row.job], error)
         self._metrics.written.inc(len(rows))

@@ -36,6 +36,9 @@ class Order:
         top_p: share of the probability that is sampled from.
         top_k: how many of the likeliest tokens are sampled from; all where it is 0.
         min_p: least probability of a sampled token, as a share of the likeliest one's.
+        repetition_penalty: makes tokens of the prompt and of the text less likely; 1 is none.
+        frequency_penalty: does so with each token of the text, for each time that it is there; 0 is none.
+        presence_penalty: the same, once for each.
         seed: of the first choice's draws, the next choice's is one more; None for another one each time.
         stop: texts that end a text, and are not part of it.
         top_logprobs: how many alternatives of each token are reported; None for no log-probabilities at all.
@@ -50,6 +53,9 @@ class Order:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
@@ -66,7 +72,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Likely:
-    """A token and its log-probability under the model, before temperature and top_p."""
+    """A token and its log-probability under the model, before penalties, temperature and top_p."""
 
     text: str
     logprob: float

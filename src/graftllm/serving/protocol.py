@@ -19,10 +19,9 @@ from graftllm.serving.orders import Chosen, Ended, Piece, Token
 _MOST_CHOICES = 128  # of a request
 _Stop = str | list[str] | None
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {  # accepted where they ask for nothing
-    "frequency_penalty": (0, None), "presence_penalty": (0, None), "logit_bias": ({}, None), "best_of": (1, None),
+    "logit_bias": ({}, None), "best_of": (1, None),
     "echo": (False, None), "suffix": ("", None), "tools": ([], None), "tool_choice": ("none", "auto", None),
     "response_format": ({"type": "text"}, None), "modalities": (["text"], None), "parallel_tool_calls": (True, False),
-    "repetition_penalty": (1, None),
 }  # fmt: skip
 _IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")  # change no answer
 
@@ -45,8 +44,11 @@ class _Asked(BaseModel):
     seed: int | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1)] = 0  # this and the next are vLLM's; -1 and 0 are for all
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    top_k: Annotated[int, Field(ge=-1)] = 0  # this and the next two are vLLM's; -1 and 0 are for all
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] = 1.0
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None

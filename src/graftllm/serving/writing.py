@@ -1,6 +1,7 @@
 """From logits to text, one choice at a time: drawing a token, and growing a text that may have to stop."""
 
 import secrets
+from collections import Counter
 from typing import cast
 
 import torch
@@ -21,28 +22,53 @@ class Draw:
 
     def __init__(self, order: Order, choice: int) -> None:
         """Seed the choice's own generator."""
-        self.temperature, self.top_p = order.temperature, order.top_p
-        self.top_k, self.min_p = order.top_k, order.min_p
-        self.greedy = order.temperature == 0
+        self._order = order
+        penalised = (order.repetition_penalty, order.frequency_penalty, order.presence_penalty) != (1, 0, 0)
+        self.takes_likeliest = order.temperature == 0 and not penalised
+        self._prompt, self._written = frozenset(order.ids), Counter[int]()
         seed = secrets.randbits(62) if order.seed is None else order.seed + choice
         self._generator = torch.Generator().manual_seed(seed % (1 << 63))
 
     def token(self, logits: Tensor) -> int:
-        """Return a token by logits of shape (vocabulary,)."""
-        if self.greedy:
+        """Return the next token by logits of shape (vocabulary,)."""
+        if self.takes_likeliest:
             return int(logits.argmax())
-        logits = logits.float().cpu()
-        probabilities = torch.softmax((logits - logits.max()) / max(self.temperature, _COLDEST), dim=0)
-        if self.min_p:
-            probabilities[probabilities < self.min_p * probabilities.max()] = 0.0
-        if 0 < self.top_k < len(probabilities):
-            kept = probabilities.topk(self.top_k)
+        token = self._token(self._penalised(logits.float().cpu()))
+        self._written[token] += 1
+        return token
+
+    def _penalised(self, logits: Tensor) -> Tensor:
+        """Return logits less attractive where tokens were there before, as vLLM has it.
+
+        Repetition counts the prompt, too, and divides what is positive and multiplies what is negative
+        (arXiv 1909.05858); frequency is subtracted once for each time, presence once.
+        """
+        logits = logits.clone()
+        if self._order.repetition_penalty != 1:
+            seen = torch.tensor(sorted(self._prompt | self._written.keys()))
+            found = logits[seen]
+            penalty = self._order.repetition_penalty
+            logits[seen] = torch.where(found > 0, found / penalty, found * penalty)
+        if self._written:
+            counts = torch.tensor(list(self._written.values()))
+            logits[list(self._written)] -= self._order.frequency_penalty * counts + self._order.presence_penalty
+        return logits
+
+    def _token(self, logits: Tensor) -> int:
+        order = self._order
+        if order.temperature == 0:
+            return int(logits.argmax())
+        probabilities = torch.softmax((logits - logits.max()) / max(order.temperature, _COLDEST), dim=0)
+        if order.min_p:
+            probabilities[probabilities < order.min_p * probabilities.max()] = 0.0
+        if 0 < order.top_k < len(probabilities):
+            kept = probabilities.topk(order.top_k)
             probabilities = torch.zeros_like(probabilities).index_copy_(0, kept.indices, kept.values)
-        if self.top_p < 1:
+        if order.top_p < 1:
             probabilities /= probabilities.sum()
-            ranked, order = probabilities.sort(descending=True)
+            ranked, places = probabilities.sort(descending=True)
             before = ranked.cumsum(0) - ranked  # what is more probable than each
-            probabilities = probabilities.index_fill(0, order[before >= self.top_p], 0.0)
+            probabilities = probabilities.index_fill(0, places[before >= order.top_p], 0.0)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 

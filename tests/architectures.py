@@ -21,6 +21,8 @@ from transformers import (
     MambaConfig,
     MistralConfig,
     MixtralConfig,
+    OPTConfig,
+    PhimoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -56,6 +58,11 @@ CONFIGS: Mapping[str, PreTrainedConfig] = {
         **_UNTIED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=1
     ),
     "mixtral": MixtralConfig(**_UNTIED, num_local_experts=4),
+    "opt": OPTConfig(
+        vocab_size=_WORDS, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=128, word_embed_proj_dim=16, init_std=0.2, **_SPECIAL
+    ),
+    "phimoe": PhimoeConfig(**_UNTIED, num_local_experts=4),
     "gpt_oss": GptOssConfig(**_UNTIED, num_local_experts=4, num_experts_per_tok=2),
     "mamba": MambaConfig(vocab_size=_WORDS, hidden_size=16, num_hidden_layers=2, state_size=4, **_SPECIAL),
     "bamba": BambaConfig(

@@ -91,7 +91,7 @@ def pad(
     """
     longest = max(len(sequence) for sequence in sequences)
     check_length(longest, learned_positions(model), tokenizer)
-    words, highest = model.get_input_embeddings(), max((max(sequence, default=0) for sequence in sequences), default=0)
+    words, highest = input_embedding(model), max((max(sequence, default=0) for sequence in sequences), default=0)
     if isinstance(words, nn.Embedding) and highest >= words.num_embeddings:
         raise RecordError(
             f"{tokenizer.name_or_path}: its token {highest} has no row in the model's embedding of "
@@ -108,10 +108,18 @@ def pad(
     return ids.to(where), mask.to(where)
 
 
+def input_embedding(model: PreTrainedModel) -> nn.Module | None:
+    """Return the module that looks up the tokens; None where transformers knows of none."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
 def learned_positions(model: PreTrainedModel) -> int | None:
     """Return how many positions a model has a vector for; None where it computes them."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    words = model.get_input_embeddings()
+    words = input_embedding(model)
     tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
     return most if most is not None and any(most <= size <= most + _OFFSET for size in tables) else None
 

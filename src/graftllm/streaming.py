@@ -19,7 +19,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedMode
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import CheckpointError
-from graftllm.live import Binding, bindings
+from graftllm.live import Binding, bindings, looks_up_its_input
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def stream_model(checkpoint: Checkpoint, *, device: torch.device) -> StreamedMod
     Raises:
         CheckpointError: transformers does not know the class, or the checkpoint lacks a parameter.
     """
-    model = _empty_model(checkpoint)
+    model = empty_model(checkpoint)
     found = _sources(model, checkpoint)
     for name, buffer in model.named_buffers():
         if name in found:
@@ -63,7 +63,7 @@ def is_language_model(checkpoint: Checkpoint) -> bool:
     Raises:
         CheckpointError: transformers does not know the class that `config.json` names.
     """
-    model = _empty_model(checkpoint)
+    model = empty_model(checkpoint)
     loads = type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING and not model.config.is_encoder_decoder
     return loads and model.get_output_embeddings() is not None
 
@@ -81,7 +81,12 @@ def check_language_model(checkpoint: Checkpoint, *, asked: str, mend: str) -> No
         )
 
 
-def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
+def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Return a model of the class that `config.json` names, without values; it is evaluated, not trained.
+
+    Raises:
+        CheckpointError: transformers does not know the class.
+    """
     named = (checkpoint.config.get("architectures") or ["none"])[0]
     kind = getattr(transformers, named, None)
     if kind is None:
@@ -155,6 +160,7 @@ class _Loader:
     ) -> None:
         self.checkpoint, self.found, self.device = checkpoint, found, device
         self.block, self.places = block
+        self.by_rows = looks_up_its_input(self.block) and all(found[name].plain for _, _, name in self.places)
         self.empty = [module._parameters[key] for module, key, _ in self.places]
 
     def attach(self) -> None:
@@ -165,7 +171,7 @@ class _Loader:
         made: dict[int, dict[str, Tensor]] = {}
         for module, key, name in self.places:
             binding = self.found[name]
-            if isinstance(module, nn.Embedding) and binding.plain and module is block:
+            if self.by_rows:
                 value = self._rows(binding.stored[0], inputs[0])
             else:
                 if id(binding) not in made:

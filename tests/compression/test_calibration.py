@@ -8,13 +8,28 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    CLIPConfig,
+    CLIPModel,
+    CTRLConfig,
+    CTRLLMHeadModel,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    SiglipConfig,
+    SiglipModel,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.pytorch_utils import Conv1D
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression import calibration, sensitivity
-from graftllm.compression.calibration import collect_moments
+from graftllm.compression.calibration import check_reads_text, collect_moments
+from graftllm.compression.sensitivity import measure_sensitivity
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError, CompressionError
 from graftllm.live import bindings
@@ -25,7 +40,7 @@ from graftllm.records import Prompt
 from graftllm.rendering import render_answered
 from graftllm.streaming import is_language_model, stream_model
 from tests.architectures import CONFIGS, load, save_base, save_tuned
-from tests.models import perturb, rows, save_reward_model
+from tests.models import perturb, rows, save_reward_model, tokenizer
 
 
 def test_moments_are_those_of_single_unpadded_rows(tuned: Checkpoint, prompts: list[Prompt]) -> None:
@@ -300,3 +315,61 @@ def test_rows_without_a_token_to_predict_are_refused(tuned: Checkpoint, delta: D
         patch.setattr(sensitivity, "render_answered", lambda *_: ([5], 1))
         with pytest.raises(CompressionError, match="calibration: expected rows of two tokens or more"):
             compress(delta, PackOptions(), calibration=single)
+
+
+def test_quantized_weights_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    base = save_base("llama", tmp_path / "base")
+    tuned = save_tuned(base, tmp_path / "tuned")
+    config = json.loads((tuned / "config.json").read_text())
+    (tuned / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    delta = Delta(Checkpoint.open(base), Checkpoint.open(tuned))
+    with pytest.raises(CompressionError, match=r"its weights are quantized \(fp8\), so calibration text cannot run"):
+        compress(delta, PackOptions(strategy="paper"), calibration=prompts_of_many_lengths())
+    assert compress(delta, PackOptions(strategy="exact")).header.tensors
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "message"),
+    [
+        (CLIPModel, CLIPConfig(projection_dim=8), "reads something else"),
+        (SiglipModel, SiglipConfig(), "reads pictures, too"),
+    ],
+)
+def test_models_of_text_and_pictures_are_refused(kind: Any, config: Any, message: str, tmp_path: Path) -> None:
+    for part in (config.text_config, config.vision_config):
+        part.hidden_size, part.intermediate_size, part.num_hidden_layers, part.num_attention_heads = 16, 24, 1, 2
+    config.text_config.vocab_size, config.text_config.projection_size = len(tokenizer()), 16
+    config.vision_config.image_size, config.vision_config.patch_size = 8, 4
+    kind(config).save_pretrained(tmp_path)
+    with pytest.raises(CompressionError, match=message):
+        check_reads_text(Checkpoint.open(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["recurrent_gemma", "xlnet"])
+def test_stacks_that_are_no_experts_are_not_called_unreached(name: str, tmp_path: Path) -> None:
+    words = len(tokenizer())
+    config = {
+        "recurrent_gemma": RecurrentGemmaConfig(
+            vocab_size=words, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+            lru_width=16, attention_window_size=32, pad_token_id=0, bos_token_id=1, eos_token_id=3,
+        ),
+        "xlnet": XLNetConfig(vocab_size=words, d_model=16, n_layer=1, n_head=2, d_inner=24, pad_token_id=0),
+    }[name]  # fmt: skip
+    kind = {"recurrent_gemma": RecurrentGemmaForCausalLM, "xlnet": XLNetLMHeadModel}[name]
+    torch.manual_seed(0)
+    kind(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    stacks = {name for name, spec in Checkpoint.open(tmp_path).specs.items() if len(spec.shape) == 3}
+    assert not collect_moments(tmp_path, prompts_of_many_lengths()).unseen
+    sensitivity, _ = measure_sensitivity(tmp_path, prompts_of_many_lengths(), device="cpu")
+    priced = {name for name in stacks if "conv" not in name and sensitivity.metric(name, None) is not None}
+    assert len(priced) >= 2, stacks
+
+
+def test_a_model_that_changes_its_embeddings_in_place_is_priced(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    CTRLLMHeadModel(
+        CTRLConfig(vocab_size=len(tokenizer()), n_positions=64, n_embd=16, dff=24, n_layer=1, n_head=2)
+    ).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    assert "transformer.w.weight" in measure_sensitivity(tmp_path, prompts_of_many_lengths(), device="cpu")[0].reads

@@ -10,13 +10,15 @@ from tests.architectures import CONFIGS, save_base
 # Names below their layer, or below the model where they are in none; `#` is any number.
 ROLES: dict[Role, str] = {
     "embedding": """
-        model.embed_tokens.weight backbone.embeddings.weight transformer.wte.weight transformer.wpe.weight shared.weight
+        model.embed_tokens.weight model.decoder.embed_tokens.weight model.decoder.embed_positions.weight
+        backbone.embeddings.weight transformer.wte.weight transformer.wpe.weight shared.weight
         bert.embeddings.word_embeddings.weight bert.embeddings.position_embeddings.weight
         bert.embeddings.token_type_embeddings.weight vit.embeddings.cls_token vit.embeddings.position_embeddings
         vit.embeddings.patch_embeddings.projection.weight""",
     "head": "lm_head.weight classifier.weight cls.predictions.transform.dense.weight",
     "attention": """
         self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight self_attn.o_proj.weight self_attn.sinks
+        self_attn.out_proj.weight
         attn.c_attn.weight attn.c_proj.weight
         attention.self.query.weight attention.self.key.weight attention.self.value.weight attention.output.dense.weight
         attention.attention.query.weight attention.attention.key.weight attention.attention.value.weight
@@ -27,7 +29,7 @@ ROLES: dict[Role, str] = {
         mamba.conv#d.weight mamba.in_proj.weight mamba.out_proj.weight""",
     "mlp": """
         mlp.gate_proj.weight mlp.up_proj.weight mlp.down_proj.weight mlp.c_fc.weight mlp.c_proj.weight
-        mlp.gate.weight mlp.router.weight block_sparse_moe.gate.weight
+        fc#.weight mlp.gate.weight mlp.router.weight block_sparse_moe.gate.weight
         feed_forward.gate_proj.weight feed_forward.up_proj.weight feed_forward.down_proj.weight
         DenseReluDense.wi.weight DenseReluDense.wo.weight intermediate.dense.weight output.dense.weight""",
     "expert": """
@@ -36,6 +38,7 @@ ROLES: dict[Role, str] = {
     "norm": """
         input_layernorm.weight post_attention_layernorm.weight pre_feedforward_layernorm.weight
         post_feedforward_layernorm.weight pre_ff_layernorm.weight self_attn.q_norm.weight self_attn.k_norm.weight
+        final_layer_norm.weight self_attn_layer_norm.weight model.decoder.final_layer_norm.weight
         mamba.norm.weight norm.weight layer_norm.weight ln_#.weight layernorm_before.weight layernorm_after.weight
         attention.output.LayerNorm.weight output.LayerNorm.weight
         model.norm.weight model.final_layernorm.weight backbone.norm_f.weight transformer.ln_f.weight

@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,15 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import (
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -34,7 +40,7 @@ from tests.architectures import load, save_base, save_tuned
 from tests.models import perturb, quantize, save_llama, tokenizer
 
 SERVED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "gpt2")
-MERGED_ONLY = ("qwen3_moe", "mixtral", "gpt_oss", "mamba", "bamba", "t5", "bert", "vit")
+MERGED_ONLY = ("qwen3_moe", "mixtral", "gpt_oss", "mamba", "bamba", "t5", "bert", "vit", "opt", "phimoe")
 IN_FACTORS = PackOptions(strategy="paper", energy=0.7)
 Loaded = tuple[PreTrainedModel, dict[str, SkillPack]]
 
@@ -392,3 +398,20 @@ def test_which_architectures_continue_their_input_is_told_by_their_names() -> No
     }
     others = {*MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_MAPPING_NAMES.values()}
     assert not [name for name in others if isinstance(name, str) and _CONTINUES.search(name)]
+
+
+def _with_only(words: str, base: Path, tuned: Path) -> Path:
+    """Undo what a fine-tune changed but for the parameters whose names have one of these words."""
+    before, after = load_file(base / "model.safetensors"), load_file(tuned / "model.safetensors")
+    kept = {name: after[name] if re.search(words, name) else before[name] for name in after}
+    save_file(kept, tuned / "model.safetensors", metadata={"format": "pt"})
+    return tuned
+
+
+def test_a_router_that_flattens_its_rows_is_merged_only(tmp_path: Path) -> None:
+    base = save_base("phimoe", tmp_path / "base", dtype=torch.float32)
+    tuned = _with_only("q_proj|gate.weight", base, save_tuned(base, tmp_path / "tuned"))
+    model = load("phimoe", base)
+    assert "a parameter of PhimoeTopKRouter; this cannot run beside" in str(why_merged_only(model, _pack(base, tuned)))
+    attention = _with_only("q_proj", base, tuned)
+    assert why_merged_only(model, _pack(base, attention)) is None

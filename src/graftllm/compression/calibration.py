@@ -25,8 +25,8 @@ from graftllm.errors import CompressionError, first_line
 from graftllm.loading import load_tokenizer
 from graftllm.progress import progress
 from graftllm.records import Prompt
-from graftllm.rendering import pad
-from graftllm.streaming import StreamedModel, stream_model
+from graftllm.rendering import input_embedding, pad
+from graftllm.streaming import StreamedModel, empty_model, stream_model
 
 MEMORY_BYTES = 1 << 30  # of moments; further ones are summed in files
 _BATCH_TOKENS = 4096  # padding included; the weights are read once a batch
@@ -55,12 +55,11 @@ def collect_moments(
 
     Raises:
         CheckpointError: transformers cannot load the model or its tokenizer.
-        CompressionError: the model does not read text, or reads it on one side and writes on another, or
-            cannot be streamed.
+        CompressionError: as for `check_reads_text`, or the model cannot be streamed.
     """
     checkpoint = Checkpoint.open(tuned)
+    check_reads_text(checkpoint)
     streamed = stream_model(checkpoint, device=resolve_device(device))
-    _check_reads_text(streamed.model, checkpoint)
     text = streamed.model.config.get_text_config()
     if getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = 0  # as rows are padded; classifiers refuse several rows otherwise
@@ -78,7 +77,7 @@ def collect_moments(
             except _HeadReached:
                 pass
             except (NotImplementedError, RuntimeError) as error:
-                if "meta" not in str(error):  # PyTorch has no class of error for weights that are not there
+                if "meta" not in str(error).lower():  # PyTorch has no class of error for weights that are not there
                     raise
                 raise CompressionError(
                     f"{checkpoint.path}: {type(streamed.model).__name__} uses weights of a module without running it, "
@@ -89,9 +88,25 @@ def collect_moments(
     return watcher.calibration(tokens)
 
 
-def _check_reads_text(model: Any, checkpoint: Checkpoint) -> None:
-    """Refuse a model that calibration text cannot run through."""
+def check_reads_text(checkpoint: Checkpoint) -> None:
+    """Refuse a model that calibration text cannot run through.
+
+    Raises:
+        CheckpointError: transformers does not know the class that `config.json` names.
+        CompressionError: it reads more than one text, or its weights are quantized.
+    """
+    if (quantized := checkpoint.config.get("quantization_config")) is not None:
+        how = quantized.get("quant_method", "quantized") if isinstance(quantized, dict) else "quantized"
+        raise CompressionError(
+            f"{checkpoint.path}: its weights are quantized ({how}), so calibration text cannot run through them. "
+            "Load the model dequantized and save that, or pack it without calibration."
+        )
+    model: Any = empty_model(checkpoint)
     reads = "one text and writes another" if model.config.is_encoder_decoder else model.main_input_name
+    if reads == "input_ids" and input_embedding(model) is None:
+        reads = "something else"
+    elif reads == "input_ids" and hasattr(model.config, "vision_config") and model.get_output_embeddings() is None:
+        reads = "pictures, too"
     if reads != "input_ids":
         raise CompressionError(
             f"{checkpoint.path}: calibration text needs a model that reads input_ids alone, but "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from graftllm.compression.matrix import matrix_shape
 from graftllm.live import Binding
@@ -67,8 +68,10 @@ class ExpertWatcher(TorchFunctionMode):
         self.mask = torch.empty(0)  # (rows, length) of the running forward pass, true where there is no padding
         self.slices: dict[str, list[Slice]] = {}  # by live name
         self._told, self._turned = told, turned
+        self.hooks: list[RemovableHandle] = []
         self._running: dict[int, Slice] = {}  # by address, while their module runs
-        self._reached: set[int] = set()
+        self._multiplied: set[int] = set()
+        self._reached: set[int] = set()  # of these, those by a token
         for name, module in model.named_modules():
             if isinstance(module, _ConvNd):
                 continue
@@ -76,13 +79,21 @@ class ExpertWatcher(TorchFunctionMode):
                 live = f"{name}.{key}"
                 if parameter is not None and parameter.ndim == 3 and live in found:
                     self.slices[live] = slices_of(found[live], live, specs)
-                    module.register_forward_pre_hook(partial(self._enter_module, live, key), with_kwargs=True)
-                    module.register_forward_hook(self._leave_module, always_call=True)
+                    enter = partial(self._enter_module, live, key)
+                    self.hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+                    self.hooks.append(module.register_forward_hook(self._leave_module, always_call=True))
+
+    @property
+    def multiplied(self) -> frozenset[str]:
+        """Live names of the stacks of which a slice was multiplied so far; others may not be experts at all."""
+        return frozenset(
+            live for live, slices in self.slices.items() if any(id(part) in self._multiplied for part in slices)
+        )
 
     @property
     def unreached(self) -> frozenset[str]:
         """Names of the stored tensors, a matrix each or stacks, that hold an expert which no token reached so far."""
-        parts = [part for slices in self.slices.values() for part in slices if id(part) not in self._reached]
+        parts = [part for live in self.multiplied for part in self.slices[live] if id(part) not in self._reached]
         return frozenset(name for part in parts for name in part.stored)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -91,6 +102,7 @@ class ExpertWatcher(TorchFunctionMode):
         if told is not None and self._running and len(args) > 1 and args[1].ndim == 2:
             part = self._running.get(args[1].data_ptr())
             if part is not None and part.stored:
+                self._multiplied.add(id(part))
                 x = args[0].flatten(0, -2)
                 if id(part) not in self._reached and bool(x.any()):
                     self._reached.add(id(part))

@@ -15,7 +15,7 @@ _WORDS: tuple[tuple[Role, str], ...] = (
     ("bias", r"(^|\.)bias$|_bias$"),
     ("norm", r"[Nn]orm|(^|[._])ln(_?\d|_f)?($|[._])"),
     ("expert", r"(^|[._])experts?([._]|$)"),
-    ("head", r"^(model\.)?(lm_head|output|embed_out|score|classifier|qa_outputs|cls|vocab_\w+)\."),
+    ("head", r"^((language_)?model\.)?(lm_head|head|output|embed_out|score|classifier|qa_outputs|cls|vocab_\w+)\."),
     ("embedding", r"embed|(^|\.)(wte|wpe|shared)\.|_tokens?$"),
     ("attention", r"attn|[Aa]ttention"),
     ("other", r"(^|\.)(A_log|A|D)$"),
@@ -48,6 +48,8 @@ def role_of(name: str, shape: tuple[int, ...]) -> Role:
         name: as in the checkpoint, such as `model.layers.0.mlp.up_proj.weight`.
         shape: a vector that no word matches counts as a norm, anything else as `other`.
     """
+    if len(shape) == 3 and "moe" in name:
+        return "expert"
     for role, words in _WORDS:
         if re.search(words, name):
             if role == "norm" and len(shape) > 1:  # a table or projection beside one

@@ -72,7 +72,7 @@ def measure_sensitivity(tuned: Path, rows: Sequence[Prompt], *, device: str = "a
     found = {live: binding for binding in bindings(model, checkpoint.specs) for live in binding.live}
     stored = {live: binding.stored[0] for live, binding in found.items() if binding.plain}
     sequences = to_calibrate(tokenizer, model, rows)
-    uncalled = _uncalled(model, tokenizer, stored, sequences)
+    uncalled = _uncalled(model, tokenizer, stored, sequences, found, checkpoint)
     watcher = _Watcher(model, stored, found, checkpoint, uncalled)
     draw = torch.Generator(device=model.device).manual_seed(0)
     predicted = 0
@@ -137,27 +137,39 @@ def _uncalled(
     tokenizer: PreTrainedTokenizerBase,
     stored: Mapping[str, str],
     sequences: Sequence[Answered],
+    found: Mapping[str, Binding],
+    checkpoint: Checkpoint,
 ) -> dict[str, nn.Parameter]:
     """Return by stored name the matrices that the model uses without running a layer that could be watched.
 
-    Such are convolutions, a state-space layer's decay, and what its fused kernels read; stacks of experts are not.
+    Such are convolutions, a state-space layer's decay, routers that return more than one tensor, and what fused kernels
+    read; stacks whose slices are multiplied one by one, as experts are, are not.
     """
     called: set[int] = set()
-    hooks = [
-        module.register_forward_hook(lambda module, *_: called.add(id(module.weight)))
-        for module in model.modules()
-        if _is_watched(module)
-    ]
+
+    def call(module: nn.Module, inputs: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            called.add(id(module.weight))
+
+    experts = ExpertWatcher(model, found, checkpoint.specs, _nothing, _nothing)
+    hooks = [module.register_forward_hook(call) for module in model.modules() if _is_watched(module)]
     if sequences:
         ids, mask = pad([sequences[0][0]], tokenizer, model)
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
-    for hook in hooks:
+        experts.mask = mask.bool()
+        with experts:
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+    for hook in (*hooks, *experts.hooks):
         hook.remove()
+    called |= {id(value) for name, value in model.named_parameters() if name in experts.multiplied}
     return {
         stored[name]: value
         for name, value in model.named_parameters()
         if name in stored and id(value) not in called and min(matrix_shape(tuple(value.shape))) > 1
     }
+
+
+def _nothing(part: Slice, x: Tensor, output: Tensor) -> None:
+    pass
 
 
 class _Watcher:
@@ -181,9 +193,8 @@ class _Watcher:
         self._specs, self._reached = checkpoint.specs, Counter[str]()  # how many tokens each expert's matrix saw
         self._times = Counter[str]()  # how many tokens read each embedding, or matrices of a stack
         self.experts = ExpertWatcher(model, found, checkpoint.specs, self._expert, self._turned_expert)
-        stacks = {found[live].stored[0] for live in self.experts.slices}
         self.rows: dict[str, Tensor] = {}
-        self._uncalled = {name: value.requires_grad_() for name, value in uncalled.items() if name not in stacks}
+        self._uncalled = {name: value.requires_grad_() for name, value in uncalled.items()}
         tied = {id(value): stored[name] for name, value in model.named_parameters() if name in stored}
         for module in model.modules():
             weight = getattr(module, "weight", None)
@@ -235,7 +246,7 @@ class _Watcher:
             self.outputs[name] = self.outputs.get(name, 0) + squares.sum(0)
             self._norms.setdefault(name, []).append(squares.sum(1).sqrt().cpu())
 
-        if output.requires_grad:
+        if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(add)
 
     def _expert(self, part: Slice, x: Tensor, output: Tensor) -> None:
@@ -287,7 +298,7 @@ class _Watcher:
             self.read_outputs[name] = self.read_outputs.get(name, 0) + g.T @ g
 
         output.register_hook(add)
-        return output
+        return output.clone()  # which the model may change in place
 
     def _seen(self, gradient: Tensor) -> Tensor:
         """Return the gradients of all tokens but padding, (tokens, d_out)."""

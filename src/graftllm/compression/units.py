@@ -37,7 +37,7 @@ from graftllm.devices import resolve_device
 from graftllm.tensors import DTYPES
 
 _WIDE = 1e6  # largest values above this are not reached by errors: those of float32 and bfloat16
-SERVED: tuple[Role, ...] = ("attention", "mlp", "expert")
+SERVED: tuple[Role, ...] = ("attention", "mlp", "expert", "other")
 
 
 def carry_out(job: Job, unit: Unit) -> None:

@@ -161,13 +161,23 @@ def _check_place(name: str, pack: SkillPack, module: nn.Module, key: str, *, who
         return
     if isinstance(module, nn.Embedding) and not looks_up_its_input(module):
         raise _only_merged(name, pack, f"of {type(module).__name__}, which looks up by more than its input")
-    if key != "weight" or not isinstance(module, nn.Linear | Conv1D | nn.Embedding):
+    if key != "weight" or not isinstance(module, nn.Linear | Conv1D | nn.Embedding) or _has_own_way(module):
         raise _only_merged(name, pack, f"a parameter of {type(module).__name__}")
     if not whole and entry.operator not in ("factored", "lowrank"):
         raise FusionError(
             f"{pack.source}: stores {name!r} by the operator {entry.operator!r}, not in factors, so it can only be "
             "merged. Rebuild it with `graftllm pack --servable RANK`, or use it merged, one pack for a batch."
         )
+
+
+def _has_own_way(module: nn.Module) -> bool:
+    """Return whether a model's code has made a linear layer of its own, such as a router that flattens its rows."""
+    kind = type(module)
+    return (
+        kind.__module__.startswith("transformers.models.")
+        and issubclass(kind, nn.Linear)
+        and kind.forward is not nn.Linear.forward
+    )
 
 
 def _only_merged(name: str, pack: SkillPack, what: str) -> FusionError:

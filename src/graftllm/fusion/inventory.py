@@ -123,5 +123,6 @@ def _has_branch(name: str, entry: TensorEntry, parents: Collection[str]) -> bool
         return False  # positions by that name, as OPT has them, look up by more than their input
     if len(entry.shape) == 1:
         return module not in parents
-    factors = entry.role in ("embedding", "head") or entry.operator in ("factored", "lowrank")
-    return key == "weight" and len(entry.shape) == 2 and factors
+    if key != "weight" or len(entry.shape) != 2 or "norm" in module.rpartition(".")[2]:
+        return False  # norms by heads have a matrix
+    return entry.role in ("embedding", "head") or entry.operator in ("factored", "lowrank")

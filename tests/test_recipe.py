@@ -168,6 +168,11 @@ def test_budgets_may_be_shares_or_sizes(budget: str) -> None:
     assert budget_bytes(budget, 1000) == {"500": 500, "5 %": 50, "0.5%": 5, "12B": 12, "3gb": 3_000_000_000}[budget]
 
 
+def test_bytes_and_switches_need_no_quotes() -> None:
+    assert PackOptions(budget=400_000).budget == "400000"  # pyright: ignore[reportArgumentType]
+    assert (PackOptions(servable=True).servable, PackOptions(servable=False).servable) == (16, None)
+
+
 @pytest.mark.parametrize("budget", ["", "0", "-5%", "5 percent", "%", "1e3"])
 def test_other_budgets_are_refused(budget: str) -> None:
     with pytest.raises(RecipeError, match="expected a share or a size above 0"):

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import signal
@@ -161,10 +162,12 @@ def test_a_marker_without_figures_is_of_an_attempt_that_took_nothing(stages: Sta
     assert stages.run("step", ["a"], [], lambda: None).seconds < 500
 
 
-def test_where_an_input_lies_does_not_count(stages: Stages, tmp_path: Path) -> None:
+def test_the_content_of_an_input_counts_not_where_it_lies_nor_when_it_was_written(
+    stages: Stages, tmp_path: Path
+) -> None:
     model = tmp_path / "here" / "model"
     model.mkdir(parents=True)
-    (model / "weights").write_text("a")
+    (model / "weights.safetensors").write_text("a")
     (tmp_path / "rows.jsonl").write_text("{}")
     action = Counter(tmp_path / "made")
     stages.run("step", [model, tmp_path / "rows.jsonl"], [action.makes], action)
@@ -172,6 +175,29 @@ def test_where_an_input_lies_does_not_count(stages: Stages, tmp_path: Path) -> N
     moved = (tmp_path / "rows.jsonl").rename(tmp_path / "there" / "rows.jsonl")
     stages.run("step", [tmp_path / "there" / "model", moved], [action.makes], action)
     assert action.times == 1
-    (tmp_path / "there" / "model" / "weights").rename(tmp_path / "there" / "model" / "other")
+    os.utime(moved, ns=(1, 1))
+    (tmp_path / "there" / "model" / ".DS_Store").touch()
+    (tmp_path / "there" / "model" / "README.md").touch()
+    stages.run("step", [tmp_path / "there" / "model", moved], [action.makes], action)
+    assert action.times == 1
+    (tmp_path / "there" / "model" / "weights.safetensors").rename(tmp_path / "there" / "model" / "other.safetensors")
     stages.run("step", [tmp_path / "there" / "model", moved], [action.makes], action)
     assert action.times == 2
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[", '{"name": "step"}'])
+def test_a_damaged_stamp_is_none(stages: Stages, tmp_path: Path, damage: str) -> None:
+    action = Counter(tmp_path / "made")
+    stages.run("step", ["x"], [action.makes], action)
+    (stages.directory / "step.json").write_text(damage)
+    (stages.directory / "files.sha256").write_text("{")
+    (stages.directory / "step.started").write_text(f"key\n{damage}")
+    Stages(stages.directory).run("step", ["x"], [action.makes], action)
+    assert action.times == 2
+
+
+def test_a_file_is_hashed_once(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "input").write_text("a")
+    first = stages.run("step", [tmp_path / "input"], [], lambda: 1)
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("it was read again"))
+    assert Stages(stages.directory).run("step", [tmp_path / "input"], [], lambda: 2) == first

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from graftllm.downloads import download_all, repository
 from graftllm.errors import CheckpointError, HubError
-from graftllm.storage import whole_directory
+from graftllm.storage import CHECKPOINT_FILES, whole_directory
 from graftllm.tensors import (
     DTYPES,
     LARGE,
@@ -36,8 +36,7 @@ from graftllm.tensors import (
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _FOREIGN = (".bin", ".pt", ".pth", ".gguf", ".h5")
-_COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-WRITTEN = tuple(f"*{suffix}" for suffix in (".safetensors", *_COMPANIONS))  # files of a checkpoint
+WRITTEN = tuple(f"*{suffix}" for suffix in CHECKPOINT_FILES)
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,9 @@ class Checkpoint:
         return [
             file
             for file in sorted(self.path.iterdir())
-            if file.is_file() and file.suffix in _COMPANIONS and not file.name.endswith(".index.json")
+            if file.is_file()
+            and file.suffix in CHECKPOINT_FILES
+            and not file.name.endswith((".safetensors", ".index.json"))
         ]
 
     @property
@@ -239,7 +240,7 @@ def _located(path: str | Path) -> Path:
         return directory
     if (source := repository(str(path))) is not None:
         try:
-            return download_all(source, [f"*{suffix}" for suffix in (".safetensors", *_COMPANIONS)])
+            return download_all(source, WRITTEN)
         except HubError as error:
             raise CheckpointError(
                 f"{path}: there is no such directory, and the Hugging Face Hub did not give it "

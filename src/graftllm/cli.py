@@ -177,9 +177,11 @@ def _open_work(recipe: Path, directory: Path | None, device: str) -> "Work":
 
 
 def _each_skill(work: "Work", stage: Any) -> None:
+    from graftllm.pipeline.preparing import check_inputs
     from graftllm.storage import only_writer
 
     with only_writer(work.directory):
+        check_inputs(work)
         for skill in work.recipe.skills:
             stage(work, skill)
             print(f"{work.skill(skill)}: {stage.__name__} done")

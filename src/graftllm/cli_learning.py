@@ -27,7 +27,9 @@ def evaluate(
     router: Annotated[
         bool, typer.Option("--router", help="Score where prompts go, not answers; a row's task says where it belongs.")
     ] = False,
-    plot: Annotated[Path | None, typer.Option(help="With --router: draw it, as PNG.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="With --router: picture to draw, a .png, .svg or .pdf file.")
+    ] = None,
     pack: Annotated[
         str, typer.Option(help="A pack's name, base, auto (the router), or by-task (each row's task).")
     ] = "auto",
@@ -109,13 +111,16 @@ def _evaluate_harness(
 def _evaluate_router(dir: Path, tasks: list[Path], plot: Path | None, device: str, *, as_json: bool) -> None:
     from graftllm.evaluation.routes import draw_router, evaluate_router
     from graftllm.evaluation.tables import table
+    from graftllm.storage import check_picture
 
-    result = evaluate_router(dir, tasks, device=device)
     if plot is not None:
-        draw_router(result, plot)
+        check_picture(plot, read=[dir, *tasks])
+    result = evaluate_router(dir, tasks, device=device)
     if as_json:
         print_json(result.figures())
-        return
-    for grid in result.grids():
-        print_table(table(grid))
-    print_lines(*result.sentences())
+    else:
+        for grid in result.grids():
+            print_table(table(grid))
+        print_lines(*result.sentences())
+    if plot is not None:
+        draw_router(result, plot)

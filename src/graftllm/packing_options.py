@@ -62,6 +62,11 @@ class PackOptions(Section):
         """The KL divergence that the budget asks for; None where it is a size, or there is none."""
         return None if self.budget is None else kl_target(self.budget)
 
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _bytes_without_quotes(cls, given: Any) -> Any:
+        return str(given) if type(given) is int else given
+
     @field_validator("servable", mode="before")
     @classmethod
     def _rank_where_none_is_named(cls, given: Any) -> Any:

@@ -8,6 +8,7 @@ attempt took is kept too, and added to that of the attempt that goes on.
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,7 +17,7 @@ from pydantic import BaseModel
 
 from graftllm.launched import leads, wait_until
 from graftllm.metering import Spent, metered
-from graftllm.storage import write_text
+from graftllm.storage import CHECKPOINT_FILES, write_text
 
 Json: TypeAlias = bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"] | None
 
@@ -46,6 +47,7 @@ class Stages:
 
     directory: Path
     used: dict[str, Stamp] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict, repr=False)  # of files, by what tells that they are the same
     running: dict[str, Callable[[], Spent]] = field(default_factory=dict)
 
     def run(
@@ -64,14 +66,14 @@ class Stages:
 
         Args:
             name: such as `sample.math`; the part before the first dot is the kind of step.
-            inputs: what the result depends on: options, stamps of earlier steps, and paths (which count as changed
-                when a name in them, a size or a time of change does; where they lie does not count).
+            inputs: what the result depends on: options, stamps of earlier steps, and paths, of which the content
+                counts: of files, or of a model's files in a directory.
             makes: files and directories that the step leaves behind.
             action: does the step; its result must be JSON.
             unfinished: files that a killed attempt may go on with. Those of other inputs are deleted first.
             together: whether all processes do it, as they train; still only the first may write.
         """
-        key = key_of(inputs)
+        key = self.key_of(inputs)
         path = self.directory / f"{name}.json"
         if (stamp := _holding(path, key, makes)) is None and not leads():
             if together:
@@ -95,6 +97,21 @@ class Stages:
         marker.unlink()
         self.used[name] = stamp
         return stamp
+
+    def key_of(self, inputs: Sequence[Any]) -> str:
+        """Return a hash of inputs, which is another one when one of them changes.
+
+        A file is read once: its hash is remembered in the run's directory, until its size or time of change is another.
+        """
+        kept = self.directory / "files.sha256"
+        if not self.hashes and kept.exists():
+            with suppress(ValueError):
+                self.hashes.update(json.loads(kept.read_text(encoding="utf-8")))
+        before = len(self.hashes)
+        text = json.dumps([_identity(part, self.hashes) for part in inputs], sort_keys=True)
+        if len(self.hashes) > before and leads():
+            write_text(kept, json.dumps(self.hashes, indent=1))
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def forget(self, name: str) -> None:
         """Let a step be done again, for a reason that its inputs do not tell."""
@@ -120,7 +137,10 @@ def _holding(path: Path, key: str, makes: Sequence[Path]) -> Stamp | None:
     """Return the stamp at a path if it holds: the inputs are its own, and what the step made is there."""
     if not path.exists() or not all(made.exists() for made in makes):
         return None
-    stamp = Stamp(**json.loads(path.read_text(encoding="utf-8")))
+    try:
+        stamp = Stamp(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):  # damaged: the step is done again
+        return None
     return stamp if stamp.key == key else None
 
 
@@ -134,23 +154,35 @@ def _marked(marker: Path) -> tuple[str, Spent]:
     if not marker.exists():
         return "", Spent()
     key, _, spent = marker.read_text(encoding="utf-8").partition("\n")
-    return key, Spent(**json.loads(spent or "{}"))
+    try:
+        return key, Spent(**json.loads(spent or "{}"))
+    except (ValueError, TypeError):
+        return key, Spent()
 
 
-def key_of(inputs: Sequence[Any]) -> str:
-    """Return a hash of inputs, which is another one when one of them changes."""
-    return hashlib.sha256(json.dumps([identity(part) for part in inputs], sort_keys=True).encode()).hexdigest()
-
-
-def identity(part: Any) -> Json:
+def _identity(part: Any, hashes: dict[str, str]) -> Json:
     """Return what a change of an input would change."""
     if isinstance(part, BaseModel):
         return part.model_dump(mode="json")
     if isinstance(part, Stamp):
         return part.key
     if isinstance(part, Path):
-        files = sorted(part.rglob("*")) if part.is_dir() else [part]
-        home = part if part.is_dir() else part.parent  # where that lies does not count: runs are moved
-        stats = [(file.relative_to(home).as_posix(), file.stat()) for file in files if file.is_file()]
-        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        return {file.relative_to(part).as_posix(): _hash(file, hashes) for file in files_of(part)}
     return part
+
+
+def files_of(part: Path) -> list[Path]:
+    """Return a file itself, or those files in a directory that a model is read from."""
+    if not part.is_dir():
+        return [part] if part.exists() else []
+    return sorted(file for file in part.rglob("*") if file.suffix in CHECKPOINT_FILES and file.is_file())
+
+
+def _hash(file: Path, hashes: dict[str, str]) -> str:
+    """Return the SHA-256 of a file, from `hashes` where they have it."""
+    stat = file.stat()
+    known = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    if known not in hashes:
+        with open(file, "rb") as opened:
+            hashes[known] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return hashes[known]

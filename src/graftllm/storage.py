@@ -18,6 +18,9 @@ from typing import BinaryIO
 from graftllm.errors import StorageError
 from graftllm.launched import leads
 
+_PICTURES = (".png", ".svg", ".pdf")
+CHECKPOINT_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken")  # what a model is read from
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
@@ -143,6 +146,23 @@ def check_file(path: Path) -> None:
     """
     if path.is_dir():
         raise StorageError(f"{path}: expected a file or nothing there, found a directory; choose another place.")
+
+
+def check_picture(path: Path, *, read: Sequence[Path] = ()) -> str:
+    """Check that a picture may be written at a place, and return its format.
+
+    Args:
+        path: where it goes.
+        read: files that it must spare.
+
+    Raises:
+        StorageError: its name does not end in a format's, or something else is there.
+    """
+    if path.suffix not in _PICTURES:
+        raise StorageError(f"{path}: expected a name that ends in {', '.join(_PICTURES)}; found {path.suffix!r}.")
+    check_file(path)
+    check_apart(path, read)
+    return path.suffix.removeprefix(".")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import torch
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
-from graftllm.errors import FusionError
+from graftllm.errors import FusionError, StorageError
 from graftllm.evaluation.routes import RouterResult, draw_router, evaluate_router, unknown_accepted
 from graftllm.evaluation.tasks import evaluate_tasks
 from graftllm.fusion.directory import set_rules, write_grafted
@@ -16,6 +16,7 @@ from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.recipe import RouterOptions
 from graftllm.records import Message, Prompt, write_rows
+from graftllm.storage import check_picture
 from tests.models import perturb, rows
 
 RESULT = RouterResult(
@@ -48,6 +49,18 @@ def test_the_tables_hold_every_class() -> None:
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
     draw_router(RESULT, tmp_path / "r.png")
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_counted_is_given_once_and_the_picture_spares_it(tmp_path: Path) -> None:
+    file = tmp_path / "test.jsonl"
+    write_rows(file, rows(2))
+    (tmp_path / "same.jsonl").symlink_to(file)
+    with pytest.raises(FusionError, match=r"--task .*same.jsonl: is given twice, so its rows would count twice"):
+        evaluate_router(tmp_path / "g", [file, tmp_path / "same.jsonl"])
+    for name, message in (("r.xyz", "expected a name that ends in .png, .svg, .pdf; found '.xyz'"), ("a.png", "apart")):
+        (tmp_path / "a.png").touch()
+        with pytest.raises(StorageError, match=message):
+            check_picture(tmp_path / name, read=[tmp_path / "a.png"])
 
 
 def test_packs_far_from_each_other_do_not_take_each_others_prompts() -> None:

@@ -49,6 +49,7 @@ def test_rules_are_read_from_yaml(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
+        ("", "expected a list of rules, each with pack, and pattern or tag; found nothing; write .. to take all"),
         ("pack: math", "expected a list of rules, each with pack, and pattern or tag; found dict"),
         ("- {pack: math, regex: x}", "rule 1: unknown key 'regex'; expected pack, pattern and tag"),
         ("- {pack: a, tag: b}\n- {pack: math}", "rule 2: expected a pattern, a tag or both, found neither"),

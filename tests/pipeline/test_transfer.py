@@ -13,7 +13,7 @@ import yaml
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression.lowrank import LowRank
 from graftllm.delta import Delta
-from graftllm.errors import CheckpointError, RecipeError, SamplingError
+from graftllm.errors import CheckpointError, RecipeError, RecordError, SamplingError
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.pipeline import river, transfer
@@ -282,3 +282,28 @@ def test_a_recipe_in_the_runs_own_directory_stays_as_it_was_written(tmp_path: Pa
 def test_general_prompts_are_prepared_too(tmp_path: Path, content: dict[str, Any]) -> None:
     work = _work(tmp_path, content)
     assert len(read_prompts(prompts_of(work, GENERAL))) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"prompts": "nope.jsonl"}, RecordError, "nope.jsonl: no such file"),
+        ({"prompts": "bare.jsonl"}, SamplingError, "prompt '1' has no 'reference', which the judge 'exact'"),
+        ({"test": "bare.jsonl"}, SamplingError, "prompt '1' has no 'reference', which the judge 'exact'"),
+        ({"sources": ["./empty"]}, CheckpointError, "expected a model directory, found no config.json in it"),
+    ],
+)
+def test_what_is_wrong_with_a_later_skill_is_found_before_anything_is_asked(
+    tmp_path: Path,
+    content: dict[str, Any],
+    server: ChatServer,
+    change: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    (tmp_path / "bare.jsonl").write_text('{"id": "1", "prompt": "a"}\n')
+    (tmp_path / "empty").mkdir()
+    content["skills"]["later"] = content["skills"]["reverse"] | change
+    with pytest.raises(error, match=message):
+        river.run(_work(tmp_path, content))
+    assert not server.seen

@@ -70,6 +70,11 @@ def test_of_the_likeliest_tokens_the_wanted_share_is_drawn() -> None:
     assert {draw.token(logits) for _ in range(50)} == {0}  # half of what two of them have
 
 
+def test_however_small_the_share_the_likeliest_token_is_drawn() -> None:
+    draw = Draw(Order([], [1], "base", temperature=1.0, top_p=1e-50, seed=1), 0)
+    assert draw.token(torch.tensor([1.0, 3.0, 2.0])) == 1
+
+
 @pytest.mark.parametrize("temperature", [1e-40, 1e-5])
 def test_however_cold_the_likeliest_token_is_drawn(temperature: float) -> None:
     draw = Draw(Order([], [1], "base", temperature=temperature, seed=1), 0)

@@ -355,3 +355,18 @@ def test_a_reporter_that_is_not_installed_is_said_before_anything_is_trained(
         TrainingError, match=f"SFT sums: report_to asks for {reporter}, which is not installed here; `pip"
     ):
         train_sft(run, prompts, SFT)
+
+
+@pytest.mark.parametrize("train", [train_sft, train_dpo])
+def test_rows_that_are_cut_are_told_and_refused_where_nothing_is_left(
+    base: Checkpoint, tmp_path: Path, train: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = rows(6)  # a prompt of 18 tokens, an answer of 6
+    if train is train_dpo:
+        data = _pairs(data)
+    options = (SFT if train is train_sft else DPO).model_copy(update={"epochs": 1, "max_length": 20})
+    train(Training(base.path, tmp_path / "out", 0, "some"), data, options)
+    told = "some: 6 of 6 rows have more than max_length 20 tokens; the ends of their answers are not learnt"
+    assert told in capsys.readouterr().err
+    with pytest.raises(TrainingError, match="some: max_length 10 ends every row before its answer"):
+        train(Training(base.path, tmp_path / "none", 0, "some"), data, options.model_copy(update={"max_length": 10}))

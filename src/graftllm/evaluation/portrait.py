@@ -11,13 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
-from graftllm.errors import StorageError
 from graftllm.evaluation.anatomy import OTHER, Portion, by_layer, by_role, portion, strengths
 from graftllm.evaluation.tables import printable
 from graftllm.header import Header
 from graftllm.progress import track
 from graftllm.skillpack import SkillPack
-from graftllm.storage import whole_file
+from graftllm.storage import check_picture, whole_file
 
 # Okabe and Ito's colors, which every common kind of color vision tells apart.
 COLORS: Mapping[str, str] = {
@@ -30,7 +29,6 @@ COLORS: Mapping[str, str] = {
     "bias": "#F0E442",
     "other": "#000000",
 }
-_FORMATS = (".png", ".svg", ".pdf")
 _LABELED = 12  # columns of a heat map up to which each has a label and numbers
 _LINES = 8  # tensors of a role whose directions are drawn
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -43,10 +41,9 @@ def draw_portrait(pack: SkillPack, path: Path) -> None:
 
     Raises:
         PackError: a payload is damaged.
-        StorageError: the file cannot be written, or its name does not end in .png, .svg or .pdf.
+        StorageError: as for `check_picture`, or the file cannot be written.
     """
-    if path.suffix not in _FORMATS:
-        raise StorageError(f"{path}: expected a name that ends in {', '.join(_FORMATS)}; found {path.suffix!r}.")
+    form = check_picture(path, read=[Path(pack.source)])
     header = pack.header
     layers = {layer: by_role(entries) for layer, entries in by_layer(header).items()}
     cells = {layer: {role: portion(some) for role, some in roles.items()} for layer, roles in layers.items()}
@@ -61,7 +58,7 @@ def draw_portrait(pack: SkillPack, path: Path) -> None:
     name = printable(header.card.name) or "unnamed"
     figure.suptitle(f"{name}: {whole.nbytes:,} payload bytes, {whole.rate:.2f} bits per parameter", parse_math=False)
     with whole_file(path) as out:
-        figure.savefig(out, format=path.suffix[1:], dpi=120)
+        figure.savefig(out, format=form, dpi=120)
 
 
 def _draw_rates(axes: Axes, cells: Cells, roles: Sequence[str]) -> None:

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 
 from graftllm.evaluation.scores import Score
 from graftllm.evaluation.tables import Grid
+from graftllm.evaluation.tasks import read_tasks
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.routing import BASE, Route, Router
-from graftllm.records import read_prompts
 from graftllm.storage import whole_file
 
 COVERAGES = (1.0, 0.99, 0.95, 0.9, 0.8, 0.5)
@@ -120,8 +120,8 @@ def evaluate_router(directory: Path, tasks: Sequence[Path], *, device: str = "au
     Raises:
         GraftError: the directory or a file cannot be used, or there is neither router nor rule for a prompt.
     """
+    rows = read_tasks(tasks)
     grafted = GraftedModel.load(directory, device=device)
-    rows = [row for path in tasks for row in read_prompts(path)]
     labels = [row.task if row.task in grafted.packs else BASE for row in rows]
     routes = grafted.route([row.question for row in rows])
     classes = [BASE, *grafted.packs]
@@ -152,7 +152,7 @@ def unknown_accepted(router: Router) -> dict[str, float]:
 
 
 def draw_router(result: RouterResult, path: Path) -> None:
-    """Draw the confusion matrix, and risk against coverage, as a PNG file."""
+    """Draw the confusion matrix, and risk against coverage, into a .png, .svg or .pdf file."""
     figure = Figure(figsize=(9, 3.6))
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
     counts = np.array([[row.get(name, 0) for name in result.classes] for row in result.confusion.values()])
@@ -170,7 +170,7 @@ def draw_router(result: RouterResult, path: Path) -> None:
     right.set_ylim(bottom=0)
     figure.tight_layout()
     with whole_file(path) as out:
-        figure.savefig(out, format="png", dpi=110)
+        figure.savefig(out, format=path.suffix[1:], dpi=110)
 
 
 def _confidence(route: Route) -> float:

@@ -66,6 +66,20 @@ def check_unpacked(directory: Path, pack: str) -> None:
         )
 
 
+def read_tasks(files: Sequence[Path]) -> list[Prompt]:
+    """Return the rows of all files.
+
+    Raises:
+        FusionError: one is given twice, so that its rows would count twice.
+        RecordError: as for `read_prompts`.
+    """
+    if twice := next(
+        (file for i, file in enumerate(files) if file.resolve() in {f.resolve() for f in files[:i]}), None
+    ):
+        raise FusionError(f"--task {twice}: is given twice, so its rows would count twice; give it once.")
+    return [row for file in files for row in read_prompts(file)]
+
+
 def evaluate_tasks(
     directory: Path,
     tasks: Sequence[Path],
@@ -88,7 +102,7 @@ def evaluate_tasks(
     Raises:
         GraftError: the directory, the file or the pack's name cannot be used.
     """
-    prompts = [row for task in tasks for row in read_prompts(task)]
+    prompts = read_tasks(tasks)
     if not (directory / MANIFEST).exists():
         check_unpacked(directory, pack)
         model, tokenizer = load_model(directory, device=device), load_tokenizer(directory)

@@ -62,7 +62,8 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise FusionError(f"{path}: {expected}; not readable as YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(rows, list):
-        raise FusionError(f"{path}: {expected}; found {type(rows).__name__}.")
+        found = "nothing; write [] to take all rules away" if rows is None else type(rows).__name__
+        raise FusionError(f"{path}: {expected}; found {found}.")
     return tuple(_rule(row, f"{path}: rule {i}") for i, row in enumerate(rows, 1))
 
 

@@ -6,10 +6,12 @@ from typing import Any
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
+from graftllm.errors import GraftError
 from graftllm.evaluation.fidelity import divergence_on, measure_fidelity
 from graftllm.evaluation.scores import Measured
 from graftllm.fusion.directory import write_grafted
 from graftllm.fusion.fitting import fit_router
+from graftllm.fusion.manifest import open_base, open_packs, read_manifest
 from graftllm.fusion.routing import BASE
 from graftllm.header import Card, Provenance
 from graftllm.packer import compress_to
@@ -91,5 +93,17 @@ def fuse(work: Work, packed: Sequence[Stamp]) -> Stamp:
         router = fit_router(work.target.path, prompts, recipe.router, seed=recipe.seed, device=work.device)
         write_grafted(work.grafted, recipe.target, {name: work.pack(name) for name in recipe.skills}, router)
 
+    if not _is_whole(work):
+        work.stages.forget("fuse")
     inputs = [*packed, recipe.router, recipe.seed, general]
     return work.stages.run("fuse", inputs, [work.grafted], action)
+
+
+def _is_whole(work: Work) -> bool:
+    """Return whether the grafted model has its packs as they were made, and the target as its base."""
+    try:
+        manifest = read_manifest(work.grafted)
+        open_packs(work.grafted, manifest)
+        return open_base(work.grafted, manifest, check=False).path.resolve() == work.target.path.resolve()
+    except GraftError:
+        return False

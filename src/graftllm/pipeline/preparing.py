@@ -7,12 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from graftllm.checkpoint import Checkpoint
+from graftllm.downloads import repository
 from graftllm.errors import SamplingError
 from graftllm.pipeline.work import GENERAL, Work
 from graftllm.records import read_prompts, write_rows
 from graftllm.sampling.prompts import contamination, load_prompts, without_duplicates
+from graftllm.sampling.rules import check_references
 from graftllm.stages import Stamp
-from graftllm.transfer_options import General, PromptSet, Skill
+from graftllm.transfer_options import General, PromptSet, RuleJudge, Skill
 
 
 def prompts_of(work: Work, name: str) -> Path:
@@ -31,6 +34,24 @@ def test_of(work: Work, name: str) -> Path:
 def digest_of(file: Path) -> str:
     """Return a hash of a file's content, for stages that do not care when it was written."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def check_inputs(work: Work) -> None:
+    """Prepare all prompts and tests, so that what is wrong with a later skill is found before the first is sampled.
+
+    Raises:
+        CheckpointError: a source on this machine is no whole checkpoint.
+        SamplingError: a row has no reference, and a judge compares with one; or as for `prepare`.
+    """
+    for name in (*work.recipe.skills, GENERAL):
+        section = _section(work, name)
+        judges, tested_by = ((), section.judge) if isinstance(section, General) else (section.judge, section.tested_by)
+        for judge, file in [*((judge, prompts_of(work, name)) for judge in judges), (tested_by, test_of(work, name))]:
+            if isinstance(judge, RuleJudge) and judge.kind != "reasoning_gym":  # which has what it needs in metadata
+                check_references(read_prompts(file), judge.kind)
+    for source in (source for skill in work.recipe.skills.values() for source in skill.sources):
+        if source.url is None and (Path(source.model).exists() or repository(source.model) is None):
+            Checkpoint.open(source.model)
 
 
 def prepare(work: Work, name: str) -> Stamp:

@@ -21,6 +21,7 @@ from graftllm.pipeline.measuring import (
     measure_tuned,
 )
 from graftllm.pipeline.packing import fuse, pack, verify
+from graftllm.pipeline.preparing import check_inputs
 from graftllm.pipeline.transfer import train
 from graftllm.pipeline.work import GENERAL, Work, refuse_added_tokens
 from graftllm.recipe import dump_recipe
@@ -35,6 +36,7 @@ def run(work: Work) -> Report:
     """
     recipe = work.recipe
     refuse_added_tokens(recipe)
+    check_inputs(work)
     _keep_recipe(work)
     trained = {name: train(work, name) for name in recipe.skills}
     scores = {"base": measure_base(work)}

@@ -50,7 +50,7 @@ def ask_source(work: Work, skill: str, source: SourceOptions) -> Stamp:
 
     def action() -> int:
         asked, opening = read_prompts(prompts), partial(open_source, source, device=work.device)
-        keep_answers(path, asked, way)
+        keep_answers(path, asked, work.stages.key_of(way))
         return sample_responses(asked, opening, options, path, source_name=source.name, seed=recipe.seed)
 
     inputs = [digest_of(prompts), options, recipe.seed, *source_identity(source)]

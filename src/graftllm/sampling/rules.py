@@ -4,7 +4,7 @@ A rule is a function of the answer, without its reasoning trace, and the prompt;
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from graftllm.errors import SamplingError
@@ -143,3 +143,13 @@ def _reference(prompt: Prompt, judge: str) -> str:
             f"prompt {prompt.id!r} has no 'reference', which the judge {judge!r} compares with; add one."
         )
     return prompt.reference
+
+
+def check_references(prompts: Iterable[Prompt], judge: str) -> None:
+    """Check that a judge has what it compares with.
+
+    Raises:
+        SamplingError: a prompt has no reference.
+    """
+    for prompt in prompts:
+        _reference(prompt, judge)

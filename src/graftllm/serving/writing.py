@@ -68,7 +68,7 @@ class Draw:
             probabilities /= probabilities.sum()
             ranked, places = probabilities.sort(descending=True)
             before = ranked.cumsum(0) - ranked  # what is more probable than each
-            probabilities = probabilities.index_fill(0, places[before >= order.top_p], 0.0)
+            probabilities = probabilities.index_fill(0, places[1:][before[1:] >= order.top_p], 0.0)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 

@@ -33,7 +33,7 @@ from graftllm.loading import load_tokenizer, open_model
 from graftllm.progress import progress, say
 from graftllm.records import Message, PreferencePair, Prompt
 from graftllm.rendering import render
-from graftllm.stages import identity
+from graftllm.stages import files_of
 from graftllm.storage import check_replaceable, whole_directory
 from graftllm.training.curves import curves_beside, draw_curves
 from graftllm.training.defaults import batching_for, dpo_for, sft_for
@@ -98,7 +98,8 @@ def train_sft(run: Training, rows: Sequence[Prompt], options: SftOptions) -> Non
     work = _work_directory(run, data, options)
     learnt, held_out = _split(data, options, run, work)
     words = _with_tokens(load_tokenizer(run.model), run.added_tokens)
-    longest = options.max_length if options.packing else _longest(words, data, options)
+    longest = _longest(words, data, options, run.label)
+    longest = options.max_length if options.packing else longest
     arguments = _arguments(run, work, options, longest)
     with without_foreign_warnings():
         trainer = FiniteSft(
@@ -139,7 +140,7 @@ def train_dpo(run: Training, pairs: Sequence[PreferencePair], options: DpoOption
             model=_load(run),
             args=_alone(
                 DPOConfig(
-                    **_arguments(run, work, options, _longest(words, data, options)),
+                    **_arguments(run, work, options, _longest(words, data, options, run.label)),
                     beta=options.beta,
                     loss_type=list(terms),
                     loss_weights=list(terms.values()),
@@ -175,7 +176,11 @@ def _work_directory(run: Training, data: list[Row], options: TrainingOptions) ->
     if not data:
         raise TrainingError(f"{run.label}: expected rows to train on, found none.")
     check_replaceable(run.out, over=_OVER, holds=_HOLDS, beside=[run.model])
-    models = [identity(path) for path in (run.model, run.adapter) if path is not None]
+    models = [
+        [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(path)]
+        for path in (run.model, run.adapter)
+        if path is not None
+    ]
     about = [models, run.lora_rank, run.seed, options.model_dump(), data, *run.added_tokens]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
     work = run.out.with_name(f".{run.out.name}.training")
@@ -216,15 +221,35 @@ def _with_tokens(tokenizer: PreTrainedTokenizerBase, added: Sequence[str]) -> Pr
     return tokenizer
 
 
-def _longest(tokenizer: PreTrainedTokenizerBase, data: list[Row], options: TrainingOptions) -> int:
-    """Return how many tokens the row with the most characters has, all of its answers together."""
+def _longest(tokenizer: PreTrainedTokenizerBase, data: list[Row], options: TrainingOptions, label: str) -> int:
+    """Return how many tokens the row with the most characters has, all of its answers together.
 
-    def conversations(row: Row) -> list[list[Message]]:
-        return [row["prompt"] + turn for key, turn in row.items() if key != "prompt"]
+    Where it has more than `max_length` it is told how many rows have.
 
-    longest = max(data, key=lambda row: sum(len(turn["content"]) for one in conversations(row) for turn in one))
-    lengths = (len(render(tokenizer, one, answer_next=False)) for one in conversations(longest))
-    return sum(min(length, options.max_length) for length in lengths)
+    Raises:
+        TrainingError: `max_length` leaves no answer a token to learn.
+    """
+    longest = max(data, key=lambda row: sum(len(turn["content"]) for one in _conversations(row) for turn in one))
+    lengths = _lengths(tokenizer, longest)
+    if max(lengths) > (most := options.max_length):
+        cut = [row for row in data if max(_lengths(tokenizer, row)) > most]
+        if all(len(render(tokenizer, row["prompt"], answer_next=True)) >= most for row in data):
+            raise TrainingError(
+                f"{label}: max_length {most} ends every row before its answer, so there is nothing to learn; raise it."
+            )
+        say(
+            f"{label}: {len(cut):,} of {len(data):,} rows have more than max_length {most} tokens; the ends of their "
+            "answers are not learnt"
+        )
+    return sum(min(length, most) for length in lengths)
+
+
+def _conversations(row: Row) -> list[list[Message]]:
+    return [row["prompt"] + turn for key, turn in row.items() if key != "prompt"]
+
+
+def _lengths(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
+    return [len(render(tokenizer, one, answer_next=False)) for one in _conversations(row)]
 
 
 def _load(run: Training, vocabulary: int = 0) -> PreTrainedModel | peft.PeftModel:

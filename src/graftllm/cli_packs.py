@@ -52,7 +52,7 @@ def pack(
         int | None,
         typer.Option(
             metavar="[RANK]",
-            help="Keep attention and MLP matrices at this rank or below (auto, and the lossy layer of exact); alone "
+            help="Keep matrices but embedding and head at this rank or below (auto, and the lossy layer of exact); alone "
             "at 16, the most that vLLM serves unless told otherwise.",
         ),
     ] = None,

@@ -29,7 +29,7 @@ def resolve_device(device: str) -> torch.device:
     try:
         found = torch.zeros(1, device=device)
         found.item()  # a device without values, such as meta, will not do
-        return found.device
+        return torch.device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, not built in, without values
         raise CheckpointError(
             f"device: expected auto, cpu or a device that PyTorch sees here, found {device!r} ({first_line(error)})."

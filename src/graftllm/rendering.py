@@ -118,10 +118,16 @@ def input_embedding(model: PreTrainedModel) -> nn.Module | None:
 
 def learned_positions(model: PreTrainedModel) -> int | None:
     """Return how many positions a model has a vector for; None where it computes them."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = context_length(model)
     words = input_embedding(model)
     tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
     return most if most is not None and any(most <= size <= most + _OFFSET for size in tables) else None
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Return how many tokens a model was made to read at once; None where its config does not say."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return most if most is not None and most > 0 else None  # XLNet says -1
 
 
 def check_length(tokens: int, positions: int | None, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -22,7 +22,7 @@ from graftllm.loading import load_model, load_tokenizer
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.records import Message, Prompt
-from graftllm.rendering import render_answered
+from graftllm.rendering import context_length, render_answered
 from tests.architectures import save_base, save_tuned
 from tests.models import rows, save_llama, tokenizer
 
@@ -216,6 +216,13 @@ def test_calibration_reads_few_rows_and_few_tokens(model: Model, monkeypatch: py
     assert to_calibrate(words, model.live, prompts) == few[:7]
     monkeypatch.setattr(sensitivity, "_TOKENS", 1)
     assert to_calibrate(words, model.live, prompts) == few[:1]
+
+
+def test_calibration_reads_as_far_as_the_model_was_made_to(model: Model) -> None:
+    long = Prompt("0", (Message(role="user", content="a" * 999),))
+    most = context_length(model.live)
+    assert most == 256
+    assert [len(ids) for ids, _ in to_calibrate(load_tokenizer(model.path), model.live, [long])] == [most]
 
 
 def test_reads_are_half_a_token_of_each_row_of_the_vocabulary(model: Model) -> None:

@@ -42,7 +42,7 @@ from graftllm.live import Binding, bindings, named_values
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.progress import progress
 from graftllm.records import Prompt
-from graftllm.rendering import Answered, cut, learned_positions, pad
+from graftllm.rendering import Answered, context_length, cut, pad
 from graftllm.streaming import check_language_model
 from graftllm.tensors import DTYPE_NAMES, TensorSpec, raw_bytes, write_safetensors
 
@@ -226,7 +226,7 @@ class _Student:
         self.tokenizer = load_tokenizer(tuned.path)
         self.rows = _to_train_on(job, self.tokenizer, rows)
         self.model: PreTrainedModel = load_model(tuned.path, device=job.device)
-        self.rows = cut(self.rows, MAX_LENGTH, learned_positions(self.model))
+        self.rows = cut(self.rows, MAX_LENGTH, context_length(self.model))
         self.model.requires_grad_(False)
         self.matrices: list[_Matrix] = []
         self.fixed: dict[str, Tensor] = {}  # live parameters that are neither trained nor the tuned model's own

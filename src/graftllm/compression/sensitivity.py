@@ -30,7 +30,7 @@ from graftllm.live import Binding, bindings, looks_up_its_input
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.progress import track
 from graftllm.records import Prompt
-from graftllm.rendering import Answered, cut, learned_positions, pad, render_answered
+from graftllm.rendering import Answered, context_length, cut, pad, render_answered
 
 _BATCH = 4
 _TOKENS = 1 << 18  # of all rows together, as many as GPTQ reads
@@ -108,7 +108,7 @@ def answered(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> list
 
 def to_calibrate(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, rows: Sequence[Prompt]) -> list[Answered]:
     """Return the tokens of the rows that calibration reads: the first 512, while they have at most 262,144 in all."""
-    found, tokens = cut(answered(tokenizer, rows[:SEQUENCES]), MAX_LENGTH, learned_positions(model)), 0
+    found, tokens = cut(answered(tokenizer, rows[:SEQUENCES]), MAX_LENGTH, context_length(model)), 0
     for count, (ids, _) in enumerate(found):
         tokens += len(ids)
         if tokens > _TOKENS:

@@ -29,7 +29,7 @@ from graftllm.loading import load_model, load_tokenizer
 from graftllm.packing_options import PackOptions
 from graftllm.progress import track
 from graftllm.records import Prompt, read_prompts
-from graftllm.rendering import Answered, cut, learned_positions, pad, render_answered
+from graftllm.rendering import Answered, context_length, cut, pad, render_answered
 from graftllm.skillpack import Layer, SkillPack
 from graftllm.storage import writing
 from graftllm.streaming import check_language_model
@@ -83,9 +83,7 @@ def measure_fidelity(
     """
     tokenizer = load_tokenizer(tuned.path)
     model = load_model(tuned.path, device=device)
-    rendered = cut(
-        [render_answered(tokenizer, prompt) for prompt in prompts[:ROWS]], MAX_LENGTH, learned_positions(model)
-    )
+    rendered = cut([render_answered(tokenizer, prompt) for prompt in prompts[:ROWS]], MAX_LENGTH, context_length(model))
     rows = _within([_compared(*row) for row in rendered], _LOGITS // (4 * model.config.get_text_config().vocab_size))
     targets = torch.tensor([token for ids, start in rows for token in ids[start:]])
     with tempfile.TemporaryFile() as file:

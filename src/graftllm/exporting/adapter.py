@@ -28,7 +28,7 @@ from graftllm.fusion.grafting import decode, touched_bindings
 from graftllm.live import named_values
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.records import read_prompts
-from graftllm.rendering import cut, learned_positions, render_answered
+from graftllm.rendering import context_length, cut, render_answered
 from graftllm.skillpack import SkillPack
 from graftllm.storage import check_apart, whole_directory, write_text
 from graftllm.tensors import DTYPES
@@ -136,7 +136,7 @@ def export_adapter(
             texts = written_texts(model, tokenizer)
         else:
             rows = [render_answered(tokenizer, row) for row in read_prompts(prompts)[:_ROWS]]
-            texts = [ids for ids, _ in cut(rows, learned_positions(model))]
+            texts = [ids for ids, _ in cut(rows, context_length(model))]
         reference = read_logits(model, texts)
     factors, kept, total = {}, 0.0, 0.0
     for name, (module, _) in places.items():

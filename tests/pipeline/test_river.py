@@ -14,7 +14,7 @@ from graftllm.evaluation.plots import PLOTS
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.manifest import read_manifest
 from graftllm.header import Card
-from graftllm.pipeline import river
+from graftllm.pipeline import packing, river, transfer
 from graftllm.pipeline.work import open_work
 from graftllm.records import read_pairs, read_prompts, read_responses, write_rows
 from graftllm.skillpack import SkillPack
@@ -123,7 +123,19 @@ def test_a_finished_run_does_nothing_again(tiny_run: TinyRun, tmp_path: Path, mo
     )
     after = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
     written = {path.name for path, changed in after.items() if before.get(path) != changed}
-    assert written <= {"report.json", "report.md", "recipe.yaml", *PLOTS}
+    assert written <= {"report.json", "report.md", "recipe.yaml", "files.sha256", *PLOTS}
+
+
+def test_a_damaged_shelf_is_made_anew_without_training(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = shutil.copytree(tiny_run.directory, tmp_path / "run")
+    with open(directory / "grafted" / "packs" / "next.safetensors", "ab") as file:
+        file.write(b"x")
+    monkeypatch.setattr(packing, "compress_to", lambda *_, **__: pytest.fail("it was packed again"))
+    monkeypatch.setattr(transfer, "train_sft", lambda *_, **__: pytest.fail("it was trained again"))
+    river.run(open_work(tiny_run.recipe, directory))
+    assert GraftedModel.load(directory / "grafted").packs
 
 
 def test_the_grafted_model_answers(tiny_run: TinyRun) -> None:

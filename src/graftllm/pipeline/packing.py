@@ -11,7 +11,7 @@ from graftllm.evaluation.fidelity import divergence_on, measure_fidelity
 from graftllm.evaluation.scores import Measured
 from graftllm.fusion.directory import write_grafted
 from graftllm.fusion.fitting import fit_router
-from graftllm.fusion.manifest import open_base, open_packs, read_manifest
+from graftllm.fusion.manifest import open_base, open_packs, read_manifest, sha256_of
 from graftllm.fusion.routing import BASE
 from graftllm.header import Card, Provenance
 from graftllm.packer import compress_to
@@ -100,10 +100,13 @@ def fuse(work: Work, packed: Sequence[Stamp]) -> Stamp:
 
 
 def _is_whole(work: Work) -> bool:
-    """Return whether the grafted model has its packs as they were made, and the target as its base."""
+    """Return whether the grafted model has the packs as they are, and the target as its base."""
     try:
         manifest = read_manifest(work.grafted)
         open_packs(work.grafted, manifest)
+        made = {name: sha256_of(work.pack(name)) for name in work.recipe.skills}
+        if made != {name: shelved.sha256 for name, shelved in manifest.packs.items()}:
+            return False
         return open_base(work.grafted, manifest, check=False).path.resolve() == work.target.path.resolve()
     except GraftError:
         return False

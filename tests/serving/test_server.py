@@ -238,6 +238,16 @@ def test_logprobs_are_those_of_the_written_tokens(client: OpenAI) -> None:
         ({"stream_options": {"include_usage": True}}, "stream_options: expected stream to be true beside them", None),
         ({"top_logprobs": 2}, "top_logprobs: expected logprobs to be true beside it; set both, or neither", None),
         ({"repetition_penalty": 0}, "repetition_penalty: Input should be greater than 0", "repetition_penalty"),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            "messages.0.content: expected text, or parts of the type text; nothing else is read here",
+            "messages.0.content",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages.0.content: expected text, or parts of the type text; nothing else is read here",
+            "messages.0.content",
+        ),
         ({"messages": []}, "messages: List should have at least 1 item", "messages"),
         ({"stop": "\ud800"}, "expected text, found half a character (a lone surrogate)", None),
         (

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from graftllm.records import Message
 from graftllm.serving.orders import Chosen, Ended, Piece, Token
@@ -110,7 +110,17 @@ class _ChatMessage(BaseModel):
     @classmethod
     def _without_nulls(cls, value: Any) -> Any:
         """Take out what is null, as in answers that clients send back."""
-        return {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        return {key: one for key, one in value.items() if one is not None or key == "content"}
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        parts = value if isinstance(value, list) else [{"type": "text"}] if isinstance(value, str) else [None]
+        if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+            raise ValueError("expected text, or parts of the type text; nothing else is read here")
+        return value
 
     def plain(self) -> Message:
         """Return it as the rest of the program has messages; a developer is a system, as in OpenAI's guide."""

@@ -8,8 +8,10 @@ attempt took is kept too, and added to that of the attempt that goes on.
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -167,7 +169,9 @@ def _identity(part: Any, hashes: dict[str, str]) -> Json:
     if isinstance(part, Stamp):
         return part.key
     if isinstance(part, Path):
-        return {file.relative_to(part).as_posix(): _hash(file, hashes) for file in files_of(part)}
+        with ThreadPoolExecutor() as threads:  # hashing leaves the interpreter to others
+            found = threads.map(partial(_hash, hashes=hashes), files := files_of(part))
+            return {file.relative_to(part).as_posix(): digest for file, digest in zip(files, found, strict=True)}
     return part
 
 

@@ -117,7 +117,7 @@ def test_what_stopped_attempts_took_is_added_up(stages: Stages) -> None:
 
     def stop() -> float:
         assert stages.spent_on("step").seconds >= 1000
-        time.sleep(0.1)
+        time.sleep(0.1)  # is what the attempt takes
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -146,7 +146,7 @@ marker = Path({str(stages.directory)!r}) / "step.started"
 
 def work():
     while '"seconds": 0.0,' in marker.read_text():
-        time.sleep(0.01)
+        time.sleep(0.01)  # until some time is told
     os.kill(os.getpid(), signal.SIGKILL)
 
 Stages(marker.parent).run("step", ["a"], [], work)

@@ -137,12 +137,11 @@ def _compressed(
 
 def _measured(job: Job, calibration: Sequence[Prompt]) -> Measures:
     """Run the tuned model over calibration rows; errors are priced by what it says where it is a language model."""
-    from graftllm.compression.calibration import check_reads_text, collect_moments
+    from graftllm.compression.calibration import collect_moments
     from graftllm.compression.sensitivity import fits_in_memory, measure_sensitivity
     from graftllm.streaming import is_language_model
 
     tuned, sensitivity, weights = job.delta.tuned, None, None
-    check_reads_text(tuned)
     fits = fits_in_memory(tuned, resolve_device(job.device))
     if job.options.strategy != "paper" and fits and is_language_model(tuned):
         sensitivity, weights = measure_sensitivity(tuned.path, calibration, device=job.device)

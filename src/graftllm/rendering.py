@@ -112,7 +112,7 @@ def input_embedding(model: PreTrainedModel) -> nn.Module | None:
     """Return the module that looks up the tokens; None where transformers knows of none."""
     try:
         return model.get_input_embeddings()
-    except NotImplementedError:
+    except NotImplementedError:  # as models of text and something else have it
         return None
 
 

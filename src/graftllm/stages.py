@@ -107,7 +107,7 @@ class Stages:
         """
         kept = self.directory / "files.sha256"
         if not self.hashes and kept.exists():
-            with suppress(ValueError):
+            with suppress(ValueError, TypeError):  # damaged: files are hashed again
                 self.hashes.update(json.loads(kept.read_text(encoding="utf-8")))
         before = len(self.hashes)
         text = json.dumps([_identity(part, self.hashes) for part in inputs], sort_keys=True)

@@ -3,7 +3,7 @@
 A block is an element of an outermost `nn.ModuleList`, which is what layers stand in, or any module
 outside of those with parameters of its own. Its parameters exist, in float32, while its `forward`
 runs; nothing is copied on disk. Tensors are read and named by `live`. From such a model it is told,
-before anything is read, whether a checkpoint holds a language model.
+before anything is read, whether a checkpoint holds a language model, and whether text can run through it.
 """
 
 from collections.abc import Iterator
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
 from graftllm.checkpoint import Checkpoint
-from graftllm.errors import CheckpointError
+from graftllm.errors import CheckpointError, CompressionError
 from graftllm.live import Binding, bindings, looks_up_its_input
+from graftllm.rendering import input_embedding
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def stream_model(checkpoint: Checkpoint, *, device: torch.device) -> StreamedMod
     Raises:
         CheckpointError: transformers does not know the class, or the checkpoint lacks a parameter.
     """
-    model = empty_model(checkpoint)
+    model = _empty_model(checkpoint)
     found = _sources(model, checkpoint)
     for name, buffer in model.named_buffers():
         if name in found:
@@ -63,7 +64,7 @@ def is_language_model(checkpoint: Checkpoint) -> bool:
     Raises:
         CheckpointError: transformers does not know the class that `config.json` names.
     """
-    model = empty_model(checkpoint)
+    model = _empty_model(checkpoint)
     loads = type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING and not model.config.is_encoder_decoder
     return loads and model.get_output_embeddings() is not None
 
@@ -81,12 +82,33 @@ def check_language_model(checkpoint: Checkpoint, *, asked: str, mend: str) -> No
         )
 
 
-def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """Return a model of the class that `config.json` names, without values; it is evaluated, not trained.
+def check_reads_text(checkpoint: Checkpoint) -> None:
+    """Refuse a model that calibration text cannot run through.
 
     Raises:
-        CheckpointError: transformers does not know the class.
+        CheckpointError: transformers does not know the class that `config.json` names.
+        CompressionError: it reads more than one text, or its weights are quantized.
     """
+    if (quantized := checkpoint.config.get("quantization_config")) is not None:
+        how = quantized.get("quant_method", "quantized") if isinstance(quantized, dict) else "quantized"
+        raise CompressionError(
+            f"{checkpoint.path}: its weights are quantized ({how}), so calibration text cannot run through them. "
+            "Load the model dequantized and save that, or pack it without calibration."
+        )
+    model: Any = _empty_model(checkpoint)
+    reads = "one text and writes another" if model.config.is_encoder_decoder else model.main_input_name
+    if reads == "input_ids" and input_embedding(model) is None:
+        reads = "something else"
+    elif reads == "input_ids" and hasattr(model.config, "vision_config") and model.get_output_embeddings() is None:
+        reads = "pictures, too"
+    if reads != "input_ids":
+        raise CompressionError(
+            f"{checkpoint.path}: calibration text needs a model that reads input_ids alone, but "
+            f"{type(model).__name__} reads {reads}. Pack it without calibration."
+        )
+
+
+def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     named = (checkpoint.config.get("architectures") or ["none"])[0]
     kind = getattr(transformers, named, None)
     if kind is None:

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression import calibration, sensitivity
-from graftllm.compression.calibration import check_reads_text, collect_moments
+from graftllm.compression.calibration import collect_moments
 from graftllm.compression.sensitivity import measure_sensitivity
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError, CompressionError
@@ -38,7 +38,7 @@ from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt
 from graftllm.rendering import render_answered
-from graftllm.streaming import is_language_model, stream_model
+from graftllm.streaming import check_reads_text, is_language_model, stream_model
 from tests.architectures import CONFIGS, load, save_base, save_tuned
 from tests.models import perturb, rows, save_reward_model, tokenizer
 

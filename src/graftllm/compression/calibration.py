@@ -25,8 +25,8 @@ from graftllm.errors import CompressionError, first_line
 from graftllm.loading import load_tokenizer
 from graftllm.progress import progress
 from graftllm.records import Prompt
-from graftllm.rendering import input_embedding, pad
-from graftllm.streaming import StreamedModel, empty_model, stream_model
+from graftllm.rendering import pad
+from graftllm.streaming import StreamedModel, check_reads_text, stream_model
 
 MEMORY_BYTES = 1 << 30  # of moments; further ones are summed in files
 _BATCH_TOKENS = 4096  # padding included; the weights are read once a batch
@@ -86,32 +86,6 @@ def collect_moments(
             tokens += int(mask.sum())
             show(tokens, sum(map(len, sequences)))
     return watcher.calibration(tokens)
-
-
-def check_reads_text(checkpoint: Checkpoint) -> None:
-    """Refuse a model that calibration text cannot run through.
-
-    Raises:
-        CheckpointError: transformers does not know the class that `config.json` names.
-        CompressionError: it reads more than one text, or its weights are quantized.
-    """
-    if (quantized := checkpoint.config.get("quantization_config")) is not None:
-        how = quantized.get("quant_method", "quantized") if isinstance(quantized, dict) else "quantized"
-        raise CompressionError(
-            f"{checkpoint.path}: its weights are quantized ({how}), so calibration text cannot run through them. "
-            "Load the model dequantized and save that, or pack it without calibration."
-        )
-    model: Any = empty_model(checkpoint)
-    reads = "one text and writes another" if model.config.is_encoder_decoder else model.main_input_name
-    if reads == "input_ids" and input_embedding(model) is None:
-        reads = "something else"
-    elif reads == "input_ids" and hasattr(model.config, "vision_config") and model.get_output_embeddings() is None:
-        reads = "pictures, too"
-    if reads != "input_ids":
-        raise CompressionError(
-            f"{checkpoint.path}: calibration text needs a model that reads input_ids alone, but "
-            f"{type(model).__name__} reads {reads}. Pack it without calibration."
-        )
 
 
 def _batches(sequences: Sequence[list[int]]) -> Iterator[list[int]]:

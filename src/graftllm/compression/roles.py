@@ -48,7 +48,7 @@ def role_of(name: str, shape: tuple[int, ...]) -> Role:
         name: as in the checkpoint, such as `model.layers.0.mlp.up_proj.weight`.
         shape: a vector that no word matches counts as a norm, anything else as `other`.
     """
-    if len(shape) == 3 and "moe" in name:
+    if len(shape) == 3 and "moe" in name:  # a stack, whatever its own name is
         return "expert"
     for role, words in _WORDS:
         if re.search(words, name):

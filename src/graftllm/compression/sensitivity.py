@@ -31,6 +31,7 @@ from graftllm.loading import load_model, load_tokenizer
 from graftllm.progress import track
 from graftllm.records import Prompt
 from graftllm.rendering import Answered, context_length, cut, pad, render_answered
+from graftllm.streaming import check_reads_text
 
 _BATCH = 4
 _TOKENS = 1 << 18  # of all rows together, as many as GPTQ reads
@@ -63,9 +64,10 @@ def measure_sensitivity(tuned: Path, rows: Sequence[Prompt], *, device: str = "a
     Raises:
         CheckpointError: transformers cannot load the model, as a causal language model, or its tokenizer; or it says
             what is no number.
-        CompressionError: no row has two tokens.
+        CompressionError: no row has two tokens; or as for `check_reads_text`.
     """
     checkpoint = Checkpoint.open(tuned)
+    check_reads_text(checkpoint)
     model, tokenizer = load_model(tuned, device=device), load_tokenizer(tuned)
     model.requires_grad_(False)
     model.set_experts_implementation("eager")  # one product per expert, which can be watched
@@ -151,7 +153,7 @@ def _uncalled(
         if isinstance(output, Tensor):
             called.add(id(module.weight))
 
-    experts = ExpertWatcher(model, found, checkpoint.specs, _nothing, _nothing)
+    experts = ExpertWatcher(model, found, checkpoint.specs)
     hooks = [module.register_forward_hook(call) for module in model.modules() if _is_watched(module)]
     if sequences:
         ids, mask = pad([sequences[0][0]], tokenizer, model)
@@ -166,10 +168,6 @@ def _uncalled(
         for name, value in model.named_parameters()
         if name in stored and id(value) not in called and min(matrix_shape(tuple(value.shape))) > 1
     }
-
-
-def _nothing(part: Slice, x: Tensor, output: Tensor) -> None:
-    pass
 
 
 class _Watcher:

@@ -15,7 +15,7 @@ from graftllm.evaluation.tables import Grid
 from graftllm.evaluation.tasks import read_tasks
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.routing import BASE, Route, Router
-from graftllm.storage import whole_file
+from graftllm.storage import check_picture, whole_file
 
 COVERAGES = (1.0, 0.99, 0.95, 0.9, 0.8, 0.5)
 _MOST_UNKNOWN = 4
@@ -152,7 +152,12 @@ def unknown_accepted(router: Router) -> dict[str, float]:
 
 
 def draw_router(result: RouterResult, path: Path) -> None:
-    """Draw the confusion matrix, and risk against coverage, into a .png, .svg or .pdf file."""
+    """Draw the confusion matrix, and risk against coverage, into a .png, .svg or .pdf file.
+
+    Raises:
+        StorageError: as for `check_picture`, or the file cannot be written.
+    """
+    form = check_picture(path)
     figure = Figure(figsize=(9, 3.6))
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
     counts = np.array([[row.get(name, 0) for name in result.classes] for row in result.confusion.values()])
@@ -170,7 +175,7 @@ def draw_router(result: RouterResult, path: Path) -> None:
     right.set_ylim(bottom=0)
     figure.tight_layout()
     with whole_file(path) as out:
-        figure.savefig(out, format=path.suffix[1:], dpi=110)
+        figure.savefig(out, format=form, dpi=110)
 
 
 def _confidence(route: Route) -> float:

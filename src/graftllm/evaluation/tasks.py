@@ -73,10 +73,10 @@ def read_tasks(files: Sequence[Path]) -> list[Prompt]:
         FusionError: one is given twice, so that its rows would count twice.
         RecordError: as for `read_prompts`.
     """
-    if twice := next(
-        (file for i, file in enumerate(files) if file.resolve() in {f.resolve() for f in files[:i]}), None
-    ):
-        raise FusionError(f"--task {twice}: is given twice, so its rows would count twice; give it once.")
+    given = [file.resolve() for file in files]
+    for i, file in enumerate(files):
+        if given.index(given[i]) < i:
+            raise FusionError(f"--task {file}: is given twice, so its rows would count twice; give it once.")
     return [row for file in files for row in read_prompts(file)]
 
 

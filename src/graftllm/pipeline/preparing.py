@@ -15,7 +15,7 @@ from graftllm.records import read_prompts, write_rows
 from graftllm.sampling.prompts import contamination, load_prompts, without_duplicates
 from graftllm.sampling.rules import check_references
 from graftllm.stages import Stamp
-from graftllm.transfer_options import General, PromptSet, RuleJudge, Skill
+from graftllm.transfer_options import General, JudgeOptions, PromptSet, RuleJudge, Skill
 
 
 def prompts_of(work: Work, name: str) -> Path:
@@ -43,15 +43,21 @@ def check_inputs(work: Work) -> None:
         CheckpointError: a source on this machine is no whole checkpoint.
         SamplingError: a row has no reference, and a judge compares with one; or as for `prepare`.
     """
-    for name in (*work.recipe.skills, GENERAL):
-        section = _section(work, name)
-        judges, tested_by = ((), section.judge) if isinstance(section, General) else (section.judge, section.tested_by)
-        for judge, file in [*((judge, prompts_of(work, name)) for judge in judges), (tested_by, test_of(work, name))]:
-            if isinstance(judge, RuleJudge) and judge.kind != "reasoning_gym":  # which has what it needs in metadata
-                check_references(read_prompts(file), judge.kind)
-    for source in (source for skill in work.recipe.skills.values() for source in skill.sources):
-        if source.url is None and (Path(source.model).exists() or repository(source.model) is None):
-            Checkpoint.open(source.model)
+    recipe = work.recipe
+    for name, skill in recipe.skills.items():
+        for judge in skill.judge:
+            _check_references(prompts_of(work, name), judge)
+        _check_references(test_of(work, name), skill.tested_by)
+        for source in skill.sources:
+            if source.url is None and (Path(source.model).exists() or repository(source.model) is None):
+                Checkpoint.open(source.model)
+    prepare(work, GENERAL)
+    _check_references(test_of(work, GENERAL), recipe.general.judge)
+
+
+def _check_references(file: Path, judge: JudgeOptions) -> None:
+    if isinstance(judge, RuleJudge) and judge.kind != "reasoning_gym":  # which has what it needs in metadata
+        check_references(read_prompts(file), judge.kind)
 
 
 def prepare(work: Work, name: str) -> Stamp:

@@ -32,16 +32,15 @@ from graftllm.launched import leads, processes, sharded, wait_until
 from graftllm.loading import load_tokenizer, open_model
 from graftllm.progress import progress, say
 from graftllm.records import Message, PreferencePair, Prompt
-from graftllm.rendering import render
 from graftllm.stages import files_of
 from graftllm.storage import check_replaceable, whole_directory
 from graftllm.training.curves import curves_beside, draw_curves
 from graftllm.training.defaults import batching_for, dpo_for, sft_for
+from graftllm.training.lengths import Row, longest
 from graftllm.training.lora import lora_settings, without_foreign_warnings
 from graftllm.training.watching import FiniteDpo, FiniteSft, KeepCurves, ShowSteps, reporting
 from graftllm.training_options import DpoOptions, Reporter, SftOptions, TrainingOptions
 
-Row = dict[str, Any]
 _OVER = ("config.json", "adapter_config.json")  # of which a directory that a training wrote holds one, and
 _HOLDS = (*WRITTEN, "README.md")  # no others than these
 
@@ -98,9 +97,8 @@ def train_sft(run: Training, rows: Sequence[Prompt], options: SftOptions) -> Non
     work = _work_directory(run, data, options)
     learnt, held_out = _split(data, options, run, work)
     words = _with_tokens(load_tokenizer(run.model), run.added_tokens)
-    longest = _longest(words, data, options, run.label)
-    longest = options.max_length if options.packing else longest
-    arguments = _arguments(run, work, options, longest)
+    tokens = longest(words, data, options.max_length, run.label)
+    arguments = _arguments(run, work, options, options.max_length if options.packing else tokens)
     with without_foreign_warnings():
         trainer = FiniteSft(
             callbacks=_callbacks(run, options),
@@ -140,7 +138,7 @@ def train_dpo(run: Training, pairs: Sequence[PreferencePair], options: DpoOption
             model=_load(run),
             args=_alone(
                 DPOConfig(
-                    **_arguments(run, work, options, _longest(words, data, options, run.label)),
+                    **_arguments(run, work, options, longest(words, data, options.max_length, run.label)),
                     beta=options.beta,
                     loss_type=list(terms),
                     loss_weights=list(terms.values()),
@@ -219,37 +217,6 @@ def _shared(data: list[Row], path: Path) -> Dataset:
 def _with_tokens(tokenizer: PreTrainedTokenizerBase, added: Sequence[str]) -> PreTrainedTokenizerBase:
     tokenizer.add_tokens(list(added))
     return tokenizer
-
-
-def _longest(tokenizer: PreTrainedTokenizerBase, data: list[Row], options: TrainingOptions, label: str) -> int:
-    """Return how many tokens the row with the most characters has, all of its answers together.
-
-    Where it has more than `max_length` it is told how many rows have.
-
-    Raises:
-        TrainingError: `max_length` leaves no answer a token to learn.
-    """
-    longest = max(data, key=lambda row: sum(len(turn["content"]) for one in _conversations(row) for turn in one))
-    lengths = _lengths(tokenizer, longest)
-    if max(lengths) > (most := options.max_length):
-        cut = [row for row in data if max(_lengths(tokenizer, row)) > most]
-        if all(len(render(tokenizer, row["prompt"], answer_next=True)) >= most for row in data):
-            raise TrainingError(
-                f"{label}: max_length {most} ends every row before its answer, so there is nothing to learn; raise it."
-            )
-        say(
-            f"{label}: {len(cut):,} of {len(data):,} rows have more than max_length {most} tokens; the ends of their "
-            "answers are not learnt"
-        )
-    return sum(min(length, most) for length in lengths)
-
-
-def _conversations(row: Row) -> list[list[Message]]:
-    return [row["prompt"] + turn for key, turn in row.items() if key != "prompt"]
-
-
-def _lengths(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
-    return [len(render(tokenizer, one, answer_next=False)) for one in _conversations(row)]
 
 
 def _load(run: Training, vocabulary: int = 0) -> PreTrainedModel | peft.PeftModel:

@@ -13,7 +13,7 @@ change every parameter, norms and vocabulary too: all rows have one pack, or eig
 than what is printed.
 
 Switching: a merged pack takes the place of another. The floor is reading the pack's bytes and copying the
-touched weights once. `cold` decodes the pack from its file, as a shelf has room for one of two; `hot` takes it from
+touched weights once, to new memory; `copy` is that copy to memory at hand. `cold` decodes the pack from its file, as a shelf has room for one of two; `hot` takes it from
 a shelf that has both.
 """
 
@@ -213,7 +213,10 @@ def switching(size: Size, home: Path, device: torch.device) -> dict[str, Any]:
         for value in touched:
             value.clone()
 
-    seconds = {"floor": _in_turns({"floor": floor}, 2 * size.repeats + 1, device)["floor"]}
+    seconds = _in_turns({"floor": floor}, 2 * size.repeats + 1, device)
+    at_hand = [torch.empty_like(value) for value in touched]
+    seconds |= _in_turns({"copy": lambda: torch._foreach_copy_(at_hand, touched)}, 2 * size.repeats + 1, device)
+    del at_hand
     for name, shelf in {"cold": small, "hot": large}.items():  # one after the other: what one frees is its own
         for _ in packs:
             switch(shelf)
@@ -223,6 +226,7 @@ def switching(size: Size, home: Path, device: torch.device) -> dict[str, Any]:
         "pack_bytes": files[0].stat().st_size,
         **{f"{way}, ms": round(1000 * value, 2) for way, value in seconds.items()},
         "cold / floor": round(seconds["cold"] / seconds["floor"], 2),
+        "cold / copy": round(seconds["cold"] / seconds["copy"], 1),
         "hot / floor": round(seconds["hot"] / seconds["floor"], 4),
     }
 

@@ -68,7 +68,8 @@ def pack(work: Work, skill: str, trained: Stamp, scores: Mapping[str, Measured])
             "overheads": {kind: took.model_dump() for kind, took in signed.header.card.overheads.items()},
         }
 
-    return work.stages.run(f"pack.{skill}", [trained, recipe.pack, known], [work.pack(skill)], action)
+    inputs = [trained, recipe.pack, known, recipe.skills[skill].description]
+    return work.stages.run(f"pack.{skill}", inputs, [work.pack(skill)], action)
 
 
 def verify(work: Work, skill: str, packed: Stamp) -> Stamp:

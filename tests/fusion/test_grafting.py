@@ -3,11 +3,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError
+from graftllm.fusion.applying import apply_packs
+from graftllm.fusion.beside import Beside
 from graftllm.fusion.branches import decode_branches
 from graftllm.fusion.grafting import plug
 from graftllm.loading import load_model
@@ -41,8 +44,12 @@ _BF16, _F16, _F32, _F64 = torch.bfloat16, torch.float16, torch.float32, torch.fl
 
 
 @pytest.mark.parametrize(
-    ("stored", "dtype"), [(_BF16, _BF16), (_BF16, _F32), (_F16, _F16), (_F16, _F32), (_F32, _F32), (_F32, _F64)]
-)
+    ("stored", "dtype"),
+    [
+        (_BF16, _BF16), (_BF16, _F32), (_F16, _F16), (_F16, _F32), (_F32, _F32), (_F32, _F64),
+        (_F32, _BF16), (_F32, _F16), (_BF16, _F16),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("tied", [True, False])
 def test_unplugging_gives_the_base_back_bit_for_bit(
     tmp_path: Path, stored: torch.dtype, dtype: torch.dtype, tied: bool
@@ -171,14 +178,54 @@ def test_a_model_without_a_touched_parameter_is_refused(tmp_path: Path, lossy: S
         plug(model, lossy)
 
 
-def test_a_model_in_a_narrower_dtype_is_refused(tmp_path: Path) -> None:
+def test_a_model_in_a_narrower_dtype_takes_its_base_values_from_where_it_was_loaded(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base", dtype=torch.float32)
+    tuned = perturb(base, tmp_path / "tuned", seed=1)
+    pack = compress(Delta(Checkpoint.open(base), Checkpoint.open(tuned)), PackOptions(strategy="exact"))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    with plug(model, pack):
+        assert _digests(model) == _digests(AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.bfloat16))
+
+
+def test_a_base_of_several_dtypes_takes_packs_in_any_of_them(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    save_file(
+        {name: value.float() + 1e-4 if "norm" in name else value for name, value in weights.items()},
+        base / "model.safetensors",
+        {"format": "pt"},
+    )
+    tuned = perturb(base, tmp_path / "tuned", seed=1)
+    pack = compress(Delta(Checkpoint.open(base), Checkpoint.open(tuned)), PackOptions(servable=4))
+    assert {entry.dtype for entry in pack.header.tensors.values()} == {"BF16", "F32"}
+    apply_packs(Checkpoint.open(base), [(pack, 1.0)], tmp_path / "made")
+    for dtype in (torch.bfloat16, torch.float32):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        made = AutoModelForCausalLM.from_pretrained(tmp_path / "made", dtype=dtype)
+        plain = _logits(model)
+        with plug(model, pack):
+            norms = {name: digest(value) for name, value in model.state_dict().items() if "norm" in name}
+            assert norms.items() <= _digests(made).items()
+            merged = _logits(model)
+        with Beside(model, {"a": pack}).rows(["a"]):
+            beside = _logits(model)
+        assert (beside - merged).norm() < 0.2 * (merged - plain).norm()
+
+
+@pytest.mark.parametrize("what", ["gone", "changed", "a module of its own"])
+def test_a_model_in_a_narrower_dtype_is_refused_without_its_base(tmp_path: Path, what: str) -> None:
     base = save_llama(tmp_path / "base", dtype=torch.float32)
     delta = Delta(Checkpoint.open(base), Checkpoint.open(perturb(base, tmp_path / "tuned", seed=1)))
+    pack = compress(delta, PackOptions(strategy="exact"))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    with pytest.raises(
-        FusionError, match=r"in torch.bfloat16, narrower than its base's torch.float32. Load the base with"
-    ):
-        plug(model, compress(delta, PackOptions(strategy="exact")))
+    if what == "gone":
+        base.rename(tmp_path / "elsewhere")
+    elif what == "changed":
+        model.model.norm.weight.data += 1
+    before = _digests(model)
+    with pytest.raises(FusionError, match=r"in torch.bfloat16, narrower than its base's torch.float32, and was not"):
+        plug(torch.nn.ModuleDict({"model": model.model}) if what == "a module of its own" else model, pack)
+    assert _digests(model) == before
 
 
 def test_added_vocabulary_rows_do_not_fit_a_live_model(base_dir: Path, base: Checkpoint, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from graftllm.errors import FusionError
-from graftllm.fusion.grafting import check_whole, in_base_dtype, is_quantized, touched_bindings, touched_names
+from graftllm.fusion.grafting import check_whole, is_quantized, touched_bindings, touched_names
+from graftllm.fusion.origin import Origin
 from graftllm.fusion.shelf import Shelf
 from graftllm.live import Binding, looks_up_its_input, named_values
 from graftllm.skillpack import SkillPack
@@ -91,16 +92,16 @@ def decode_branches(model: nn.Module, pack: SkillPack, *, check: bool = True) ->
         FusionError: the pack can only be merged, or the model lacks a parameter that it touches.
         PackError: the pack is damaged or was made for another base.
     """
-    values = named_values(model)
+    values, origin = named_values(model), Origin(model)
     found: dict[str, Branch] = {}
     for name, (binding, owners) in _places(model, pack).items():
         live = values[binding.live[0]]
         if check and not is_quantized(live):
             check_whole(binding.live[0], live, pack, binding)
-            pack.check_tensor(name, in_base_dtype(live.detach().cpu(), name, pack))
+            pack.check_tensor(name, origin.stored(name, live.detach().cpu(), pack))
         if live.dim() == 1:
             check_whole(binding.live[0], live, pack, binding)
-            delta = pack.delta(name, in_base_dtype(live.detach().cpu(), name, pack))
+            delta = pack.delta(name, origin.stored(name, live.detach().cpu(), pack))
             for module_name, _, key in owners:
                 branch = found.get(module_name, Branch(None, {}))
                 found[module_name] = Branch(branch.weight, {**branch.vectors, key: delta})
@@ -108,7 +109,7 @@ def decode_branches(model: nn.Module, pack: SkillPack, *, check: bool = True) ->
         weight = _factors(name, pack, _dtype(model, live))
         if weight is None:
             check_whole(binding.live[0], live, pack, binding)
-            weight = pack.delta(name, in_base_dtype(live.detach().cpu(), name, pack)).to(live.dtype)
+            weight = pack.delta(name, origin.stored(name, live.detach().cpu(), pack)).to(live.dtype)
         for module_name, module, _ in owners:
             vectors = found[module_name].vectors if module_name in found else {}
             found[module_name] = Branch(_transposed(weight) if isinstance(module, Conv1D) else weight, vectors)

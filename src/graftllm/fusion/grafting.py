@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from graftllm.errors import FusionError
 from graftllm.fusion.applying import Empty, Weighted, agreed_spec, check_weights, combined, in_range
+from graftllm.fusion.origin import Origin
 from graftllm.live import Binding, bindings, named_values
 from graftllm.skillpack import SkillPack
 from graftllm.tensors import DTYPES, TensorSpec
@@ -81,13 +82,14 @@ def plug(model: nn.Module, *packs: SkillPack | Weighted, check: bool = True) -> 
     Not thread-safe: whoever uses the model meanwhile sees weights change one by one.
 
     Args:
-        model: a transformers model of the base, in the base's dtype or a wider one, on any devices.
+        model: a transformers model of the base, on any devices; in the base's dtype, in a wider one, or in a narrower
+            one if what it was loaded from is still there.
         packs: packs of the same base; alone with weight 1, or `(pack, weight)`. Their order does not matter.
         check: compare every touched base weight with the pack's digest first.
 
     Raises:
-        FusionError: the model has no such parameter, or holds it quantized, offloaded or in a narrower dtype; or a
-            weight is so large that values would leave it.
+        FusionError: the model has no such parameter, or holds it quantized or offloaded, or in a narrower dtype than a
+            base that is not found; or a weight is so large that values would leave it.
         PackError: a pack is damaged or was made for another base; the model is then unchanged.
     """
     return decode(model, *packs, check=check).plug(model)
@@ -104,10 +106,10 @@ def decode(
     """
     weighted = _weighted(packs)
     check_weights(weighted)
-    parameters, found = named_values(model), {}
+    parameters, origin, found = named_values(model), Origin(model), {}
     for binding in touched_bindings(model, weighted) if weighted else ():
         values = {name: parameters[name].data for name in binding.live}
-        found |= _plugged(values, binding, weighted, check=check, empty=empty)
+        found |= _plugged(values, binding, weighted, origin, check=check, empty=empty)
     return Replacement(found)
 
 
@@ -123,7 +125,13 @@ def _weighted(packs: Iterable[SkillPack | Weighted]) -> list[Weighted]:
 
 
 def _plugged(
-    values: Mapping[str, Tensor], binding: Binding, packs: Sequence[Weighted], *, check: bool, empty: Empty
+    values: Mapping[str, Tensor],
+    binding: Binding,
+    packs: Sequence[Weighted],
+    origin: Origin,
+    *,
+    check: bool,
+    empty: Empty,
 ) -> dict[str, Tensor]:
     """Return live parameters with the packs' deltas, in the dtype and on the device that they have."""
     source = packs[0][0].source
@@ -137,7 +145,7 @@ def _plugged(
                 f"{source}: adds vocabulary rows to {name!r}, which a live model of {live.shape[0]:,} rows "
                 "has no room for. Write a checkpoint with `graftllm apply` and load that instead."
             )
-        base = in_base_dtype(live, name, packs[0][0])
+        base = origin.stored(name, live, packs[0][0])
         if check:
             for pack, _ in packs:
                 pack.check_tensor(name, base.cpu())
@@ -206,20 +214,3 @@ def check_whole(name: str, value: Tensor, pack: SkillPack, binding: Binding) -> 
 def is_quantized(value: Tensor) -> bool:
     """Return whether a live value is kept in 8 bits or fewer, or by a kind of tensor of its own, as torchao does."""
     return not value.is_floating_point() or value.itemsize < 2 or type(value.data) is not Tensor
-
-
-def in_base_dtype(value: Tensor, name: str, pack: SkillPack) -> Tensor:
-    """Return a live value as the base checkpoint stores it, on CPU: exactly, or not at all.
-
-    Raises:
-        FusionError: the live model is in a narrower dtype.
-    """
-    dtype = DTYPES[pack.header.tensors[name].dtype]
-    stored = value.to(dtype)
-    floats = dtype.is_floating_point and value.dtype.is_floating_point
-    if value.dtype.itemsize < dtype.itemsize if floats else value.dtype != dtype:
-        raise FusionError(
-            f"{pack.source}: the live model holds {name!r} in {value.dtype}, narrower than its base's {dtype}. "
-            f"Load the base with dtype={dtype}."
-        )
-    return stored

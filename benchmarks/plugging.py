@@ -13,8 +13,8 @@ change every parameter, norms and vocabulary too: all rows have one pack, or eig
 than what is printed.
 
 Switching: a merged pack takes the place of another. The floor is reading the pack's bytes and copying the
-touched weights once, to new memory; `copy` is that copy to memory at hand. `cold` decodes the pack from its file, as a shelf has room for one of two; `hot` takes it from
-a shelf that has both.
+touched weights once, to new memory; `copy` is that copy to memory at hand. `cold` decodes the pack from its file, as a
+shelf has room for one of two; `hot` takes it from a shelf that has both.
 """
 
 import argparse
@@ -214,9 +214,7 @@ def switching(size: Size, home: Path, device: torch.device) -> dict[str, Any]:
             value.clone()
 
     seconds = _in_turns({"floor": floor}, 2 * size.repeats + 1, device)
-    at_hand = [torch.empty_like(value) for value in touched]
-    seconds |= _in_turns({"copy": lambda: torch._foreach_copy_(at_hand, touched)}, 2 * size.repeats + 1, device)
-    del at_hand
+    seconds |= _in_turns({"copy": _copying(touched)}, 2 * size.repeats + 1, device)
     for name, shelf in {"cold": small, "hot": large}.items():  # one after the other: what one frees is its own
         for _ in packs:
             switch(shelf)
@@ -229,6 +227,17 @@ def switching(size: Size, home: Path, device: torch.device) -> dict[str, Any]:
         "cold / copy": round(seconds["cold"] / seconds["copy"], 1),
         "hot / floor": round(seconds["hot"] / seconds["floor"], 4),
     }
+
+
+def _copying(values: list[torch.Tensor]) -> Callable[[], None]:
+    """Return what copies values to memory that is at hand."""
+    places = [torch.empty_like(value) for value in values]
+
+    def copy() -> None:
+        for place, value in zip(places, values, strict=True):
+            place.copy_(value)
+
+    return copy
 
 
 def draw(rows: list[dict[str, float]], file: Path) -> None:

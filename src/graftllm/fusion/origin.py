@@ -49,11 +49,12 @@ class Origin:
 
     @cached_property
     def _checkpoint(self) -> Checkpoint | None:
-        if not isinstance(self._model, PreTrainedModel):
+        place = self._model.name_or_path if isinstance(self._model, PreTrainedModel) else None
+        if not place:
             return None
         commit = getattr(self._model.config, "_commit_hash", None)
         try:
-            return Checkpoint.open(f"{self._model.name_or_path}@{commit}" if commit else self._model.name_or_path)
+            return Checkpoint.open(f"{place}@{commit}" if commit else place)
         except GraftError:
             return None
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from graftllm.errors import StorageError
-from graftllm.storage import only_writer, whole_directory, whole_file, write_text
+from graftllm.storage import _exchange, only_writer, whole_directory, whole_file, write_text
 
 
 def test_file_appears_only_when_the_block_ends_well(tmp_path: Path) -> None:
@@ -121,6 +121,7 @@ def test_a_directory_is_not_lost_where_renaming_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
     out, calls, rename = tmp_path / "out", itertools.count(), os.replace
+    monkeypatch.setattr("graftllm.storage._exchange", lambda one, other: False)
     out.mkdir()
     (out / "old").touch()
 
@@ -138,15 +139,21 @@ def test_a_directory_is_not_lost_where_renaming_fails(
 _REPLACE = """
 import os, sys
 from pathlib import Path
-from graftllm.storage import whole_directory
+from graftllm import storage
 
-def kill(source, target, rename=os.replace):
+def kill(*_):
+    os.kill(os.getpid(), 9)
+
+def step_aside(source, target, rename=os.replace):
     rename(source, target)
-    os.kill(os.getpid(), 9)  # the old directory has stepped aside
+    kill()
 
-with whole_directory(Path(sys.argv[1])) as partial:
+with storage.whole_directory(Path(sys.argv[1])) as partial:
     (partial / "new").touch()
-    os.replace = kill
+    if sys.argv[2] == "two renamings":
+        storage._exchange = lambda one, other: False
+        os.replace = step_aside
+    storage._remove = kill  # what is to be removed then is the old directory
 """
 
 
@@ -154,12 +161,29 @@ def test_a_directory_that_a_killed_writer_moved_aside_is_put_back(tmp_path: Path
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").touch()
-    assert subprocess.run([sys.executable, "-c", _REPLACE, str(out)]).returncode == -signal.SIGKILL
+    command = [sys.executable, "-c", _REPLACE, str(out), "two renamings"]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
     assert not out.exists()
     with pytest.raises(KeyboardInterrupt), whole_directory(out):
         assert (out / "old").exists()
         raise KeyboardInterrupt
     assert [found.name for found in tmp_path.rglob("*")] == ["out", "old"]
+
+
+def test_a_directory_is_exchanged_for_another_in_one_step(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    (tmp_path / "new").mkdir()
+    if not _exchange(tmp_path / "new", out):
+        pytest.skip("this system, or its file system, cannot exchange directories")
+    assert (tmp_path / "new" / "old").exists()
+    assert _exchange(tmp_path / "new", out)
+    assert subprocess.run([sys.executable, "-c", _REPLACE, str(out), "one"]).returncode == -signal.SIGKILL
+    assert [found.name for found in out.iterdir()] == ["new"]  # killed before the old one was removed
+    with whole_directory(out) as partial:
+        (partial / "newest").touch()
+    assert sorted(found.name for found in tmp_path.rglob("*")) == ["new", "newest", "out"]
 
 
 def test_a_directory_with_other_files_is_not_replaced(tmp_path: Path) -> None:

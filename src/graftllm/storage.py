@@ -1,11 +1,13 @@
 """Files and directories that appear whole or not at all.
 
 Everything is written beside its place under a hidden name and renamed at the end, so a process
-killed at any moment leaves the old content or the new. (A directory that is replaced steps aside first: killed
-between these two renamings, the next writer puts it back.) The hidden name is fixed and locked: a killed
+killed at any moment leaves the old content or the new. (Where the system cannot exchange two
+directories in one step, as Linux does, one that is replaced steps aside first: killed between these
+two renamings, the next writer puts it back.) The hidden name is fixed and locked: a killed
 writer's leftovers are reused by the next one, and two writers never mix.
 """
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -217,6 +219,9 @@ def _replace_directory(path: Path, new: Path, aside: Path) -> None:
     """Put a directory in the place of another; nothing is deleted before the new one is there."""
     if aside.exists():
         _remove(aside)
+    if path.exists() and _exchange(new, path):
+        _remove(new)
+        return
     if path.exists():
         os.replace(path, aside)
     try:
@@ -227,6 +232,15 @@ def _replace_directory(path: Path, new: Path, aside: Path) -> None:
         raise
     if aside.exists():
         _remove(aside)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two directories change places in one step; return whether the system and its file system can do so."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # of Linux; paths count from the working directory
+    return rename is not None and rename(_FROM_HERE, bytes(one), _FROM_HERE, bytes(other), _EXCHANGE) == 0
+
+
+_FROM_HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 
 
 def _remove(path: Path) -> None:

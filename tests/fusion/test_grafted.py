@@ -3,7 +3,7 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,13 +12,14 @@ import torch
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError
-from graftllm.fusion import assembly
+from graftllm.fusion import assembly, manifest
 from graftllm.fusion.assembly import fuse_packs, join_packs
 from graftllm.fusion.beside import mixed
 from graftllm.fusion.chat import Chat
 from graftllm.fusion.conversations import messages_of
 from graftllm.fusion.directory import add_packs, remove_pack, set_router, write_grafted
 from graftllm.fusion.grafted import GraftedModel
+from graftllm.fusion.grafting import plug
 from graftllm.fusion.manifest import Manifest, read_manifest
 from graftllm.generation import GREEDY, generate
 from graftllm.loading import load_model, load_tokenizer
@@ -26,6 +27,7 @@ from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.recipe import RouterOptions, SamplingOptions
 from graftllm.records import Message, Prompt, read_prompts, write_rows
+from graftllm.skillpack import SkillPack
 from graftllm.tensors import digest
 from tests.models import perturb, quantize, rows, save_llama
 
@@ -294,6 +296,49 @@ def test_a_stream_that_is_closed_early_stops_and_leaves_the_base(served: Path) -
         model.generate(["hi"], "two", SHORT)
     pieces.close()
     assert model.generate(["hi"], "base", SHORT) == before
+
+
+def test_a_thread_that_goes_on_with_a_stream_of_another_is_told_that_it_is_open(served: Path) -> None:
+    model, long = GraftedModel.load(served), SHORT.model_copy(update={"max_new_tokens": 60})
+    asked = next(text for text in map(str, range(100)) if len(list(model.stream(text, "one", long))) > 2)
+    stream = model.stream(asked, "one", long)
+    next(stream)
+    told: list[str] = []
+
+    def go_on() -> None:
+        next(stream)
+        with pytest.raises(FusionError) as caught:
+            model.generate(["hi"], "one", SHORT)
+        told.append(str(caught.value))
+        stream.close()
+
+    other = threading.Thread(target=go_on, daemon=True)
+    other.start()
+    other.join(120)
+    assert "a stream of this model is still open" in told[0]
+    assert model.generate(["hi"], "one", SHORT)  # the turn was given back
+
+
+def test_a_directory_that_changes_while_it_is_read_is_read_again(shelf: Path, tmp_path: Path) -> None:
+    shutil.copytree(shelf.parent, tmp_path / "home")
+    grafted, real = tmp_path / "home" / "grafted", manifest.open_packs
+
+    def changed_first(directory: Path, found: Manifest) -> dict[str, SkillPack]:
+        if "two" in read_manifest(directory).packs:
+            remove_pack(directory, "two")
+        return real(directory, found)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(manifest, "open_packs", changed_first)
+        model = GraftedModel.load(grafted)
+    assert list(model.packs) == ["one"]
+    assert model.router is not None
+    assert model.router.packs == ("one",)
+
+
+def test_the_packs_of_a_model_stay_what_they_are(grafted: GraftedModel) -> None:
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        cast(Any, grafted.packs)["one"] = grafted.packs["two"]
 
 
 def test_a_thread_that_begins_waits_for_the_stream_of_one_that_ended(served: Path) -> None:
@@ -617,7 +662,9 @@ def test_a_model_that_is_moved_to_another_dtype_keeps_it(shelf: Path) -> None:
 
 
 def test_weights_beyond_what_a_dtype_holds_are_refused(grafted: GraftedModel) -> None:
-    with pytest.raises(FusionError, match="expected weights whose sum stays within F32"), grafted.using({"one": 1e300}):
-        pass
+    with pytest.raises(FusionError, match="expected weights whose sum stays within F32"):
+        plug(grafted.model, (grafted.packs["one"], 1e300))
+    with pytest.raises(FusionError, match="expected a finite weight for 'one', found 1e"):
+        grafted.generate(["hi"], {"one": 1e39}, SHORT, way="beside")
     with pytest.raises(FusionError, match="expected a finite weight for 'one', found 'much'"):
         grafted.generate(["hi"], {"one": "much"}, SHORT)  # type: ignore[dict-item]

@@ -1,5 +1,6 @@
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from graftllm.errors import FusionError, PackError
 from graftllm.fusion.applying import apply_packs
 from graftllm.fusion.beside import Beside
 from graftllm.fusion.branches import decode_branches
-from graftllm.fusion.grafting import plug
+from graftllm.fusion.grafting import Graft, decode, is_plugged, plug
 from graftllm.loading import load_model
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
@@ -166,8 +167,62 @@ def test_a_model_of_another_base_is_refused_and_left_as_it_was(tmp_path: Path, l
 
 def test_a_second_pack_on_a_plugged_model_is_refused(base: Checkpoint, lossy: SkillPack) -> None:
     model = load_model(base.path)
-    with plug(model, lossy), pytest.raises(PackError, match="of this base has digest"):
+    with (
+        plug(model, lossy),
+        pytest.raises(FusionError, match="as packs that are plugged in made it; unplug them first"),
+    ):
         plug(model, lossy)
+
+
+def test_weights_that_are_no_numbers_are_refused(base: Checkpoint, lossy: SkillPack) -> None:
+    with pytest.raises(FusionError, match=r"expected packs, or \(pack, weight\) with a number as weight, found"):
+        plug(load_model(base.path), (lossy, "2"))  # type: ignore[arg-type]
+
+
+def test_a_model_that_was_wrapped_meanwhile_gets_its_weights_back(base: Checkpoint, exact: SkillPack) -> None:
+    model = load_model(base.path)
+    before = _digests(model)
+    graft = plug(model, exact)
+    mlp = model.model.layers[1].mlp
+    model.model.layers[1].mlp = torch.nn.Sequential(mlp)  # as PEFT and torch.compile wrap layers
+    graft.unplug()
+    model.model.layers[1].mlp = mlp
+    assert _digests(model) == before
+
+
+def test_a_model_that_was_moved_meanwhile_gets_its_weights_back_where_it_is(base: Checkpoint, exact: SkillPack) -> None:
+    model = load_model(base.path)
+    graft = plug(model, exact)
+    model.to(torch.float64)
+    graft.unplug()
+    assert _digests(model) == _digests(load_model(base.path).to(torch.float64))
+
+
+def test_plugging_that_is_interrupted_leaves_the_base(base: Checkpoint, exact: SkillPack) -> None:
+    class Interrupted(dict[str, torch.Tensor]):
+        def items(self) -> Any:
+            yield from list(super().items())[:6]
+            raise KeyboardInterrupt
+
+    model = load_model(base.path)
+    before, made = _digests(model), decode(model, exact)
+    with pytest.raises(KeyboardInterrupt):
+        Graft(model, Interrupted(made.values))
+    assert _digests(model) == before
+    assert not is_plugged(model)
+
+
+def test_packs_are_not_merged_while_others_run_beside(base: Checkpoint, delta: Delta, exact: SkillPack) -> None:
+    model, thin = load_model(base.path), compress(delta, PackOptions(servable=4))
+    with (
+        Beside(model, {"a": thin}).rows(["a"]),
+        pytest.raises(FusionError, match="packs run beside the weights of this"),
+    ):
+        plug(model, exact)
+    with pytest.raises(FusionError, match="rows: expected a list with an entry for each row, found {'a': 0.5}"):
+        with Beside(model, {"a": thin}).rows({"a": 0.5}):  # type: ignore[arg-type]
+            pass
+    plug(model, exact).unplug()
 
 
 def test_a_model_without_a_touched_parameter_is_refused(tmp_path: Path, lossy: SkillPack) -> None:

@@ -21,6 +21,7 @@ from graftllm.recipe import SamplingOptions
 from graftllm.records import Prompt, read_prompts
 from graftllm.rendering import render
 from graftllm.skillpack import SkillPack
+from graftllm.stages import Stages
 from tests.conftest import TinyRun
 
 SHORT = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=16)
@@ -153,6 +154,10 @@ def test_the_recipe_says_how_many_old_prompts_a_new_pack_may_move(
 def test_another_target_and_unknown_packs_are_refused(taught: Taught, tiny_run: TinyRun, tmp_path: Path) -> None:
     with pytest.raises(FusionError, match="pack: expected one of next, double; found 'law'"):
         learn(taught.work, taught.shelf, on=["law"])
+    elsewhere = Work(taught.work.recipe, tmp_path / "elsewhere", Stages(tmp_path / "elsewhere" / "stages"))
+    with pytest.raises(FusionError, match="found 'law'"):
+        learn(elsewhere, taught.shelf, on=["law"])
+    assert not elsewhere.directory.exists()  # nothing was measured first
     text = tiny_run.recipe.read_text().replace("{dir}", str(tiny_run.directory))
     (tmp_path / "r.yaml").write_text(text.replace('zoo/target"', 'skills/next/tuned"', 1))
     with pytest.raises(RecipeError, match="target: expected the base of .*grafted, .*, found .*tuned"):

@@ -5,7 +5,6 @@ factors a layer, whatever the number of packs. Norms and biases are those of the
 looked up, a head's multiplied. The result is that of merged weights, up to rounding.
 """
 
-import math
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from graftllm.errors import FusionError
 from graftllm.fusion.branches import kept_branches
-from graftllm.fusion.grafting import is_plugged
+from graftllm.fusion.grafting import is_plugged, running_beside
 from graftllm.fusion.names import unknown_pack
 from graftllm.fusion.routing import BASE
 from graftllm.fusion.shelf import Shelf
@@ -68,8 +67,11 @@ class Beside:
         if self._batch is not None or is_plugged(self.model):
             how = "merged into" if self._batch is None else "beside the weights of"
             raise FusionError(f"rows: packs are {how} this model already; leave that block first, or unplug them.")
+        if isinstance(wanted, str | Mapping):
+            raise FusionError(f"rows: expected a list with an entry for each row, found {wanted!r}.")
         batch = self._batch = self._grouped([mixed(one, self.packs) for one in wanted])
         self._seen = set()
+        running_beside.add(self.model)
         try:
             yield self.model
             if batch.lanes and self._seen and (unheard := self._stack.branches.keys() - self._seen):
@@ -80,6 +82,7 @@ class Beside:
                     )
         finally:
             batch.forget_input()
+            running_beside.discard(self.model)
             self._batch = None
 
     @property
@@ -212,7 +215,7 @@ def mixed(wanted: str | Mapping[str, float] | None, packs: Collection[str], *, a
 
 def _is_finite(weight: Any) -> bool:
     try:
-        return math.isfinite(weight)
+        return abs(weight) <= torch.finfo(torch.float32).max
     except TypeError:
         return False
 

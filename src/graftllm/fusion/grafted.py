@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, cast, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ from graftllm.fusion.branches import kept_branches, why_merged_only
 from graftllm.fusion.conversations import Conversation, messages_of, several
 from graftllm.fusion.features import prompt_features
 from graftllm.fusion.grafting import Graft, is_quantized
-from graftllm.fusion.manifest import AUTO, open_base, open_packs, open_router, read_manifest
+from graftllm.fusion.manifest import AUTO, open_base, open_shelf
 from graftllm.fusion.names import unknown_pack
 from graftllm.fusion.routing import BASE, Route, Router, ruled
 from graftllm.fusion.rules import Rule, first_fitting
@@ -41,7 +42,7 @@ class GraftedModel:
     Attributes:
         model: the live base.
         tokenizer: the base's.
-        packs: by name, memory-mapped.
+        packs: by name, memory-mapped; other packs make another GraftedModel.
         router: None where `auto` cannot be asked for.
         rules: prompts that go to a pack whatever the router says.
         unrouted: packs that came, or changed, after the router was trained.
@@ -61,6 +62,7 @@ class GraftedModel:
 
     def __post_init__(self) -> None:
         """Start with the bare base."""
+        self.packs = MappingProxyType(dict(self.packs))
         if self.shelf is None:
             weights = sum(value.nbytes for value in self.model.parameters())
             self.shelf = Shelf(max(weights, _SMALL))
@@ -93,8 +95,7 @@ class GraftedModel:
             PackError: a pack is damaged or was made for another base.
         """
         directory = Path(directory)
-        manifest = read_manifest(directory)
-        packs = open_packs(directory, manifest)
+        manifest, packs, router = open_shelf(directory)
         base = open_base(directory, manifest, check=check)
         for pack in packs.values():
             pack.check_base(base)
@@ -102,9 +103,9 @@ class GraftedModel:
             load_model(base.path, device=device) if model is None else model,
             load_tokenizer(base.path),
             packs,
-            router=open_router(directory, manifest),
+            router=router,
             rules=manifest.rules,
-            unrouted=manifest.unrouted() if manifest.router else (),
+            unrouted=manifest.unrouted() if router else (),
             shelf=None if memory_bytes is None else Shelf(memory_bytes),
         )
 
@@ -227,7 +228,9 @@ class GraftedModel:
             self._streaming = True
             try:
                 with self.beside.rows([dict(mix)]) if beside else nullcontext():
-                    yield from stream(model, self.tokenizer, messages_of(conversation), options)
+                    for piece in stream(model, self.tokenizer, messages_of(conversation), options):
+                        yield piece
+                        self._turn.passed()  # another thread may go on with the stream
             finally:
                 self._let_go()
                 self._streaming = False

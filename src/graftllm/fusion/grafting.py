@@ -5,13 +5,15 @@ and keeps the base's, so unplugging gives the old model back bit for bit.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import cast
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from graftllm.errors import FusionError
+from graftllm.errors import FusionError, PackError
 from graftllm.fusion.applying import Empty, Weighted, agreed_spec, check_weights, combined, in_range
 from graftllm.fusion.origin import Origin
 from graftllm.live import Binding, bindings, named_values
@@ -21,21 +23,38 @@ from graftllm.tensors import DTYPES, TensorSpec
 _LARGE = 16.0  # weights up to this take no tuned model's values beyond what a dtype holds
 
 
-@dataclass(frozen=True)
 class Graft:
     """Packs that are plugged into a live model, until `unplug` or the end of a `with` block."""
 
-    model: nn.Module
-    base_values: dict[str, Tensor]
+    def __init__(self, model: nn.Module, values: Mapping[str, Tensor]) -> None:
+        """Put parameters, by name, into a model; what was there is kept.
+
+        Raises:
+            FusionError: packs run beside the model's weights now.
+        """
+        if values and model in running_beside:
+            raise FusionError("plug: packs run beside the weights of this model now; leave that block first.")
+        self.model = model
+        parameters = named_values(model)
+        # Modules stay what they are where a model is wrapped meanwhile; a parameter that moves is another object.
+        self._kept = [(*_place(model, name), parameters[name].data) for name in values]
+        if values:
+            _plugged_in[model] = _plugged_in.get(model, 0) + 1
+        try:
+            for name, value in values.items():
+                parameters[name].data = value
+        except BaseException:
+            self.unplug()
+            raise
 
     def unplug(self) -> None:
-        """Give the model its own weights back, bit for bit; a second time does nothing."""
-        parameters = named_values(self.model)
-        for name, value in self.base_values.items():
-            parameters[name].data = value
-        if self.base_values:
+        """Give the model its own weights back, bit for bit, where it is now; a second time does nothing."""
+        for module, key, value in self._kept:
+            here = cast(Tensor, getattr(module, key))
+            here.data = value.to(here)
+        if self._kept:
             _plugged_in[self.model] -= 1
-        self.base_values.clear()
+        self._kept = []
 
     def __enter__(self) -> nn.Module:
         """Return the model with its packs."""
@@ -46,11 +65,17 @@ class Graft:
         self.unplug()
 
 
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that holds a parameter, and the parameter's own name there."""
+    module, _, key = name.rpartition(".")
+    return model.get_submodule(module), key
+
+
 @dataclass(frozen=True)
 class Replacement:
     """Live parameters as packs make them, by name, in the dtype and on the device that the model has."""
 
-    values: Mapping[str, Tensor]
+    values: Mapping[str, Tensor] = field(repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -59,15 +84,10 @@ class Replacement:
 
     def plug(self, model: nn.Module) -> Graft:
         """Put the parameters into the model that they were decoded for; costs no time worth speaking of."""
-        parameters = named_values(model)
-        graft = Graft(model, {name: parameters[name].data for name in self.values})
-        for name, value in self.values.items():
-            parameters[name].data = value
-        if self.values:
-            _plugged_in[model] = _plugged_in.get(model, 0) + 1
-        return graft
+        return Graft(model, self.values)
 
 
+running_beside: WeakSet[nn.Module] = WeakSet()  # the models whose rows have packs now
 _plugged_in: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many grafts a model has
 
 
@@ -121,7 +141,10 @@ def decoded_bytes(model: nn.Module, *packs: SkillPack | Weighted) -> int:
 
 
 def _weighted(packs: Iterable[SkillPack | Weighted]) -> list[Weighted]:
-    return [pack if isinstance(pack, tuple) else (pack, 1.0) for pack in packs]
+    found = [pack if isinstance(pack, tuple) else (pack, 1.0) for pack in packs]
+    if odd := [pack for pack in found if len(pack) != 2 or not isinstance(pack[1], Real)]:
+        raise FusionError(f"plug: expected packs, or (pack, weight) with a number as weight, found {odd[0]!r}.")
+    return found
 
 
 def _plugged(
@@ -147,8 +170,7 @@ def _plugged(
             )
         base = origin.stored(name, live, packs[0][0])
         if check:
-            for pack, _ in packs:
-                pack.check_tensor(name, base.cpu())
+            _check_base(name, base, packs, origin.model)
         stored[name] = combined(name, base, packs, dtype=live.dtype, empty=empty)
         if any(abs(weight) > _LARGE for _, weight in packs):  # a look at all values, which takes time
             in_range(name, stored[name], lambda base=base: base)
@@ -159,6 +181,20 @@ def _plugged(
             "Write a checkpoint with `graftllm apply` and load that instead."
         )
     return {name: value.to(like.device) for name, value in made.items()}
+
+
+def _check_base(name: str, value: Tensor, packs: Sequence[Weighted], model: nn.Module) -> None:
+    """Refuse a live value that is not the one that the packs were made for."""
+    for pack, _ in packs:
+        try:
+            pack.check_tensor(name, value.cpu())
+        except PackError as error:
+            if not is_plugged(model):
+                raise
+            raise FusionError(
+                f"{pack.source}: the live model holds {name!r} as packs that are plugged in made it; unplug them first, or "
+                "plug all in one call: plug(model, one, another)."
+            ) from error
 
 
 def touched_bindings(model: nn.Module, packs: Sequence[Weighted]) -> list[Binding]:
@@ -200,14 +236,15 @@ def check_whole(name: str, value: Tensor, pack: SkillPack, binding: Binding) -> 
     if value.is_meta:
         raise FusionError(
             f"{pack.source}: the live model keeps {name!r} off its device until it runs (offloaded by device_map), so "
-            "it cannot be replaced. Load the model without offloading, or write a checkpoint with `graftllm apply`."
+            "no pack can reach it. Load the model without offloading, or write a checkpoint with `graftllm apply`."
         )
     dtype = DTYPES[pack.header.tensors[binding.stored[0]].dtype]
     if dtype.is_floating_point and dtype.itemsize > 1 and is_quantized(value):
         kind = value.dtype if type(value.data) is Tensor else type(value.data).__name__
         raise FusionError(
             f"{pack.source}: the live model holds {name!r} quantized ({kind}), and a merged pack replaces whole "
-            "weights. Load the base without quantization, or use the pack beside it (way='beside')."
+            "weights. Load the base without quantization, or use a pack made with `graftllm pack --servable` beside "
+            "it (way='beside')."
         )
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from graftllm.checkpoint import Checkpoint
-from graftllm.errors import FusionError
+from graftllm.errors import FusionError, GraftError
 from graftllm.fusion.names import plain_name
 from graftllm.fusion.routing import Router
 from graftllm.fusion.rules import Rule
@@ -73,10 +73,28 @@ def read_manifest(directory: Path) -> Manifest:
         raise FusionError(f"{directory / MANIFEST}: cannot be read ({error.strerror}).") from error
     except ValidationError as error:
         first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "expected JSON"
         raise FusionError(
-            f"{directory / MANIFEST}: {'.'.join(map(str, first['loc']))}: "
-            f"{first['msg'].removeprefix('Value error, ')}. Run `graftllm fuse` again."
+            f"{directory / MANIFEST}: {place}: {first['msg'].removeprefix('Value error, ')}. Run `graftllm fuse` again."
         ) from error
+
+
+def open_shelf(directory: Path) -> tuple[Manifest, dict[str, SkillPack], Router | None]:
+    """Return what a grafted directory consists of, with its packs and router as that says.
+
+    Where another process changes the directory meanwhile, they are those of before, or those of after.
+
+    Raises:
+        FusionError: the directory is no grafted model, or a file is missing, damaged or was changed.
+        PackError: a pack is damaged.
+    """
+    while True:
+        manifest = read_manifest(directory)
+        try:
+            return manifest, open_packs(directory, manifest), open_router(directory, manifest)
+        except (GraftError, OSError):
+            if read_manifest(directory) == manifest:
+                raise
 
 
 def open_packs(directory: Path, manifest: Manifest) -> dict[str, SkillPack]:
@@ -104,6 +122,8 @@ def open_router_file(path: Path) -> Router:
     Raises:
         FusionError: the file is missing, damaged or was changed.
     """
+    if not path.exists():
+        raise FusionError(f"{path}: the manifest names this router, which is not there. Run `graftllm fuse` again.")
     with suppress(OSError):  # which the router tells
         if path.stem.removeprefix("router-") != (found := sha256_of(path)[:HASH]):
             raise FusionError(

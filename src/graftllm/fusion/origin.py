@@ -18,11 +18,14 @@ class Origin:
     A model in its base's dtype, or in a wider one, holds them itself. One in a narrower dtype, in which transformers
     also loads a checkpoint of several, does not: they are read again from where it was loaded, and have to round to
     what the model holds.
+
+    Attributes:
+        model: the live model.
     """
 
     def __init__(self, model: nn.Module) -> None:
         """Look at nothing yet."""
-        self._model = model
+        self.model = model
 
     def stored(self, name: str, live: Tensor, pack: SkillPack) -> Tensor:
         """Return a parameter as the base stores it, on the device of the live value or on CPU.
@@ -49,10 +52,10 @@ class Origin:
 
     @cached_property
     def _checkpoint(self) -> Checkpoint | None:
-        place = self._model.name_or_path if isinstance(self._model, PreTrainedModel) else None
+        place = self.model.name_or_path if isinstance(self.model, PreTrainedModel) else None
         if not place:
             return None
-        commit = getattr(self._model.config, "_commit_hash", None)
+        commit = getattr(self.model.config, "_commit_hash", None)
         try:
             return Checkpoint.open(f"{place}@{commit}" if commit else place)
         except GraftError:

@@ -17,10 +17,17 @@ class Turn:
         self._owner: object = None
         self._mine = local()  # not a thread's number, which another gets when it has ended
 
+    def passed(self) -> None:
+        """Make the turn that somebody holds this thread's, which goes on with what the holder began."""
+        self._owner = self._me()
+
+    def _me(self) -> object:
+        return self._mine.__dict__.setdefault("token", object())
+
     @contextmanager
     def taken(self) -> Iterator[None]:
         """Wait for the turn, and give it back when the block ends."""
-        me = self._mine.__dict__.setdefault("token", object())
+        me = self._me()
         if self._owner is not me:
             self._lock.acquire()
             self._owner = me

@@ -109,6 +109,8 @@ def learn(work: Work, into: Path, *, on: Sequence[str] = ()) -> Learned:
             f"target: expected the base of {into}, {manifest.base} ({manifest.fingerprint[:12]}), found "
             f"{work.recipe.target} ({work.target.fingerprint[:12]})."
         )
+    if stranger := next((name for name in on if name not in manifest.packs), None):
+        raise unknown_pack(stranger, manifest.packs)
     shelf = _shelf_before(work, into)
     before = cast(dict[str, str], shelf.result)
     new = [name for name in work.recipe.skills if name not in before]
@@ -155,9 +157,6 @@ def _start(work: Work, into: Path, on: Sequence[str]) -> Path:
     if not on:
         return Path(work.target.path)
     manifest, out = read_manifest(into), work.directory / "start"
-    for name in on:
-        if name not in manifest.packs:
-            raise unknown_pack(name, manifest.packs)
 
     def action() -> None:
         packs = open_packs(into, manifest)

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,17 @@ def test_answer_is_the_last_assistant_message_or_else_the_reference() -> None:
     assert (open_question.question, open_question.answer) == ((question,), "r")
 
 
+def test_rows_as_trl_has_them_are_read_with_their_answers(tmp_path: Path) -> None:
+    message, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    rows = [
+        {"prompt": "q", "completion": "a"},
+        {"prompt": [message], "completion": [answer]},
+        {"prompt": "q", "completion": "b", "reference": "a"},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [(row.question, row.answer) for row in read_prompts(tmp_path / "p.jsonl")] == [((message,), "a")] * 3
+
+
 def test_pairs_come_back_as_written(tmp_path: Path) -> None:
     pair = PreferencePair("1", (Message(role="user", content="q"),), "good", "bad", "source")
     write_rows(tmp_path / "pairs.jsonl", [pair])
@@ -89,6 +101,7 @@ def test_pairs_come_back_as_written(tmp_path: Path) -> None:
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "p.jsonl:1: 'messages' has nothing to answer"),
         ('{"messages": 3}', "p.jsonl:1: 'messages': Input should be a valid tuple, found 3"),
         ('{"messages": [{"role": "user"}]}', "p.jsonl:1: 'messages.0.content': Field required"),
+        ('{"prompt": "x", "completion": 3}', "p.jsonl:1: expected a text or one message as 'completion', found 3"),
         ('{"id": "a", "prompt": "x"}\n{"id": "a", "prompt": "y"}', "p.jsonl:2: id 'a' is already taken"),
     ],
 )
@@ -104,7 +117,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_paragraphs_calibrate_as_well(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("first\nparagraph\n\n\n\nsecond\n")
+    (tmp_path / "text.txt").write_text("first\nparagraph\n\n \t\n\nsecond\n")
     found = read_calibration(tmp_path / "text.txt")
     assert [prompt.messages[0]["content"] for prompt in found] == ["first\nparagraph", "second"]
 

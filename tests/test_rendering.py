@@ -18,6 +18,13 @@ def test_the_answer_begins_where_the_question_ends(base: Checkpoint, prompts: li
     assert start == len(ids)
 
 
+def test_an_answer_never_begins_at_the_first_token(base: Checkpoint, prompts: list[Prompt]) -> None:
+    """Nothing foretells that, though a template may render a question otherwise once it is answered."""
+    template = "{% if add_generation_prompt %}ab{% else %}cd{% endif %}{{ messages[-1].content }}"
+    words = load_tokenizer(base.path, chat_template=template)
+    assert render_answered(words, prompts[0])[1] == 1
+
+
 def test_without_a_chat_template_contents_stand_one_below_the_other(base: Checkpoint) -> None:
     words = load_tokenizer(base.path)
     words.chat_template = None

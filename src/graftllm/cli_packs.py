@@ -52,8 +52,8 @@ def pack(
         int | None,
         typer.Option(
             metavar="[RANK]",
-            help="Keep matrices but embedding and head at this rank or below (auto, and the lossy layer of exact); "
-            "alone at 16, the most that vLLM serves unless told otherwise.",
+            help="Keep weights of linear layers at this rank or below, but embedding and head (auto, and the lossy "
+            "layer of exact); alone at 16, the most that vLLM serves unless told otherwise.",
         ),
     ] = None,
     distill: Annotated[

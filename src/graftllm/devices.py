@@ -1,4 +1,7 @@
-"""Which device the work is done on."""
+"""Which device the work is done on, and how much memory there is."""
+
+import os
+from pathlib import Path
 
 import torch
 
@@ -10,6 +13,15 @@ def gpus(device: str) -> int:
     if resolve_device(device).type != "cuda":
         return 0
     return torch.cuda.device_count() if device in ("auto", "cuda") else 1
+
+
+def memory_bytes() -> int:
+    """Return how much memory the machine has, or the container that this runs in."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    except (OSError, ValueError):  # no such limit here
+        return total
 
 
 def use_own_gpu(device: str, worker: int) -> None:

@@ -116,8 +116,9 @@ def _devices() -> Iterator[Finding]:
 def _room() -> Iterator[Finding]:
     from huggingface_hub import constants
 
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    yield Finding("room", "memory", f"{_gib(_within_group(total))}")
+    from graftllm.devices import memory_bytes
+
+    yield Finding("room", "memory", f"{_gib(memory_bytes())}")
     for name, place in (("disk here", Path.cwd()), ("disk of the Hub's cache", Path(constants.HF_HUB_CACHE))):
         free = shutil.disk_usage(next(one for one in (place, *place.parents) if one.exists())).free
         yield Finding("room", name, f"{_gib(free)} free", "make room for checkpoints" if free < _LITTLE_ROOM else "")
@@ -155,14 +156,6 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _within_group(total: int) -> int:
-    """Return how much memory a container leaves of a machine's."""
-    try:
-        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    except (OSError, ValueError):  # no such limit here
-        return total
 
 
 def _limit(value: int) -> str:

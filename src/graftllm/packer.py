@@ -6,6 +6,7 @@ What runs a model is imported where it is needed: transformers takes seconds, an
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,8 @@ from graftllm.tensors import fingerprint
 _SPARE = 2  # bytes of a parameter's entry that may be longer in the compressed header when its codes are trained
 _TRIES = 8  # packs that are built to meet a target divergence
 _CLOSE = 0.8  # of the target: near enough
+_AIM = 0.9  # of the target
+_FINE = 1.005  # sizes that differ by less are the same
 
 
 def compress(
@@ -178,36 +181,65 @@ def _smallest_within(
     target: float, measure: Callable[[SkillPack], float], build: Callable[[int], SkillPack], tuned_bytes: int
 ) -> int:
     """Return the least budget found whose pack's KL divergence is within a target: log-log interpolation over sizes."""
-    best: int | None = None
+    below, above = _Tried(0, math.inf), _Tried(tuned_bytes, 0.0)  # too small, and the smallest that is large enough
+    met = False
     refused: BudgetError | None = None  # at the size tried last
-    size, below, above = tuned_bytes // 20, 0.0, math.inf  # sizes known to be too small, and large enough
+    size: int | None = tuned_bytes // 20
     for _ in range(_TRIES):
+        if size is None:
+            break
         try:
             found, refused = measure(build(size)), None
         except BudgetError as error:
             found, refused = math.inf, error
         if found <= target:
-            best, above = size, float(size)
+            above, met = _Tried(size, found), True
             if found >= _CLOSE * target:
                 break
         else:
-            found, below = math.inf if math.isnan(found) else found, float(size)
-        if below >= tuned_bytes:
-            break
-        guess = size * min(max(found, 1e-9) / target, 64) ** (1 / 3)  # divergence falls with about the cube of the size
-        if math.isfinite(above) and below and (math.isinf(found) or not below < guess < above):
-            guess = math.sqrt(below * above)
-        size = max(int(below) + 1, min(int(guess * (1.01 if found > target else 1)), tuned_bytes))
-        if size >= above:
-            break
-    if best is None and refused is not None:
+            below = _Tried(size, math.inf if math.isnan(found) else found)
+        size = _between(below, above, target, met=met)
+    if not met and refused is not None:
         raise refused
-    if best is None:
+    if not met:
         raise CompressionError(
-            f"budget: expected a KL divergence of at most {target:g}, but a pack of {int(below):,} bytes is not "
+            f"budget: expected a KL divergence of at most {target:g}, but a pack of {below.size:,} bytes is not "
             "that faithful. Allow more, or take --strategy exact."
         )
-    return best
+    return above.size
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A budget and the divergence of its pack."""
+
+    size: int
+    divergence: float
+
+
+def _between(below: _Tried, above: _Tried, target: float, *, met: bool) -> int | None:
+    """Return the budget to try next; None where there is none left that would make a difference.
+
+    Args:
+        below: the largest that is too small.
+        above: the smallest that is large enough or, unless `met`, the largest that there may be.
+        target: the divergence to meet.
+        met: whether any was large enough.
+    """
+    aim = math.log(_AIM * target)
+    if not met:  # divergence falls with about the cube of the size, but a pack that is too large tells more
+        size = math.ceil(below.size * min(max(below.divergence / target, 1.5), 64) ** 0.5)
+        return min(size, above.size) if below.size < above.size else None
+    if not below.size:
+        return max(1, int(above.size * max(above.divergence / target, 1e-6) ** (1 / 3)))
+    if above.size <= below.size * _FINE:
+        return None
+    low, high = math.log(below.size), math.log(above.size)
+    share = 0.5
+    if above.divergence and math.isfinite(below.divergence):
+        worse, better = math.log(below.divergence), math.log(above.divergence)
+        share = min(max((worse - aim) / (worse - better), 0.1), 0.9)
+    return min(max(round(math.exp(low + share * (high - low))), below.size + 1), above.size - 1)
 
 
 def _architecture(named: object) -> str:

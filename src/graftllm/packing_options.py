@@ -30,7 +30,8 @@ class PackOptions(Section):
         default=None,
         ge=1,
         le=512,
-        description="keep matrices but embedding and head at this rank or below, as LoRA servers need it; true is 16",
+        description="keep weights of linear layers at this rank or below, but embedding and head, as LoRA servers need "
+        "it; true is 16",
     )
     distill: int | None = Field(
         default=None,

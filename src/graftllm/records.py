@@ -6,12 +6,13 @@ the assistant's), calibration text, evaluation tasks and router data.
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -123,7 +124,7 @@ def read_calibration(path: Path) -> list[Prompt]:
     except (OSError, UnicodeDecodeError) as error:
         problem = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise RecordError(f"{path}: expected JSONL rows or a text file in UTF-8 ({problem}).") from error
-    paragraphs = [part.strip() for part in text.split("\n\n") if part.strip()]
+    paragraphs = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
     if not paragraphs:
         raise RecordError(f"{path}: expected paragraphs of text or JSONL rows, found an empty file.")
     return [Prompt(str(i), (Message(role="user", content=text),)) for i, text in enumerate(paragraphs)]
@@ -132,17 +133,21 @@ def read_calibration(path: Path) -> list[Prompt]:
 def prompt_row(row: dict[str, Any], where: str, number: int) -> Prompt:
     """Return the prompt that a row with `id`, `messages` or `prompt`, and the optional keys of `Prompt` stands for.
 
-    A `prompt` string stands for one user message, a `tests` string for one test, a number as reference for its
-    text. A row without `id` is named by its number. Other keys are ignored.
+    A `prompt` string stands for one user message, or is a list of messages, a `tests` string for one test, a number as
+    reference for its text. A `completion`, as TRL has it, is the reference where there is no other. A row without `id`
+    is named by its number. Other keys are ignored.
 
     Raises:
         RecordError: a key is missing or of the wrong type; the message begins with `where`.
     """
     row = {key: value for key, value in row.items() if value is not None}
-    if "messages" not in row and isinstance(row.get("prompt"), str):
-        row["messages"] = [{"role": "user", "content": row["prompt"]}]
+    asked = row.get("prompt")
+    if "messages" not in row and isinstance(asked, str | list):
+        row["messages"] = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
     if "messages" not in row:
         raise RecordError(f"{where}: expected 'messages' or a 'prompt' string, found the keys {_listed(row)}.")
+    if "reference" not in row and "completion" in row:
+        row["reference"] = _completed(row["completion"], where)
     row["id"] = str(row.get("id", number))
     if isinstance(row.get("reference"), int | float):
         row["reference"] = str(row["reference"])
@@ -152,6 +157,15 @@ def prompt_row(row: dict[str, Any], where: str, number: int) -> Prompt:
     if not prompt.question:
         raise RecordError(f"{where}: 'messages' has nothing to answer; expected at least one user message.")
     return prompt
+
+
+def _completed(completion: Any, where: str) -> str:
+    """Return the answer that TRL's rows have beside the prompt: a text, or a list with one message."""
+    if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], dict):
+        completion = cast(dict[str, Any], completion[0]).get("content")
+    if not isinstance(completion, str):
+        raise RecordError(f"{where}: expected a text or one message as 'completion', found {completion!r:.60}.")
+    return completion
 
 
 def unique_prompts(found: Iterable[tuple[Prompt, str]]) -> list[Prompt]:

@@ -50,17 +50,17 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *,
 def render_answered(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Answered:
     """Return the token ids of a prompt with its answer, and the position where the answer begins.
 
-    A prompt without an answer is rendered alone; the position is then its length.
+    A prompt without an answer is rendered alone; the position is then its length. It is at least 1: nothing
+    foretells the first token, though a question may be tokenized otherwise from there on.
     """
     question = render(tokenizer, prompt.question, answer_next=True)
     if prompt.answer is None:
         return question, len(question)
     answered = (*prompt.question, Message(role="assistant", content=prompt.answer))
     whole = render(tokenizer, answered, answer_next=False)
-    start = next(
-        (i for i, (a, b) in enumerate(zip(question, whole, strict=False)) if a != b), min(len(question), len(whole))
-    )
-    return whole, start
+    differing = (i for i, (a, b) in enumerate(zip(question, whole, strict=False)) if a != b)
+    start = next(differing, min(len(question), len(whole)))
+    return whole, max(1, start)
 
 
 def cut(rows: Sequence[Answered], *limits: int | None) -> list[Answered]:
@@ -71,6 +71,20 @@ def cut(rows: Sequence[Answered], *limits: int | None) -> list[Answered]:
     """
     most = min((limit for limit in limits if limit is not None), default=None)
     return [(ids[:most], min(first, len(ids[:most]))) for ids, first in rows]
+
+
+def parted(rows: Sequence[Answered], *limits: int | None) -> list[Answered]:
+    """Return rows of at most so many tokens, as `cut` does, but a row without an answer in as many parts as it takes.
+
+    >>> parted([([7, 8, 9], 2), ([7, 8, 9], 3)], 2)
+    [([7, 8], 2), ([7, 8], 2), ([9], 1)]
+    """
+    most = min((limit for limit in limits if limit is not None), default=None)
+    found: list[Answered] = []
+    for ids, first in rows:
+        starts = [0] if most is None or first < len(ids) else range(0, len(ids), most)
+        found += [(part, min(first, len(part))) for part in (ids[start:][:most] for start in starts)]
+    return found
 
 
 def pad(

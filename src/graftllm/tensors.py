@@ -86,6 +86,11 @@ def fingerprint(tensors: Iterable[tuple[str, TensorSpec, str]]) -> str:
     return hashlib.sha256("".join(lines[name] for name in sorted(lines, key=natural_order)).encode()).hexdigest()
 
 
+def is_finite(value: Tensor) -> bool:
+    """Return whether a tensor holds no NaN and no infinity."""
+    return bool((value.float() if value.element_size() == 1 else value).isfinite().all())  # FP8 knows no isfinite
+
+
 def digest(tensor: Tensor) -> str:
     """Return the first 16 hexadecimal digits of the SHA-256 of a tensor's little-endian bytes."""
     return hashlib.sha256(raw_bytes(tensor).data).hexdigest()[:16]

@@ -53,6 +53,12 @@ def test_the_norm_of_millions_of_entries_is_that_of_their_squares() -> None:
     assert frobenius(values[0]) == pytest.approx(float(values[0].double().norm()), rel=1e-6)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-36, 1e-26, 1e-16])
+def test_the_norm_of_numbers_whose_squares_are_nothing_in_float32(scale: float) -> None:
+    values = torch.linspace(-3, 5, 12).reshape(3, 4) * scale
+    assert frobenius(values) == pytest.approx(float(values.double().norm()), rel=1e-5)
+
+
 def test_the_cost_of_rows_adds_up_to_the_cost_of_all() -> None:
     metric, error = _metric(7, 5), torch.randn(7, 5).double()
     parts = [metric.of_rows(torch.tensor(some)).cost(error[some]) for some in ([0, 3], [1, 2, 4], [5, 6])]

@@ -1,6 +1,6 @@
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -222,7 +222,13 @@ def test_calibration_reads_as_far_as_the_model_was_made_to(model: Model) -> None
     long = Prompt("0", (Message(role="user", content="a" * 999),))
     most = context_length(model.live)
     assert most == 256
-    assert [len(ids) for ids, _ in to_calibrate(load_tokenizer(model.path), model.live, [long])] == [most]
+    words = load_tokenizer(model.path)
+    (whole,) = answered(words, [long])
+    parts = to_calibrate(words, model.live, [long])
+    assert [len(ids) for ids, _ in parts] == [most, most, most, len(whole[0]) - 3 * most]
+    assert [token for ids, _ in parts for token in ids] == whole[0]  # text is read in parts
+    told = replace(long, reference="b" * 400)
+    assert [len(ids) for ids, _ in to_calibrate(words, model.live, [told])] == [most]  # an answer is cut
 
 
 def test_reads_are_half_a_token_of_each_row_of_the_vocabulary(model: Model) -> None:

@@ -197,6 +197,20 @@ def test_a_diverged_norm_is_refused_by_every_strategy(
         compress(Delta(base, Checkpoint.open(broken)), PackOptions(strategy=strategy_name))
 
 
+@pytest.mark.parametrize("value", [float("-inf"), float("nan"), 3e38])
+def test_what_both_sides_have_may_be_no_number_in_an_exact_pack(tmp_path: Path, value: float) -> None:
+    base = save_llama(tmp_path / "base", dtype=torch.float32)
+    tuned = perturb(base, tmp_path / "tuned", seed=1)
+    name = "model.layers.0.mlp.up_proj.weight"
+    for place in (base, tuned):
+        tensors = load_file(place / "model.safetensors")
+        tensors[name][:, 3] = value
+        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    delta = Delta(Checkpoint.open(base), Checkpoint.open(tuned))
+    pack = compress(delta, PackOptions(strategy="exact"))
+    assert digest(pack.restore(name, delta.base.tensor(name))) == delta.tuned.digest(name)
+
+
 def test_paper_is_calibrated_where_the_input_side_comes_first(tmp_path: Path) -> None:
     """GPT-2's Conv1D stores (d_in, d_out)."""
     base = save_base("gpt2", tmp_path / "base")
@@ -328,7 +342,7 @@ def test_measures_lower_the_foreseen_divergence_at_the_same_size(delta: Delta, p
 
 
 def test_a_budget_that_cannot_be_met_says_what_can(delta: Delta) -> None:
-    with pytest.raises(BudgetError, match=r"expected at least [\d,]+ bytes of payload for this delta, found 100 left"):
+    with pytest.raises(BudgetError, match=r"too small by [\d,]+ bytes: the header, and [\d,]+ bytes that this"):
         _encoded(delta, PackOptions(strategy="paper"), budget=_payloads(100))
 
 
@@ -345,18 +359,22 @@ def test_what_a_refused_budget_is_told_to_be_at_least_is_enough(delta: Delta) ->
 
 
 @settings(max_examples=30)
-@given(floor=st.integers(1, 2000), ideal=st.floats(1, 50_000))
-@example(floor=1, ideal=1.5)
-def test_a_target_divergence_is_met_by_nearly_the_smallest_pack_that_can_be(floor: int, ideal: float) -> None:
-    """Divergence falls with the cube of the size; below `floor` nothing fits."""
+@given(floor=st.integers(1, 2000), ideal=st.floats(1, 50_000), power=st.floats(1.5, 8))
+@example(floor=1, ideal=1.5, power=3)
+@example(floor=1, ideal=5900, power=5.7)  # where tries that cubed what was seen last stopped at 1.27 times as much
+def test_a_target_divergence_is_met_by_nearly_the_smallest_pack_that_can_be(
+    floor: int, ideal: float, power: float
+) -> None:
+    """Divergence falls with a power of the size; below `floor` nothing fits."""
 
     def build(size: int) -> int:
         if size < floor:
             raise BudgetError("budget: too small")
         return size
 
-    found = packer._smallest_within(0.01, lambda size: 0.01 * (ideal / size) ** 3, build, 100_000)  # type: ignore
-    assert max(floor, ideal) <= found <= max(1.5 * floor, 1.1 * ideal) + 1
+    found = packer._smallest_within(0.01, lambda size: 0.01 * (ideal / size) ** power, build, 100_000)  # type: ignore
+    close = 0.8 ** (-1 / power)  # a divergence of at least 0.8 of the target is near enough
+    assert max(floor, ideal) <= found <= max(1.5 * floor, 1.01 * close * ideal) + 1
 
 
 def test_a_target_divergence_that_no_pack_meets_is_refused_by_the_largest() -> None:

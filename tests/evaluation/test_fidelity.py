@@ -236,7 +236,7 @@ def test_a_model_of_few_positions_is_compared_on_the_beginnings_of_long_rows(tmp
     long = [Prompt("long", ({"role": "user", "content": "much to read " * most},))]
     pack = compress(delta, PackOptions(), calibration=long)
     assert 1 < measure_fidelity(delta.base, pack, delta.tuned, long).tokens < most
-    assert 1 < pack.header.calibration_tokens <= most
+    assert most < pack.header.calibration_tokens  # which reads all of it, in parts
 
 
 def test_prompts_beyond_the_room_for_logits_are_left_out(

@@ -13,7 +13,7 @@ import torch
 from graftllm.compression.jobs import Job, Unit
 from graftllm.compression.units import carry_out
 from graftllm.delta import Delta
-from graftllm.devices import gpus, use_own_gpu
+from graftllm.devices import gpus, memory_bytes, use_own_gpu
 from graftllm.errors import WorkerError
 from graftllm.progress import progress
 from graftllm.threads import one_thread
@@ -30,9 +30,8 @@ def default_workers(delta: Delta, device: str) -> int:
         return 1
     if found := gpus(device):
         return found
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, memory // _WORKER_BYTES))
+    return max(1, min(cores, memory_bytes() // _WORKER_BYTES))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from graftllm.compression.matrix import Source, matrix_shape
 from graftllm.compression.metric import Metric
 from graftllm.compression.outlook import outlook
 from graftllm.compression.prediction import is_predicting, predicted
+from graftllm.tensors import is_finite
 
 _STEPS = [2 ** (quarter / 4) for quarter in range(-4, 9)]  # in spreads of the delta
 _WEIGHTS = 16  # a weight is a whole number of this part
@@ -65,9 +66,9 @@ def _weight(delta: Tensor, base: Tensor, tuned: Tensor) -> float:
 
 
 def _source(base: Tensor, tuned: Tensor, device: torch.device) -> Source | None:
-    """Return tuned - base as a matrix; None where it is none."""
+    """Return tuned - base as a matrix of numbers; None where it is none."""
     shape = matrix_shape(tuple(base.shape))
-    if min(shape) == 1 or not base.is_floating_point():
+    if min(shape) == 1 or not base.is_floating_point() or not (is_finite(base) and is_finite(tuned)):
         return None
     before, after = base.reshape(shape), tuned.reshape(shape)
     return Source(

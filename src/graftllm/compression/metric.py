@@ -16,6 +16,7 @@ from torch import Tensor
 DAMPING = 0.03  # share of the mean of the diagonal that is added to `right`; 0.01 and 0.1 are a little worse
 _LARGEST = float((1 << 24) - 1)  # codes stay whole numbers in float32
 _OUTWARD = 0.05  # of a step: values from 0.45 on become 1
+_SMALLEST = 1e-15  # norms above this are of numbers whose squares float32 holds
 _BLOCK = 64  # columns whose cancellation is batched
 
 
@@ -56,7 +57,12 @@ def row_squares(matrix: Tensor) -> Tensor:
 
 def frobenius(values: Tensor) -> float:
     """Return the norm of all entries, summed by rows: over tens of millions at once float32 is off by a percent."""
-    return float(row_squares(values.reshape(-1, values.shape[-1] if values.ndim else 1)).sum().sqrt())
+    rows = values.reshape(-1, values.shape[-1] if values.ndim else 1)
+    norm = float(row_squares(rows).sum().sqrt())
+    if norm > _SMALLEST or not values.numel():
+        return norm
+    largest = float(values.abs().max())  # squares that float32 does not hold
+    return largest * float(row_squares(rows / largest).sum().sqrt()) if largest else 0.0
 
 
 def damped_cholesky(moments: Tensor, damping: float = DAMPING) -> Tensor:

@@ -10,7 +10,6 @@ its answers has almost no gradient but at the few tokens where it is not, althou
 pack shake the others, too.
 """
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -25,12 +24,13 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.compression.experts import ExpertWatcher, Slice
 from graftllm.compression.matrix import matrix_shape
 from graftllm.compression.prices import MAX_LENGTH, SEQUENCES, Sensitivity
+from graftllm.devices import memory_bytes
 from graftllm.errors import CheckpointError, CompressionError
 from graftllm.live import Binding, bindings, looks_up_its_input
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.progress import track
 from graftllm.records import Prompt
-from graftllm.rendering import Answered, context_length, cut, pad, render_answered
+from graftllm.rendering import Answered, context_length, pad, parted, render_answered
 from graftllm.streaming import check_reads_text
 
 _BATCH = 4
@@ -42,8 +42,7 @@ def fits_in_memory(checkpoint: Checkpoint, device: torch.device, copies: int = 2
     """Return whether so many copies of the whole model fit; by default its weights, and as much for activations."""
     if device.type == "cuda":
         return copies * checkpoint.nbytes <= torch.cuda.get_device_properties(device).total_memory
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return copies * 4 * checkpoint.parameters <= physical  # float32
+    return copies * 4 * checkpoint.parameters <= memory_bytes()  # float32
 
 
 Weights = Mapping[str, Sequence[Tensor]]  # by parameter name, of each sequence: (tokens,), with mean 1 over all
@@ -109,8 +108,12 @@ def answered(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> list
 
 
 def to_calibrate(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, rows: Sequence[Prompt]) -> list[Answered]:
-    """Return the tokens of the rows that calibration reads: the first 512, while they have at most 262,144 in all."""
-    found, tokens = cut(answered(tokenizer, rows[:SEQUENCES]), MAX_LENGTH, context_length(model)), 0
+    """Return the tokens of the rows that calibration reads: the first 512, while they have at most 262,144 in all.
+
+    A row has at most 2,048, or as many as the model reads at once. Longer text is read in parts; where there is an
+    answer it is cut.
+    """
+    found, tokens = parted(answered(tokenizer, rows[:SEQUENCES]), MAX_LENGTH, context_length(model))[:SEQUENCES], 0
     for count, (ids, _) in enumerate(found):
         tokens += len(ids)
         if tokens > _TOKENS:

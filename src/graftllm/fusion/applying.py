@@ -18,7 +18,7 @@ from graftllm.errors import FusionError
 from graftllm.progress import progress
 from graftllm.skillpack import SkillPack
 from graftllm.storage import check_apart
-from graftllm.tensors import DTYPE_NAMES, DTYPES, TensorSpec
+from graftllm.tensors import DTYPE_NAMES, DTYPES, TensorSpec, is_finite
 
 Weighted = tuple[SkillPack, float]
 
@@ -78,16 +78,12 @@ def in_range(name: str, value: Tensor, base: Callable[[], Tensor]) -> Tensor:
     Raises:
         FusionError: it is beyond what its dtype holds.
     """
-    if not _is_finite(value) and _is_finite(base()):
+    if not is_finite(value) and is_finite(base()):
         raise FusionError(
             f"{name}: expected weights whose sum stays within {DTYPE_NAMES[value.dtype]}, found values beyond it; take "
             "smaller ones."
         )
     return value
-
-
-def _is_finite(value: Tensor) -> bool:
-    return bool((value.float() if value.element_size() == 1 else value).isfinite().all())  # FP8 knows no isfinite
 
 
 def check_weights(packs: Sequence[Weighted]) -> None:

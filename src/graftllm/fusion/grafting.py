@@ -192,8 +192,8 @@ def _check_base(name: str, value: Tensor, packs: Sequence[Weighted], model: nn.M
             if not is_plugged(model):
                 raise
             raise FusionError(
-                f"{pack.source}: the live model holds {name!r} as packs that are plugged in made it; unplug them first, or "
-                "plug all in one call: plug(model, one, another)."
+                f"{pack.source}: the live model holds {name!r} as packs that are plugged in made it; unplug them "
+                "first, or plug all in one call: plug(model, one, another)."
             ) from error
 
 

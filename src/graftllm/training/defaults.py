@@ -5,7 +5,6 @@ there learning rates rise on a straight line in logarithms to what trains the de
 """
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from graftllm.checkpoint import Checkpoint
+from graftllm.devices import memory_bytes
 from graftllm.errors import CheckpointError, TrainingError, first_line
 from graftllm.launched import processes, sharded
 from graftllm.training.memory import Batching, Shape, fit_batch, held_bytes
@@ -150,4 +150,4 @@ def _memory(device: torch.device) -> float:
     """Return the bytes that a training may take: nine tenths of a GPU, half of a computer."""
     if device.type == "cuda":
         return 0.9 * torch.cuda.get_device_properties(device).total_memory
-    return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 0.5 * memory_bytes()

@@ -1,7 +1,7 @@
 """Fusion compared: packs behind a router against merging, training on, and LoRAs; and how it scales with packs.
 
     python benchmarks/fusion.py [--seeds 0 1 2] [--dir runs/fusion] [--baselines sequential lora]
-        [--scaling 1 2 6 16 64] [--size small|large] [--device auto] [--image docs/images/fusion-bytes.png]
+        [--scaling 1 2 8 32 64] [--size small|large] [--device auto] [--image docs/images/fusion-bytes.png]
     python benchmarks/fusion.py --size large --steps 10 [--members target]      # see that trainings start
 
 Builds the zoo of `fusion_models.py` where it is not there, measures every row of `fusion_rows.py` for each seed,
@@ -54,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--reuse", nargs="*", type=Path, default=[], help="finished demos, one for each seed")
     parser.add_argument("--baselines", nargs="*", default=["sequential", "lora"], help="of the pipeline, by name")
-    parser.add_argument("--scaling", nargs="*", type=int, default=[], help="numbers of packs, with the first seed")
+    parser.add_argument(
+        "--scaling", nargs="*", type=int, default=[1, 2, 8, 32, 64], help="numbers of packs, with seed 0"
+    )
     parser.add_argument("--size", choices=list(SIZES), default="small")
     add_options(parser)
     parser.add_argument("--device", default="auto")

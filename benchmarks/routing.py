@@ -184,7 +184,7 @@ def cost(tokenizer: PreTrainedTokenizerBase, width: int, device: torch.device) -
     clouds = {f"p{i}": torch.randn(1, 512, generator=draw) + torch.randn(128, 512, generator=draw) for i in range(64)}
     router = train_router({BASE: torch.randn(128, 512, generator=draw), **clouds}, RouterOptions(steps=20), seed=0)
     found = {}
-    for words in (64, 256, 1024):
+    for words in (4, 16, 64, 256, 1024):
         asked = [[_asked("ab " * words)]]
         ids = torch.full((1, prompt_length(tokenizer, asked[0])), 5, device=device)
         routing, prefill = [], []

@@ -103,8 +103,9 @@ def pad(
         RecordError: a row is longer than the positions that the model has learned, or has a token that the model does
             not know.
     """
-    longest = max(len(sequence) for sequence in sequences)
-    check_length(longest, learned_positions(model), tokenizer)
+    longest, most = max(len(sequence) for sequence in sequences), context_length(model)
+    if most is not None and longest > most:
+        check_length(longest, learned_positions(model), tokenizer)
     words, highest = input_embedding(model), max((max(sequence, default=0) for sequence in sequences), default=0)
     if isinstance(words, nn.Embedding) and highest >= words.num_embeddings:
         raise RecordError(

@@ -6,6 +6,7 @@ prompt's prefill. This file knows nothing of packs or decisions.
 
 import inspect
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -100,7 +101,7 @@ def _states(
         raise _Reached
 
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    if "position_ids" in inspect.signature(model.forward).parameters:  # positions count from the first real token
+    if _takes_positions(type(model)):  # positions count from the first real token
         inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
     hooks = (
         blocks[0].register_forward_pre_hook(enter, with_kwargs=True),
@@ -114,6 +115,11 @@ def _states(
         for hook in hooks:
             hook.remove()
     return seen[0], seen[1]
+
+
+@cache
+def _takes_positions(kind: type[PreTrainedModel]) -> bool:
+    return "position_ids" in inspect.signature(kind.forward).parameters
 
 
 def _blocks(model: PreTrainedModel, layer: int) -> nn.ModuleList:

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--reuse", nargs="*", type=Path, default=[], help="finished demos, one for each seed")
     parser.add_argument("--baselines", nargs="*", default=["sequential", "lora"], help="of the pipeline, by name")
     parser.add_argument(
-        "--scaling", nargs="*", type=int, default=[1, 2, 8, 32, 64], help="numbers of packs, with seed 0"
+        "--scaling", nargs="*", type=int, default=[1, 2, 8, 32, 64], help="numbers of packs, first seed"
     )
     parser.add_argument("--size", choices=list(SIZES), default="small")
     add_options(parser)

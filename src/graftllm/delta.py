@@ -233,10 +233,11 @@ def check_difference(base: Tensor, tuned: Tensor, *, where: str) -> None:
     Raises:
         CheckpointError: as there.
     """
-    for after, before in zip(tuned.reshape(-1).split(_PART), base.reshape(-1).split(_PART), strict=True):
-        if not _is_sane(after.float() - before.float()):
+    parts = zip(tuned.reshape(-1).split(_PART), base.reshape(-1).split(_PART), strict=True)
+    for after, before in ((after.float(), before.float()) for after, before in parts):
+        if not _is_sane(after - before):
             same = (after == before) | (after.isnan() & before.isnan())
-            if not _is_sane((after.float() - before.float()).masked_fill(same, 0)):
+            if not _is_sane((after - before).masked_fill(same, 0)):
                 difference(base, tuned, where=where)  # which counts them
 
 

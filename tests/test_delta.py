@@ -142,6 +142,10 @@ def test_a_tied_head_that_the_tuned_checkpoint_saved_as_well_is_no_parameter_of_
 ) -> None:
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     assert list(Delta(base, _with_another(base_dir, tmp_path / "tuned", head, like=embedding))) == base.names()
+    with pytest.raises(
+        CheckpointError, match="tuned: saves its embedding once more as 'lm_head.weight', to which it is"
+    ):
+        Delta(Checkpoint.open(tmp_path / "tuned"), base)
     other = _with_another(base_dir, tmp_path / "other", head, like=embedding, changed=True)
     with pytest.raises(CheckpointError, match="base: ties the output head to its embedding, but .*other has its own"):
         Delta(base, other)

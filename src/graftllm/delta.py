@@ -122,23 +122,17 @@ class Delta(Mapping[str, Tensor]):
     def _grown(self, name: str, tuned: TensorSpec) -> bool:
         return name in self.base.specs and self.base.specs[name].shape != tuned.shape
 
-    def _repeats_embedding(self, head: str) -> bool:
-        """Return whether a tensor that only the tuned checkpoint has is its embedding once more: tied, but saved."""
-        if not _is_head(head):
-            return False
-        spec = self.tuned.specs[head]
-        if not spec.shape or spec.shape[0] not in _rows(self.tuned):
-            return False
-        same = [name for name, other in self.tuned.specs.items() if name in self.base.specs and other == spec]
-        digest = self.tuned.digest(head)
-        return any(self.tuned.digest(name) == digest for name in same)
-
     def _check(self, name: str) -> None:
         base, tuned = self.base.specs.get(name), self.tuned.specs.get(name)
-        if base is None and self._repeats_embedding(name):
-            return
         if base is None or tuned is None:
             lacking, having = (self.base, self.tuned) if base is None else (self.tuned, self.base)
+            if _repeats_embedding(having, lacking, name):
+                if base is None:
+                    return
+                raise CheckpointError(
+                    f"{having.path}: saves its embedding once more as {name!r}, to which it is tied, and "
+                    f"{lacking.path} does not. Load the base with transformers and save_pretrained() it, which keeps it once."
+                )
             if _is_head(name):
                 raise CheckpointError(
                     f"{lacking.path}: ties the output head to its embedding, but {having.path} has its own, {name!r}. "
@@ -261,6 +255,18 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 def _is_head(name: str) -> bool:
     return any(word in name for word in ("lm_head", "embed_out", "output_layer"))
+
+
+def _repeats_embedding(having: Checkpoint, lacking: Checkpoint, head: str) -> bool:
+    """Return whether a tensor that only one checkpoint has is its embedding once more: tied, but saved."""
+    if not _is_head(head):
+        return False
+    spec = having.specs[head]
+    if not spec.shape or spec.shape[0] not in _rows(having):
+        return False
+    same = [name for name, other in having.specs.items() if name in lacking.specs and other == spec]
+    digest = having.digest(head)
+    return any(having.digest(name) == digest for name in same)
 
 
 def _rows(checkpoint: Checkpoint) -> list[Any]:

@@ -131,7 +131,7 @@ class Delta(Mapping[str, Tensor]):
                     return
                 raise CheckpointError(
                     f"{having.path}: saves its embedding once more as {name!r}, to which it is tied, and "
-                    f"{lacking.path} does not. Load the base with transformers and save_pretrained() it: that keeps one."
+                    f"{lacking.path} does not. Load the base in transformers and save_pretrained() it: that keeps one."
                 )
             if _is_head(name):
                 raise CheckpointError(

@@ -15,6 +15,7 @@ from graftllm.compression.jobs import Job, Unit
 from graftllm.compression.units import carry_out
 from graftllm.compression.workspace import Workspace
 from graftllm.delta import Delta
+from graftllm.devices import memory_bytes
 from graftllm.errors import CheckpointError, CompressionError
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
@@ -82,6 +83,13 @@ def test_large_models_have_a_worker_for_each_core_with_memory(delta: Delta, monk
         monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.__getitem__)
         assert default_workers(large, "cpu") == expected
         assert default_workers(delta, "cpu") == 1
+
+
+def test_memory_is_the_containers_where_that_has_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 8 << 30, "SC_PAGE_SIZE": 1}.__getitem__)
+    for limit, expected in (("3221225472\n", 3 << 30), ("max\n", 8 << 30), ("99999999999\n", 8 << 30)):
+        monkeypatch.setattr(Path, "read_text", lambda self, encoding, limit=limit: limit)
+        assert memory_bytes() == expected
 
 
 def test_each_worker_has_a_gpu_of_its_own_while_there_are_any(delta: Delta, monkeypatch: pytest.MonkeyPatch) -> None:

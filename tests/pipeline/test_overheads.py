@@ -3,7 +3,7 @@
 import json
 import random
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +78,16 @@ def test_a_pack_tells_what_each_of_its_stages_took(work: Work) -> None:
     assert found["dpo"].tokens == 2 * whole - 3 * 3  # `no` has three letters less than the answers
     assert found["pack"].seconds > 0
     assert found["pack"].peak_memory_bytes > 10**7
+
+
+def test_another_description_reaches_the_pack(work: Work) -> None:
+    assert _pack(work).header.card.description == ""
+    skill = work.recipe.skills["reverse"].model_copy(update={"description": "words backward"})
+    told = replace(work, recipe=work.recipe.model_copy(update={"skills": {"reverse": skill}}))
+    assert _pack(told).header.card.description == "words backward"
+    again = told.pack("reverse").read_bytes()
+    _pack(told)
+    assert told.pack("reverse").read_bytes() == again  # times would differ
 
 
 def test_a_pack_with_its_overheads_fits_its_budget(work: Work) -> None:

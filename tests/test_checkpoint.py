@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from graftllm.checkpoint import INDEX, Checkpoint, write_checkpoint
 from graftllm.errors import CheckpointError, StorageError
 from graftllm.loading import load_model
-from graftllm.tensors import DTYPES, TensorSpec, digest, natural_order, raw_bytes, write_safetensors
+from graftllm.tensors import DTYPES, TensorSpec, digest, is_finite, natural_order, raw_bytes, write_safetensors
 from tests.models import save_llama
 
 
@@ -224,3 +224,15 @@ def test_a_checkpoint_without_tensors_is_refused(base: Checkpoint, tmp_path: Pat
     save_file({}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="expected a model's tensors, found none in its safetensors files"):
         Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e5m2, torch.int32])
+@pytest.mark.parametrize("place", [None, 0, 7, 8, 20])
+def test_what_is_no_number_is_found_in_any_part(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, place: int | None
+) -> None:
+    monkeypatch.setattr("graftllm.tensors._BLOCK", 8)
+    values = torch.arange(21).float()
+    if place is not None and dtype.is_floating_point:
+        values[place] = float("inf")
+    assert is_finite(values.reshape(3, 7).to(dtype)) == (place is None or not dtype.is_floating_point)

@@ -181,8 +181,7 @@ def _smallest_within(
     target: float, measure: Callable[[SkillPack], float], build: Callable[[int], SkillPack], tuned_bytes: int
 ) -> int:
     """Return the least budget found whose pack's KL divergence is within a target: log-log interpolation over sizes."""
-    below, above = _Tried(0, math.inf), _Tried(tuned_bytes, 0.0)  # too small, and the smallest that is large enough
-    met = False
+    below, above = _Tried(0, math.inf), None  # the largest that is too small, the smallest that is large enough
     refused: BudgetError | None = None  # at the size tried last
     size: int | None = tuned_bytes // 20
     for _ in range(_TRIES):
@@ -193,15 +192,15 @@ def _smallest_within(
         except BudgetError as error:
             found, refused = math.inf, error
         if found <= target:
-            above, met = _Tried(size, found), True
+            above = _Tried(size, found)
             if found >= _CLOSE * target:
                 break
         else:
             below = _Tried(size, math.inf if math.isnan(found) else found)
-        size = _between(below, above, target, met=met)
-    if not met and refused is not None:
+        size = _next_size(below, above, target, tuned_bytes)
+    if above is None and refused is not None:
         raise refused
-    if not met:
+    if above is None:
         raise CompressionError(
             f"budget: expected a KL divergence of at most {target:g}, but a pack of {below.size:,} bytes is not "
             "that faithful. Allow more, or take --strategy exact."
@@ -217,19 +216,18 @@ class _Tried:
     divergence: float
 
 
-def _between(below: _Tried, above: _Tried, target: float, *, met: bool) -> int | None:
+def _next_size(below: _Tried, above: _Tried | None, target: float, most: int) -> int | None:
     """Return the budget to try next; None where there is none left that would make a difference.
 
     Args:
         below: the largest that is too small.
-        above: the smallest that is large enough or, unless `met`, the largest that there may be.
+        above: the smallest that is large enough; None where none was yet.
         target: the divergence to meet.
-        met: whether any was large enough.
+        most: the largest budget that there may be.
     """
-    aim = math.log(_AIM * target)
-    if not met:  # divergence falls with about the cube of the size, but a pack that is too large tells more
+    if above is None:  # divergence falls with about the cube of the size, but a pack that is too large tells more
         size = math.ceil(below.size * min(max(below.divergence / target, 1.5), 64) ** 0.5)
-        return min(size, above.size) if below.size < above.size else None
+        return min(size, most) if below.size < most else None
     if not below.size:
         return max(1, int(above.size * max(above.divergence / target, 1e-6) ** (1 / 3)))
     if above.size <= below.size * _FINE:
@@ -238,7 +236,7 @@ def _between(below: _Tried, above: _Tried, target: float, *, met: bool) -> int |
     share = 0.5
     if above.divergence and math.isfinite(below.divergence):
         worse, better = math.log(below.divergence), math.log(above.divergence)
-        share = min(max((worse - aim) / (worse - better), 0.1), 0.9)
+        share = min(max((worse - math.log(_AIM * target)) / (worse - better), 0.1), 0.9)
     return min(max(round(math.exp(low + share * (high - low))), below.size + 1), above.size - 1)
 
 

@@ -69,7 +69,7 @@ def cut(rows: Sequence[Answered], *limits: int | None) -> list[Answered]:
     >>> cut([([7, 8, 9], 2), ([7], 1)], 5, 2, None)
     [([7, 8], 2), ([7], 1)]
     """
-    most = min((limit for limit in limits if limit is not None), default=None)
+    most = _least(limits)
     return [(ids[:most], min(first, len(ids[:most]))) for ids, first in rows]
 
 
@@ -79,12 +79,16 @@ def parted(rows: Sequence[Answered], *limits: int | None) -> list[Answered]:
     >>> parted([([7, 8, 9], 2), ([7, 8, 9], 3)], 2)
     [([7, 8], 2), ([7, 8], 2), ([9], 1)]
     """
-    most = min((limit for limit in limits if limit is not None), default=None)
+    most = _least(limits)
     found: list[Answered] = []
     for ids, first in rows:
         starts = [0] if most is None or first < len(ids) else range(0, len(ids), most)
         found += [(part, min(first, len(part))) for part in (ids[start:][:most] for start in starts)]
     return found
+
+
+def _least(limits: Sequence[int | None]) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def pad(

@@ -16,7 +16,7 @@ from graftllm.fusion.branches import decode_branches
 from graftllm.fusion.grafting import Graft, decode, is_plugged, plug
 from graftllm.loading import load_model
 from graftllm.packer import compress
-from graftllm.packing_options import PackOptions
+from graftllm.packing_options import PackOptions, Strategy
 from graftllm.skillpack import SkillPack
 from graftllm.tensors import digest
 from tests.models import perturb, save_llama, with_vocabulary
@@ -283,18 +283,64 @@ def test_a_model_in_a_narrower_dtype_is_refused_without_its_base(tmp_path: Path,
     assert _digests(model) == before
 
 
-def test_added_vocabulary_rows_do_not_fit_a_live_model(base_dir: Path, base: Checkpoint, tmp_path: Path) -> None:
-    grown = Delta(base, Checkpoint.open(with_vocabulary(base_dir, tmp_path / "tuned", 80)))
-    pack, model = compress(grown, PackOptions(strategy="exact")), load_model(base.path)
+@pytest.fixture(scope="module")
+def grown(base_dir: Path, base: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Delta:
+    return Delta(base, Checkpoint.open(with_vocabulary(base_dir, tmp_path_factory.mktemp("grown") / "tuned", 80)))
+
+
+def _resized(place: Path, rows: int) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(place, dtype="auto")
+    model.resize_token_embeddings(rows)
+    return model
+
+
+@pytest.mark.parametrize("rows", [73, 76])
+def test_added_vocabulary_rows_need_room_in_a_live_model(grown: Delta, rows: int) -> None:
+    pack, model = compress(grown, PackOptions(strategy="exact")), _resized(grown.base.path, rows)
     before = _digests(model)
-    with pytest.raises(
-        FusionError, match=r"adds vocabulary rows to 'model.embed_tokens.weight', which a live model of 73"
-    ):
-        plug(model, pack)
-    told = "adds vocabulary rows to .*, which a live model has no room for. Write a checkpoint with `graftllm apply`"
+    told = (
+        "adds rows to the vocabulary, 80 of 'model.embed_tokens.weight', and the live model has "
+        rf"{rows}. Call model.resize_token_embeddings\(80\) first.$"
+    )
     with pytest.raises(FusionError, match=told):
+        plug(model, pack)
+    with pytest.raises(FusionError, match=r"'model.embed_tokens.weight', to which it adds vocabulary rows; this can"):
         decode_branches(model, pack)
     assert _digests(model) == before
+
+
+@pytest.mark.parametrize("strategy", ["exact", "auto", "paper"])
+def test_added_vocabulary_rows_plug_into_a_model_that_was_resized(
+    grown: Delta, tmp_path: Path, strategy: Strategy
+) -> None:
+    pack, model = compress(grown, PackOptions(strategy=strategy)), _resized(grown.base.path, 80)
+    apply_packs(Checkpoint.open(grown.base.path), [(pack, 1.0)], tmp_path / "applied")
+    before = _digests(model)
+    with plug(model, pack):
+        assert _digests(model) == _digests(AutoModelForCausalLM.from_pretrained(tmp_path / "applied", dtype="auto"))
+    assert _digests(model) == before
+
+
+def test_rows_that_no_pack_knows_stay_as_they_are(base: Checkpoint, lossy: SkillPack, grown: Delta) -> None:
+    model, alone = _resized(base.path, 81), _resized(base.path, 73)
+    before = _words(model)
+    with plug(model, lossy), plug(alone, lossy):
+        assert _words(model)[:73].equal(_words(alone))
+        assert _words(model)[73:].equal(before[73:])
+    with plug(model, compress(grown, PackOptions(strategy="exact"))):
+        assert _words(model)[:80].equal(grown.tuned.tensor("model.embed_tokens.weight"))
+        assert _words(model)[80:].equal(before[80:])
+    assert _words(model).equal(before)
+
+
+def _words(model: PreTrainedModel) -> torch.Tensor:
+    return model.state_dict()["model.embed_tokens.weight"].clone()
+
+
+def test_a_resized_model_of_another_base_is_refused(tmp_path: Path, exact: SkillPack) -> None:
+    model = _resized(save_llama(tmp_path / "other", seed=9), 80)
+    with pytest.raises(PackError, match="made for"):
+        plug(model, exact)
 
 
 def test_a_pack_of_a_tuned_model_in_another_dtype_plugs_in(tmp_path: Path) -> None:

@@ -152,10 +152,7 @@ def _check_place(name: str, pack: SkillPack, module: nn.Module, key: str, *, who
     """Refuse a parameter that no branch can stand for; a vocabulary's may be stored `whole`, in any way."""
     entry = pack.header.tensors[name]
     if entry.tuned_spec.shape != entry.shape:
-        raise FusionError(
-            f"{pack.source}: adds vocabulary rows to {name!r}, which a live model has no room for. "
-            "Write a checkpoint with `graftllm apply` and load that instead."
-        )
+        raise _only_merged(name, pack, "to which it adds vocabulary rows")
     if entry.tuned_spec != entry.spec:
         raise _only_merged(name, pack, "whose tuned model has another dtype")
     if len(entry.shape) == 1 and not any(True for _ in module.children()):

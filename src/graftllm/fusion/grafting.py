@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
+from graftllm.delta import growable
 from graftllm.errors import FusionError, PackError
 from graftllm.fusion.applying import Empty, Weighted, agreed_spec, check_weights, combined, in_range
 from graftllm.fusion.origin import Origin
@@ -103,7 +104,8 @@ def plug(model: nn.Module, *packs: SkillPack | Weighted, check: bool = True) -> 
 
     Args:
         model: a transformers model of the base, on any devices; in the base's dtype, in a wider one, or in a narrower
-            one if what it was loaded from is still there.
+            one if what it was loaded from is still there. It may have more vocabulary rows, and needs those that
+            the packs add (`model.resize_token_embeddings`).
         packs: packs of the same base; alone with weight 1, or `(pack, weight)`. Their order does not matter.
         check: compare every touched base weight with the pack's digest first.
 
@@ -163,17 +165,20 @@ def _plugged(
         check_whole(name, value, packs[0][0], binding)
     stored = binding.to_stored({name: value if binding.plain else value.cpu() for name, value in values.items()})
     for name, live in stored.items():
-        if agreed_spec(name, packs).shape != tuple(live.shape):
+        known, wanted = packs[0][0].header.tensors[name].shape, agreed_spec(name, packs).shape
+        resized = growable(known, tuple(live.shape))
+        if known != wanted and growable(tuple(live.shape), wanted):
             raise FusionError(
-                f"{source}: adds vocabulary rows to {name!r}, which a live model of {live.shape[0]:,} rows "
-                "has no room for. Write a checkpoint with `graftllm apply` and load that instead."
+                f"{source}: adds rows to the vocabulary, {wanted[0]:,} of {name!r}, and the live model has "
+                f"{len(live):,}. Call model.resize_token_embeddings({wanted[0]}) first."
             )
-        base = origin.stored(name, live, packs[0][0])
+        base = origin.stored(name, live[: known[0]] if resized else live, packs[0][0])
         if check:
             _check_base(name, base, packs, origin.model)
-        stored[name] = combined(name, base, packs, dtype=live.dtype, empty=empty)
+        value = combined(name, base, packs, dtype=live.dtype, empty=empty)
         if any(abs(weight) > _LARGE for _, weight in packs):  # a look at all values, which takes time
-            in_range(name, stored[name], lambda base=base: base)
+            in_range(name, value, lambda base=base: base)
+        stored[name] = torch.cat([value, live[len(value) :].to(value.device)]) if resized else value
     made = binding.to_live(stored)
     if {name: value.shape for name, value in made.items()} != {name: value.shape for name, value in values.items()}:
         raise FusionError(

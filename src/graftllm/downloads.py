@@ -54,6 +54,14 @@ def download(source: Repository, file: str) -> Path:
         return Path(hf_hub_download(source.name, file, revision=source.revision))
 
 
+def cached(source: Repository, file: str) -> Path | None:
+    """Return a file of a repository that an earlier download left in the cache; None where there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(source.name, file, revision=source.revision)
+    return Path(found) if isinstance(found, str) else None
+
+
 def download_all(source: Repository, patterns: Sequence[str]) -> Path:
     """Return a directory with the files of a repository that fit one of the patterns.
 

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from graftllm.checkpoint import Checkpoint
@@ -14,6 +15,8 @@ from graftllm.errors import CheckpointError, first_line
 from graftllm.records import Message
 from graftllm.rendering import rendered
 from graftllm.transfer_options import is_template
+
+_UNKNOWN = (OSError, ValueError, KeyError, StrictDataclassError)  # what transformers says to a config.json
 
 
 def load_model(path: str | Path, *, device: str = "auto", device_map: str | None = None) -> PreTrainedModel:
@@ -46,7 +49,7 @@ def open_model(
         model, found = cast(Any, AutoModelForCausalLM).from_pretrained(
             path, dtype=dtype, device_map=device_map, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except _UNKNOWN as error:
         raise CheckpointError(
             f"{path}: transformers cannot load it as a causal language model ({first_line(error)})."
         ) from error
@@ -56,6 +59,24 @@ def open_model(
             "The checkpoint is incomplete or its config.json names another class."
         )
     return model
+
+
+def bare_model(directory: Path) -> PreTrainedModel:
+    """Build the model that `open_model` would load, on PyTorch's device `meta`: its modules without their numbers.
+
+    Nothing but config.json is read, and no code that comes with it is run.
+
+    Raises:
+        CheckpointError: there is none, or transformers knows no causal language model of this kind.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except _UNKNOWN as error:
+        raise CheckpointError(
+            f"{directory}: transformers cannot load it as a causal language model ({first_line(error)})."
+        ) from error
 
 
 def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:

@@ -14,16 +14,13 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError, StorageError
 from graftllm.fusion import directory
-from graftllm.fusion.branches import why_merged_only
 from graftllm.fusion.directory import add_packs, remove_pack, set_router, set_rules, write_grafted
-from graftllm.fusion.inventory import runs_beside, take_inventory
 from graftllm.fusion.manifest import MANIFEST, open_base, open_packs, read_manifest
 from graftllm.fusion.rules import Rule
 from graftllm.header import Card
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.storage import only_writer
-from tests.architectures import CONFIGS, load, save_base, save_tuned
 from tests.models import perturb, save_llama, with_vocabulary
 
 
@@ -328,29 +325,6 @@ def test_a_router_that_was_made_of_another_than_is_there_does_not_come(home: Pat
     ):
         add_packs(grafted, {"three": home / "three.safetensors"}, router=_Router("three"), taught=taught)  # type: ignore
     assert _contents(grafted) == before
-
-
-def test_the_inventory_tells_what_each_pack_can_do(grafted: Path) -> None:
-    set_router(grafted, _Router("one"))  # type: ignore
-    set_rules(grafted, [Rule(pack="one", tag="TAG")])
-    found = take_inventory(grafted)
-    figures = json.loads(json.dumps(found.figures()))
-    assert figures["packs"]["one"] | {"sha256": ""} == {
-        "file_bytes": (grafted / "packs" / "one.safetensors").stat().st_size,
-        "sha256": "", "description": "Skill one", "beside": False, "routed": True,
-    }  # fmt: skip
-    assert figures["rules"] == [{"pack": "one", "tag": "TAG"}]
-    assert [row[3:5] for row in found.rows()] == [("merged", "yes"), ("merged, beside", "no")]
-    assert "router  older than two" in found.sentences()
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_inventory_says_of_each_architecture_what_the_live_model_says(name: str, tmp_path: Path) -> None:
-    base = save_base(name, tmp_path / "base")
-    delta = Delta(Checkpoint.open(base), Checkpoint.open(save_tuned(base, tmp_path / "tuned")))
-    for options in (PackOptions(strategy="paper", energy=0.7), PackOptions(servable=4), PackOptions(strategy="exact")):
-        pack = compress(delta, options)
-        assert runs_beside(pack.header) == (why_merged_only(load(name, base), pack) is None)
 
 
 @pytest.mark.parametrize(

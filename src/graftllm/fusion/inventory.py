@@ -1,18 +1,20 @@
-"""What stands on the shelf of a grafted model, as `graftllm list` shows it. Headers alone are read."""
+"""What stands on the shelf of a grafted model, as `graftllm list` shows it.
 
-import re
-from collections.abc import Collection, Mapping, Sequence
+Headers of packs are read, and of the base its config.json, of which a model without weights is built and asked.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from graftllm.fusion.manifest import Manifest, read_manifest
+from graftllm.downloads import cached, repository
+from graftllm.errors import FusionError, GraftError
+from graftllm.fusion.branches import why_merged_only
+from graftllm.fusion.manifest import Manifest, base_place, read_manifest
 from graftllm.fusion.rules import Rule
-from graftllm.header import Header, TensorEntry
-from graftllm.packfile import read_header
-
-# Names of classes that continue their input; to ask transformers takes seconds.
-_CONTINUES = re.compile(r"ForCausalLM$|LMHead|^Gemma\w*ForConditionalGeneration$")
+from graftllm.loading import bare_model
+from graftllm.skillpack import SkillPack
 
 
 @dataclass(frozen=True)
@@ -23,20 +25,24 @@ class Item:
         file_bytes: size of its file.
         sha256: of its file.
         description: from its card.
-        beside: whether it can run beside the weights, as far as `runs_beside` knows.
+        beside: whether it can run beside the weights; None where that is not known.
         routed: whether the router knows it.
     """
 
     file_bytes: int
     sha256: str
     description: str
-    beside: bool
+    beside: bool | None
     routed: bool
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """A grafted model without its weights."""
+    """A grafted model without its weights.
+
+    Attributes:
+        unknown: why it is not known which packs can run beside the weights; empty where it is.
+    """
 
     directory: Path
     base: str
@@ -44,6 +50,7 @@ class Inventory:
     router: bool
     rules: Sequence[Rule]
     packs: Mapping[str, Item]
+    unknown: str = ""
 
     columns = ("pack", "bytes", "sha256", "runs", "routed", "description")
 
@@ -54,7 +61,7 @@ class Inventory:
                 name,
                 f"{item.file_bytes:,}",
                 item.sha256[:12],
-                "merged, beside" if item.beside else "merged",
+                _WAYS[item.beside],
                 "yes" if item.routed else "no",
                 item.description,
             )
@@ -69,6 +76,7 @@ class Inventory:
             f"base    {self.base} ({self.fingerprint[:12]})",
             f"packs   {len(self.packs)}, {sum(item.file_bytes for item in self.packs.values()):,} bytes",
             f"router  {router}",
+            *([f"beside  not known: {self.unknown}"] if self.unknown else ()),
             *(f"rule    {rule.model_dump_json(exclude_none=True)}" for rule in self.rules),
         ]
 
@@ -83,6 +91,9 @@ class Inventory:
         }
 
 
+_WAYS = {True: "merged, beside", False: "merged", None: "merged, beside?"}
+
+
 def take_inventory(directory: Path) -> Inventory:
     """Read what a grafted directory consists of.
 
@@ -90,39 +101,40 @@ def take_inventory(directory: Path) -> Inventory:
         FusionError: there is no such directory, or its manifest is not one.
         PackError: a pack is missing or damaged.
     """
-    manifest: Manifest = read_manifest(directory)
+    manifest, beside, unknown = read_manifest(directory), dict[str, bool](), ""
+    packs = {name: SkillPack.load(directory / shelved.file) for name, shelved in manifest.packs.items()}
+    try:
+        beside = _can_run_beside(directory, manifest, packs)
+    except GraftError as error:
+        unknown = str(error)
     late = set(manifest.unrouted())
-    packs = {}
-    for name, shelved in manifest.packs.items():
-        file = directory / shelved.file
-        header = read_header(file)
-        packs[name] = Item(
-            file.stat().st_size, shelved.sha256, header.card.description, runs_beside(header), name not in late
+    items = {
+        name: Item(
+            file_bytes=(directory / shelved.file).stat().st_size,
+            sha256=shelved.sha256,
+            description=packs[name].header.card.description,
+            beside=beside.get(name),
+            routed=name not in late,
         )
-    return Inventory(directory, manifest.base, manifest.fingerprint, manifest.router is not None, manifest.rules, packs)
+        for name, shelved in manifest.packs.items()
+    }
+    has_router = manifest.router is not None
+    return Inventory(directory, manifest.base, manifest.fingerprint, has_router, manifest.rules, items, unknown)
 
 
-def runs_beside(header: Header) -> bool:
-    """Return whether a pack can run beside the weights, as far as the architecture, names and shapes tell.
+def _can_run_beside(directory: Path, manifest: Manifest, packs: Mapping[str, SkillPack]) -> dict[str, bool]:
+    """Return of each pack whether it can run beside the weights, as the live model would say it.
 
-    It must be one that only continues its input, and all that the pack touches must be vectors of modules without
-    parts, vocabularies, or matrices in factors. `branches.why_merged_only` asks the live model itself.
+    What the Hub's cache lacks is not downloaded for a look.
     """
-    modules = {name.rpartition(".")[0] for name in header.tensors}
-    parents = {module[:i] for module in modules for i, character in enumerate(module) if character == "."}
-    return _CONTINUES.search(header.base.architecture) is not None and all(
-        _has_branch(name, entry, parents)
-        for name, entry in header.tensors.items()
-        if entry.operator != "unchanged" or entry.tuned_spec != entry.spec
-    )
-
-
-def _has_branch(name: str, entry: TensorEntry, parents: Collection[str]) -> bool:
-    module, _, key = name.rpartition(".")
-    if entry.tuned_spec != entry.spec or entry.role == "expert" or module.endswith("embed_positions"):
-        return False  # positions by that name, as OPT has them, look up by more than their input
-    if len(entry.shape) == 1:
-        return module not in parents
-    if key != "weight" or len(entry.shape) != 2 or "norm" in module.rpartition(".")[2]:
-        return False  # norms by heads have a matrix
-    return entry.role in ("embedding", "head") or entry.operator in ("factored", "lowrank")
+    place = base_place(directory, manifest)
+    if isinstance(place, str):
+        source = repository(place)
+        config = None if source is None else cached(source, "config.json")
+        if config is None:
+            raise FusionError(
+                f"{directory}: its base {place} is no directory, and not in the Hub's cache, where loading it puts it."
+            )
+        place = config.parent
+    model = bare_model(place)
+    return {name: why_merged_only(model, pack) is None for name, pack in packs.items()}

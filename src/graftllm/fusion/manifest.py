@@ -144,14 +144,7 @@ def open_base(directory: Path, manifest: Manifest, *, check: bool = True) -> Che
         FusionError: the weights are not those that the packs were made for.
         CheckpointError: the base is missing or not whole.
     """
-    beside = Path(os.path.normpath(directory.resolve() / manifest.base))
-    relative = beside.is_dir() or manifest.base.startswith(".")
-    if relative and not beside.is_dir():
-        raise FusionError(
-            f"{directory}: its base, {manifest.base} as seen from there, is not at {beside}. Put it there, or correct "
-            f"`base` in {directory / MANIFEST}: a directory, absolute or as seen from {directory}, or a Hub id."
-        )
-    base = Checkpoint.open(beside if relative else manifest.base)
+    base = Checkpoint.open(base_place(directory, manifest))
     if check and base.fingerprint != manifest.fingerprint:
         raise FusionError(
             f"{base.path}: expected the base of {directory} ({manifest.fingerprint[:12]}), found other weights "
@@ -159,6 +152,23 @@ def open_base(directory: Path, manifest: Manifest, *, check: bool = True) -> Che
             "base and run `graftllm fuse` again."
         )
     return base
+
+
+def base_place(directory: Path, manifest: Manifest) -> Path | str:
+    """Return where the base of a grafted directory is: a directory that is there, or a Hub id.
+
+    Raises:
+        FusionError: there is no such directory.
+    """
+    beside = Path(os.path.normpath(directory.resolve() / manifest.base))
+    if beside.is_dir():
+        return beside
+    if manifest.base.startswith("."):
+        raise FusionError(
+            f"{directory}: its base, {manifest.base} as seen from there, is not at {beside}. Put it there, or correct "
+            f"`base` in {directory / MANIFEST}: a directory, absolute or as seen from {directory}, or a Hub id."
+        )
+    return manifest.base
 
 
 def _open_pack(directory: Path, shelved: ShelvedPack) -> SkillPack:

@@ -17,6 +17,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -64,6 +65,10 @@ CONFIGS: Mapping[str, PreTrainedConfig] = {
     ),
     "phimoe": PhimoeConfig(**_UNTIED, num_local_experts=4),
     "gpt_oss": GptOssConfig(**_UNTIED, num_local_experts=4, num_experts_per_tok=2),
+    "llama4": Llama4TextConfig(
+        **_UNTIED, intermediate_size_mlp=24, num_local_experts=4, interleave_moe_layer_step=2, no_rope_layer_interval=2,
+        attention_chunk_size=16,
+    ),
     "mamba": MambaConfig(vocab_size=_WORDS, hidden_size=16, num_hidden_layers=2, state_size=4, **_SPECIAL),
     "bamba": BambaConfig(
         **_UNTIED, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, attn_layer_indices=[1]

@@ -6,7 +6,7 @@ runs; nothing is copied on disk. Tensors are read and named by `live`. From such
 before anything is read, whether a checkpoint holds a language model, and whether text can run through it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,7 +25,9 @@ from graftllm.rendering import input_embedding
 
 @dataclass(frozen=True)
 class StreamedModel:
-    """A model in evaluation mode whose parameters are on `meta` between the runs of their blocks.
+    """A model in evaluation mode whose parameters have no values between the runs of their blocks.
+
+    A forward pass that asks for some then ends in a `WeightsAbsent`.
 
     Attributes:
         model: takes inputs on `device`.
@@ -183,9 +185,10 @@ class _Loader:
         self.checkpoint, self.found, self.device = checkpoint, found, device
         self.block, self.places = block
         self.by_rows = looks_up_its_input(self.block) and all(found[name].plain for _, _, name in self.places)
-        self.empty = [module._parameters[key] for module, key, _ in self.places]
+        self.absent = [_Absent(cast(Tensor, module._parameters[key]), device) for module, key, _ in self.places]
 
     def attach(self) -> None:
+        self._put(self.absent)
         self.block.register_forward_pre_hook(self._load)
         self.block.register_forward_hook(self._unload, always_call=True)
 
@@ -212,5 +215,24 @@ class _Loader:
         return value.to(self.device)
 
     def _unload(self, block: nn.Module, inputs: Any, output: Any) -> None:
-        for (module, key, _), empty in zip(self.places, self.empty, strict=True):
-            module._parameters[key] = cast(nn.Parameter, empty)
+        self._put(self.absent)
+
+    def _put(self, values: Sequence[Tensor]) -> None:
+        for (module, key, _), value in zip(self.places, values, strict=True):
+            module._parameters[key] = cast(nn.Parameter, value)
+
+
+class _Absent(Tensor):
+    """Stands for a parameter that is on disk: a model may ask for its device, dtype and shape, not its values."""
+
+    @staticmethod
+    def __new__(cls, like: Tensor, device: torch.device) -> "_Absent":
+        return Tensor._make_wrapper_subclass(cls, like.shape, dtype=torch.float32, device=device)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise WeightsAbsent(str(func))
+
+
+class WeightsAbsent(RuntimeError):
+    """A model asks for values of parameters whose block does not run."""

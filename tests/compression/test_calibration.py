@@ -18,6 +18,8 @@ from transformers import (
     CTRLLMHeadModel,
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
     SiglipConfig,
     SiglipModel,
     XLNetConfig,
@@ -38,7 +40,7 @@ from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt
 from graftllm.rendering import render_answered
-from graftllm.streaming import check_reads_text, is_language_model, stream_model
+from graftllm.streaming import WeightsAbsent, check_reads_text, is_language_model, stream_model
 from tests.architectures import CONFIGS, load, save_base, save_tuned
 from tests.models import perturb, rows, save_reward_model, tokenizer
 
@@ -191,17 +193,30 @@ def test_moments_beyond_the_bound_are_the_same_and_wait_in_files(
 
 def test_no_weight_stays_in_memory(tuned: Checkpoint) -> None:
     streamed = stream_model(tuned, device=torch.device("cpu"))
-    seen: list[str] = []
+    seen: list[bool] = []
     layers = streamed.model.model.layers
-    layers[1].register_forward_pre_hook(lambda *_: seen.extend(value.device.type for value in layers[0].parameters()))
-    layers[1].register_forward_pre_hook(lambda *_: seen.extend(value.device.type for value in layers[1].parameters()))
+    layers[1].register_forward_pre_hook(lambda *_: seen.extend(map(_is_there, layers[0].parameters())))
+    layers[1].register_forward_pre_hook(lambda *_: seen.extend(map(_is_there, layers[1].parameters())))
     with torch.inference_mode():
         logits = streamed.model(input_ids=torch.arange(4, 30)[None]).logits
         expected = load_model(tuned.path, device="cpu")(input_ids=torch.arange(4, 30)[None]).logits
     assert torch.equal(logits, expected)
     count = len(list(layers[0].parameters()))
-    assert seen == ["meta"] * count + ["cpu"] * count
-    assert {value.device.type for value in streamed.model.parameters()} == {"meta"}
+    assert seen == [False] * count + [True] * count
+    assert not any(map(_is_there, streamed.model.parameters()))
+
+
+def _is_there(value: torch.Tensor) -> bool:
+    try:
+        value.sum()
+    except WeightsAbsent:
+        return False
+    return True
+
+
+def test_a_weight_that_is_not_in_memory_tells_its_device_and_dtype(tuned: Checkpoint) -> None:
+    model = stream_model(tuned, device=torch.device("cpu")).model
+    assert {(value.device.type, value.dtype) for value in model.parameters()} == {("cpu", torch.float32)}
 
 
 @pytest.mark.parametrize(
@@ -287,13 +302,21 @@ def test_a_class_that_transformers_does_not_know_is_named(tmp_path: Path) -> Non
 
 def test_a_model_that_cannot_be_streamed_is_refused(tuned: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(self: LlamaModel, input_ids: torch.Tensor, **_: object) -> None:
-        print(self.embed_tokens.weight.tolist())
+        print(input_ids.float() @ self.embed_tokens.weight)
 
     monkeypatch.setattr(LlamaModel, "forward", forward)
     with pytest.raises(
         CompressionError, match=r"LlamaForCausalLM uses weights of a module without running it, so they"
     ):
         collect_moments(tuned.path, prompts_of_many_lengths())
+
+
+def test_a_model_that_scales_its_own_weights_is_refused(tmp_path: Path) -> None:
+    config = RwkvConfig(vocab_size=len(tokenizer()), hidden_size=16, context_length=64, num_hidden_layers=2)
+    RwkvForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(CompressionError, match=r"RwkvForCausalLM uses weights of a module without .* \(aten.div_"):
+        collect_moments(tmp_path, prompts_of_many_lengths())
 
 
 def test_moments_that_are_no_numbers_end_in_an_error(tmp_path: Path) -> None:

@@ -21,12 +21,12 @@ from graftllm.compression.moments import Moments, Sums
 from graftllm.compression.prices import Calibration
 from graftllm.compression.sensitivity import Weights, to_calibrate
 from graftllm.devices import resolve_device
-from graftllm.errors import CompressionError, first_line
+from graftllm.errors import CompressionError
 from graftllm.loading import load_tokenizer
 from graftllm.progress import progress
 from graftllm.records import Prompt
 from graftllm.rendering import pad
-from graftllm.streaming import StreamedModel, check_reads_text, stream_model
+from graftllm.streaming import StreamedModel, WeightsAbsent, check_reads_text, stream_model
 
 MEMORY_BYTES = 1 << 30  # of moments; further ones are summed in files
 _BATCH_TOKENS = 4096  # padding included; the weights are read once a batch
@@ -76,12 +76,10 @@ def collect_moments(
                 streamed.model(input_ids=ids, attention_mask=attended)
             except _HeadReached:
                 pass
-            except (NotImplementedError, RuntimeError) as error:
-                if "meta" not in str(error).lower():  # PyTorch has no class of error for weights that are not there
-                    raise
+            except WeightsAbsent as error:
                 raise CompressionError(
                     f"{checkpoint.path}: {type(streamed.model).__name__} uses weights of a module without running it, "
-                    f"so they cannot be streamed ({first_line(error)}). Pack it without calibration."
+                    f"so they cannot be streamed ({error}). Pack it without calibration."
                 ) from error
             tokens += int(mask.sum())
             show(tokens, sum(map(len, sequences)))

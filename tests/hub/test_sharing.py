@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from graftllm.adapters import open_tuned
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError, FusionError, GraftError, HubError, PackError, StorageError
-from graftllm.fusion.directory import write_grafted
+from graftllm.fusion import manifest
+from graftllm.fusion.directory import remove_pack, set_rules, write_grafted
 from graftllm.fusion.grafted import GraftedModel
-from graftllm.fusion.manifest import MANIFEST, read_manifest
+from graftllm.fusion.manifest import MANIFEST, read_manifest, sha256_of
 from graftllm.fusion.rules import Rule
 from graftllm.hub.sharing import pull, push
 from graftllm.packer import compress
@@ -98,6 +100,23 @@ def test_what_the_hub_has_is_not_sent_again(hub: Hub, pack_file: Path) -> None:
     push(pack_file, "user/reverse", base="org/base", revision="next")
     assert not [one for one in hub.asked if one.startswith("PUT")]
     assert hub.files("user/reverse", "next")[PACK_FILE] == pack_file.read_bytes()
+
+
+def test_a_directory_that_changes_while_it_is_read_is_pushed_as_it_then_is(
+    hub: Hub, grafted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = shutil.copytree(grafted, tmp_path / "g")
+    set_rules(own, [])
+
+    def changed_first(file: Path) -> str:
+        if "again" in read_manifest(own).packs:
+            remove_pack(own, "again")
+        return sha256_of(file)
+
+    monkeypatch.setattr(manifest, "sha256_of", changed_first)
+    pushed = push(own, "user/skills", base="org/base")
+    assert list(pushed.files) == [MANIFEST, "packs/reverse.safetensors", "README.md"]
+    assert list(json.loads(hub.files("user/skills")[MANIFEST])["packs"]) == ["reverse"]
 
 
 def test_a_grafted_directory_comes_back_whole(hub: Hub, grafted: Path, base_dir: Path, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ class GraftedModel:
         router: None where `auto` cannot be asked for.
         rules: prompts that go to a pack whatever the router says.
         unrouted: packs that came, or changed, after the router was trained.
+        digests: the SHA-256 of each pack's file, by name, as it was loaded.
         shelf: what is decoded of the packs; by default as large as the base, or 1 GiB for a small one.
     """
 
@@ -56,6 +57,7 @@ class GraftedModel:
     rules: Sequence[Rule] = ()
     unrouted: Sequence[str] = ()
     shelf: Shelf | None = None
+    digests: Mapping[str, str] = field(default_factory=dict, repr=False)
     _turn: Turn = field(default_factory=Turn, repr=False)
     _checked: set[str] = field(default_factory=set, repr=False)
     _sizes: dict[str, int] = field(default_factory=dict, repr=False)  # bytes of packs beside the weights, where known
@@ -107,6 +109,7 @@ class GraftedModel:
             rules=manifest.rules,
             unrouted=manifest.unrouted() if router else (),
             shelf=None if memory_bytes is None else Shelf(memory_bytes),
+            digests={name: pack.sha256 for name, pack in manifest.packs.items()},
         )
 
     @contextmanager

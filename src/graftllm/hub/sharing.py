@@ -18,7 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from graftllm.checkpoint import Checkpoint
 from graftllm.downloads import Repository, download, hub_errors, repository
 from graftllm.errors import HubError, PackError
-from graftllm.fusion.manifest import MANIFEST, Manifest, open_packs, open_router, read_manifest
+from graftllm.fusion.manifest import MANIFEST, Manifest, open_packs, open_router, open_shelf, read_manifest
 from graftllm.hub.modelcard import MARK, grafted_card, pack_card
 from graftllm.progress import track
 from graftllm.skillpack import PACK_FILE, SkillPack
@@ -122,8 +122,7 @@ def pull(source: str, out: Path | None = None, *, revision: str | None = None, b
 def _contents(source: Path, to: Repository, base: str | None) -> dict[str, str | bytes]:
     """Return what goes into a repository by name: paths of files, or bytes."""
     if (source / MANIFEST).is_file():
-        manifest = read_manifest(source)
-        packs = open_packs(source, manifest)
+        manifest, packs, _ = open_shelf(source)
         for pack in packs.values():
             _check_pack(pack, None)
         headers = {name: pack.header for name, pack in packs.items()}

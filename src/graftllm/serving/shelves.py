@@ -9,9 +9,10 @@ from typing import Any
 from graftllm.evaluation.anatomy import figures
 from graftllm.fusion.directory import add_packs, remove_pack
 from graftllm.fusion.grafted import GraftedModel
-from graftllm.fusion.manifest import AUTO, read_manifest
+from graftllm.fusion.manifest import AUTO
 from graftllm.fusion.names import unknown_pack
 from graftllm.fusion.routing import BASE
+from graftllm.packfile import file_bytes
 from graftllm.serving.engine import Engine
 from graftllm.serving.orders import Refused
 
@@ -39,7 +40,7 @@ class Library:
     @property
     def digests(self) -> Mapping[str, str]:
         """The SHA-256 of each pack's file, by name."""
-        return self._held.digests
+        return self._held.grafted.digests
 
     def models(self) -> dict[str, dict[str, Any]]:
         """Return what can be asked for by name: the base, each pack and, with a router or rules, `auto`."""
@@ -118,13 +119,11 @@ class _Held:
 
     Attributes:
         grafted: the model.
-        digests: the SHA-256 of each pack's file, by name.
-        sizes: their bytes.
+        sizes: the bytes of each pack's file, by name.
         beside: packs that can run beside the weights.
     """
 
     grafted: GraftedModel
-    digests: Mapping[str, str]
     sizes: Mapping[str, int]
     beside: Collection[str]
 
@@ -140,13 +139,11 @@ def _hold(directory: Path, when: Callable[[Callable[[], Any]], Any] = lambda loo
         when: looks at the live model while nobody runs it.
         options: of `GraftedModel.load`, whose errors are raised, too.
     """
-    manifest = read_manifest(directory)
     grafted = GraftedModel.load(directory, memory_bytes=0, **options)  # the engine keeps decoded packs itself
     known = () if grafted.router is None else grafted.router.classes
     grafted.unrouted = [name for name in grafted.unrouted if name in known]
     return _Held(
         grafted,
-        {name: pack.sha256 for name, pack in manifest.packs.items()},
-        {name: (directory / pack.file).stat().st_size for name, pack in manifest.packs.items()},
+        {name: file_bytes(pack.header) for name, pack in grafted.packs.items()},
         when(lambda: frozenset(name for name in grafted.packs if grafted.merged_only(name) is None)),
     )

@@ -1,8 +1,10 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,49 @@ def test_a_shell_completes_commands_and_options() -> None:
 
     assert completed("graftllm", "ver") == ["verify"]
     assert completed("graftllm", "pack", "--bud") == ["--budget"]
+
+
+_ODD = os.fsdecode(b"m\xff")  # what Latin-1 calls it, on a system of UTF-8
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        lambda base, tuned, pack: ("pack", "--base", base, "--tuned", tuned, "--out", f"{_ODD}.safetensors"),
+        lambda base, tuned, pack: ("pack", "--base", _ODD, "--tuned", tuned, "--out", "out.safetensors"),
+        lambda base, tuned, pack: ("pack", "--base", "link", "--tuned", tuned, "--out", "out.safetensors"),
+        lambda base, tuned, pack: ("inspect", f"{_ODD}.safetensors"),
+        lambda base, tuned, pack: ("fuse", f"--base={_ODD}", "--pack", f"one={pack}", "--out", "g"),
+        lambda base, tuned, pack: ("fuse", "--base", base, "--pack", f"one={pack}", "--out", _ODD),
+    ],
+)
+def test_a_name_that_is_not_utf_8_is_one_line_and_exit_code_1(
+    words: Callable[..., tuple[str | Path, ...]],
+    graftllm: Command,
+    pack: Path,
+    base_dir: Path,
+    tuned_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base_dir, _ODD)
+    shutil.copy(pack, f"{_ODD}.safetensors")
+    Path("link").symlink_to(_ODD)
+    there = sorted(os.listdir())
+    code, out, err = graftllm(*words(base_dir, tuned_dir, pack))
+    assert (code, out) == (1, "")
+    assert re.fullmatch(
+        r"graftllm: b'.*m\\xff.*': expected text in UTF-8, found other bytes; rename the file or directory.\n", err
+    )
+    assert sorted(os.listdir()) == there
+
+
+def test_a_directory_whose_name_is_not_utf_8_is_told_where_the_command_runs_in_it(
+    graftllm: Command, base_dir: Path, tuned_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(base_dir, tmp_path / _ODD)
+    monkeypatch.chdir(tmp_path / _ODD)
+    code, _, err = graftllm("pack", "--base", ".", "--tuned", tuned_dir, "--out", tmp_path / "out.safetensors")
+    assert code == 1
+    assert "m\\xff': expected text in UTF-8" in err

@@ -24,7 +24,18 @@ from graftllm.cli_report import report
 from graftllm.cli_serve import export, serve
 from graftllm.errors import GraftError
 from graftllm.launched import leads
-from graftllm.terminal import AllJson, AsJson, Device, Panels, Quiet, ShowVersion, print_lines, print_table, settle
+from graftllm.terminal import (
+    AllJson,
+    AsJson,
+    Device,
+    Panels,
+    Quiet,
+    ShowVersion,
+    check_words,
+    print_lines,
+    print_table,
+    settle,
+)
 
 if TYPE_CHECKING:
     from graftllm.evaluation.report import Report
@@ -58,6 +69,7 @@ def main() -> None:
     if not leads():
         sys.stdout = open(os.devnull, "w")  # of processes launched together, one prints
     try:
+        check_words(sys.argv[1:])
         app()
     except GraftError as error:
         print(f"graftllm: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -9,6 +10,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from graftllm import __version__
+from graftllm.errors import GraftError
 
 Base = Annotated[Path, typer.Option(help="Checkpoint directory of the base model.")]
 Device = Annotated[str, typer.Option(help="auto takes a GPU when there is one.")]
@@ -43,6 +45,22 @@ class Panels(TyperGroup):
         for title, rows in panels.items():
             with formatter.section(title):
                 formatter.write_dl(rows)
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Check that arguments, and the places that they name, are text: JSON and safetensors know no other names.
+
+    Raises:
+        GraftError: one is not in UTF-8.
+    """
+    for word in words:
+        for text in (word, os.path.realpath(word)) if os.path.lexists(word) else (word,):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise GraftError(
+                    f"{os.fsencode(text)!r}: expected text in UTF-8, found other bytes; rename the file or directory."
+                ) from error
 
 
 def settle(context: typer.Context, *, quiet: bool, json: bool) -> None:

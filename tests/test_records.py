@@ -12,6 +12,7 @@ from graftllm.records import (
     Prompt,
     Response,
     appending,
+    prompt_row,
     read_calibration,
     read_pairs,
     read_prompts,
@@ -78,7 +79,20 @@ def test_rows_as_trl_has_them_are_read_with_their_answers(tmp_path: Path) -> Non
         {"prompt": "q", "completion": "b", "reference": "a"},
     ]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert [(row.question, row.answer) for row in read_prompts(tmp_path / "p.jsonl")] == [((message,), "a")] * 3
+    found = read_prompts(tmp_path / "p.jsonl")
+    assert [(row.question, row.answer, row.reference) for row in found] == [((message,), "a", "a")] * 3
+
+
+@given(st.lists(st.sampled_from(("user", "assistant")), min_size=1), st.data())
+def test_a_completion_of_several_messages_is_the_rest_of_the_conversation(
+    roles: list[str], data: st.DataObject
+) -> None:
+    messages = [{"role": role, "content": str(i)} for i, role in enumerate(["user", *roles, "assistant"])]
+    cut = data.draw(st.integers(1, len(messages) - 1))
+    whole = prompt_row({"messages": messages}, "here", 1)
+    found = prompt_row({"prompt": messages[:cut], "completion": messages[cut:]}, "here", 1)
+    assert (found.messages, found.question, found.answer) == (whole.messages, whole.question, whole.answer)
+    assert found.reference == messages[-1]["content"]
 
 
 def test_pairs_come_back_as_written(tmp_path: Path) -> None:
@@ -101,7 +115,24 @@ def test_pairs_come_back_as_written(tmp_path: Path) -> None:
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "p.jsonl:1: 'messages' has nothing to answer"),
         ('{"messages": 3}', "p.jsonl:1: 'messages': Input should be a valid tuple, found 3"),
         ('{"messages": [{"role": "user"}]}', "p.jsonl:1: 'messages.0.content': Field required"),
-        ('{"prompt": "x", "completion": 3}', "p.jsonl:1: expected a text or one message as 'completion', found 3"),
+        (
+            '{"prompt": "x", "completion": 3}',
+            "p.jsonl:1: 'completion': expected a text, or messages of which the last is the assistant's, found 3.",
+        ),
+        (
+            '{"prompt": "x", "completion": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}',
+            r"p.jsonl:1: 'completion': expected a text, or messages of which the last is the assistant's, found \[{",
+        ),
+        ('{"prompt": "x", "completion": []}', r"p.jsonl:1: 'completion': expected a text, or messages .* found \[\]."),
+        (
+            '{"prompt": "x", "completion": ["a"]}',
+            r"p.jsonl:1: 'completion': expected a text, or messages .* found \['a",
+        ),
+        (
+            '{"prompt": [], "completion": [{"role": "assistant", "content": "a"}]}',
+            "p.jsonl:1: 'messages' has nothing to",
+        ),
+        ('{"prompt": [3], "completion": "a"}', "p.jsonl:1: 'messages.0': Input should be a valid dictionary, found 3"),
         ('{"id": "a", "prompt": "x"}\n{"id": "a", "prompt": "y"}', "p.jsonl:2: id 'a' is already taken"),
     ],
 )

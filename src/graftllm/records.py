@@ -10,9 +10,9 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -134,8 +134,9 @@ def prompt_row(row: dict[str, Any], where: str, number: int) -> Prompt:
     """Return the prompt that a row with `id`, `messages` or `prompt`, and the optional keys of `Prompt` stands for.
 
     A `prompt` string stands for one user message, or is a list of messages, a `tests` string for one test, a number as
-    reference for its text. A `completion`, as TRL has it, is the reference where there is no other. A row without `id`
-    is named by its number. Other keys are ignored.
+    reference for its text. A `completion`, as TRL has it, is the reference where there is no other, or its messages
+    are the rest of the conversation, whose last one is the reference. A row without `id` is named by its number. Other
+    keys are ignored.
 
     Raises:
         RecordError: a key is missing or of the wrong type; the message begins with `where`.
@@ -146,26 +147,31 @@ def prompt_row(row: dict[str, Any], where: str, number: int) -> Prompt:
         row["messages"] = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
     if "messages" not in row:
         raise RecordError(f"{where}: expected 'messages' or a 'prompt' string, found the keys {_listed(row)}.")
-    if "reference" not in row and "completion" in row:
-        row["reference"] = _completed(row["completion"], where)
     row["id"] = str(row.get("id", number))
     if isinstance(row.get("reference"), int | float):
         row["reference"] = str(row["reference"])
     if isinstance(row.get("tests"), str):
         row["tests"] = [row["tests"]]
     prompt = _validate(_PROMPT, row, where)
+    if prompt.reference is None and "completion" in row:
+        prompt = _completed(prompt, row["completion"], where)
     if not prompt.question:
         raise RecordError(f"{where}: 'messages' has nothing to answer; expected at least one user message.")
     return prompt
 
 
-def _completed(completion: Any, where: str) -> str:
-    """Return the answer that TRL's rows have beside the prompt: a text, or a list with one message."""
-    if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], dict):
-        completion = cast(dict[str, Any], completion[0]).get("content")
-    if not isinstance(completion, str):
-        raise RecordError(f"{where}: expected a text or one message as 'completion', found {completion!r:.60}.")
-    return completion
+def _completed(prompt: Prompt, completion: Any, where: str) -> Prompt:
+    """Return a prompt with the answer that TRL's rows have beside it: a text, or the rest of the conversation."""
+    if isinstance(completion, str):
+        return replace(prompt, reference=completion)
+    try:
+        messages = _MESSAGES.validate_python(completion)
+    except ValidationError:
+        messages = ()
+    if not messages or messages[-1]["role"] != "assistant":
+        expected = "a text, or messages of which the last is the assistant's"
+        raise RecordError(f"{where}: 'completion': expected {expected}, found {_short(repr(completion))}.")
+    return replace(prompt, messages=prompt.messages + messages, reference=messages[-1]["content"])
 
 
 def unique_prompts(found: Iterable[tuple[Prompt, str]]) -> list[Prompt]:
@@ -235,6 +241,7 @@ def _whole_lines(path: Path) -> int:
 
 
 _PROMPT = TypeAdapter(Prompt)
+_MESSAGES = TypeAdapter(tuple[Message, ...])
 _RESPONSE = TypeAdapter(Response)
 _PAIR = TypeAdapter(PreferencePair)
 Row = TypeVar("Row")

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import string
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,15 @@ def perturb(base: Path, out: Path, *, seed: int, scale: float = 0.05) -> Path:
         tensors[name] = (value.float() + scale * change).to(value.dtype)
     out.mkdir(parents=True)
     copy_companions(Checkpoint.open(base), out)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def with_head(checkpoint: Path, out: Path) -> Path:
+    """Save a copy of a checkpoint that holds its tied head, too."""
+    shutil.copytree(checkpoint, out)
+    tensors = load_file(out / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out
 

@@ -18,6 +18,7 @@ from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
 from graftllm.tensors import digest
 from tests.architectures import CONFIGS, load, outputs, save_base, save_tuned
+from tests.models import with_head
 
 Pair = tuple[str, Path, Path]
 
@@ -89,6 +90,19 @@ def test_a_lossy_pack_gives_the_live_model_what_apply_writes(
     with plug(model, lossy):
         assert _digests(model) == _digests(expected)
     assert _digests(model) == before
+
+
+def test_a_head_that_is_saved_besides_its_embedding_stays_tied_to_it(tmp_path: Path) -> None:
+    base = save_base("gemma3", tmp_path / "base")
+    pair = [with_head(path, tmp_path / f"both-{path.name}") for path in (base, save_tuned(base, tmp_path / "tuned"))]
+    delta = Delta(*map(Checkpoint.open, pair))
+    rows = [Prompt("0", ({"role": "user", "content": "Some words"},))]
+    lossy = compress(delta, PackOptions(budget="40%"), calibration=rows, device="cpu")
+    apply_packs(delta.base, [(lossy, 1.0)], tmp_path / "out")
+    model, expected = load("gemma3", pair[0]), load("gemma3", tmp_path / "out")
+    assert expected.lm_head.weight is expected.model.embed_tokens.weight
+    with plug(model, lossy):
+        assert _digests(model) == _digests(expected)
 
 
 def test_a_model_without_head_takes_the_pack_of_the_one_with_it(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta, difference
 from graftllm.errors import CheckpointError
-from tests.models import perturb, save_llama, with_vocabulary
+from tests.models import perturb, save_llama, with_head, with_vocabulary
 
 
 def test_delta_is_tuned_minus_base_in_float32(base: Checkpoint, tuned: Checkpoint) -> None:
@@ -149,6 +149,19 @@ def test_a_tied_head_that_the_tuned_checkpoint_saved_as_well_is_no_parameter_of_
     other = _with_another(base_dir, tmp_path / "other", head, like=embedding, changed=True)
     with pytest.raises(CheckpointError, match="base: ties the output head to its embedding, but .*other has its own"):
         Delta(base, other)
+
+
+def test_a_head_that_both_checkpoints_saved_is_tied_where_it_is_the_embedding_on_both_sides(
+    base_dir: Path, tuned_dir: Path, tmp_path: Path
+) -> None:
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    base, tuned = (with_head(path, tmp_path / path.name) for path in (base_dir, tuned_dir))
+    delta = Delta(Checkpoint.open(base), Checkpoint.open(tuned))
+    assert delta.tied == {head: embedding}
+    assert [*delta.distinct, head] == sorted(delta, key=head.__eq__)
+    own = _with_another(base_dir, tmp_path / "own", head, like=embedding, changed=True)
+    assert not Delta(Checkpoint.open(base), own).tied
+    assert not Delta(own, Checkpoint.open(tuned)).tied
 
 
 def test_a_tensor_that_only_the_tuned_checkpoint_has_is_named_whatever_it_equals(

@@ -24,14 +24,19 @@ from graftllm.packer import compress
 from graftllm.packing_options import PackOptions, Strategy
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
+from tests.models import with_head
 from tests.reader import Codes, cut, matrix_delta, prediction, tuned_patterns
 
 
+@pytest.mark.parametrize("head", [False, True], ids=["", "saved twice"])
 @pytest.mark.parametrize(("strategy", "budget"), [("paper", None), ("exact", None), ("auto", None), ("exact", "25%")])
 def test_the_page_is_enough_to_read_a_pack(
-    delta: Delta, base: Checkpoint, prompts: list[Prompt], tmp_path: Path, strategy: Strategy, budget: str | None
+    delta: Delta, prompts: list[Prompt], tmp_path: Path, strategy: Strategy, budget: str | None, head: bool
 ) -> None:
     path = tmp_path / "pack.safetensors"
+    if head:
+        delta = Delta(*(Checkpoint.open(with_head(one.path, tmp_path / one.name)) for one in (delta.base, delta.tuned)))
+    base = delta.base
     compress(delta, PackOptions(strategy=strategy, budget=budget), calibration=prompts).save(path)
     pack = SkillPack.load(path)
     with safe_open(path, framework="np") as file:
@@ -39,13 +44,20 @@ def test_the_page_is_enough_to_read_a_pack(
         payloads, exact_layers = (
             file.get_tensor(run).tobytes() if run in file.keys() else b"" for run in ("payloads", "exact_layers")
         )
+        stored = {}
         for name, entry in header["tensors"].items():
-            payload, payloads = payloads[: entry["nbytes"]], payloads[entry["nbytes"] :]
+            if "same_as" not in entry:
+                sizes = entry["nbytes"], entry.get("refinement", {}).get("nbytes", 0)
+                stored[name] = payloads[: sizes[0]], exact_layers[: sizes[1]]
+                payloads, exact_layers = payloads[sizes[0] :], exact_layers[sizes[1] :]
+        assert head == (len(stored) < len(header["tensors"]))
+        for name, entry in header["tensors"].items():
+            payload, exact_layer = stored[entry.get("same_as", name)]
             bits = base.tensor(name).view(torch.int16).numpy().view(np.uint16)
             if on_top := entry.get("refinement"):
                 bits = prediction(entry["how"], payload, bits, on_top["weight"])
                 entry = entry | {"how": on_top["how"]}
-                payload, exact_layers = exact_layers[: on_top["nbytes"]], exact_layers[on_top["nbytes"] :]
+                payload = exact_layer
             tuned_digest = entry.get("tuned_digest")
             found = tuned_patterns(entry, payload, bits)
             if tuned_digest is not None:

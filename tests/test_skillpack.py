@@ -24,7 +24,7 @@ from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
 from graftllm.tensors import raw_bytes
-from tests.models import perturb, save_llama
+from tests.models import perturb, save_llama, with_head
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,62 @@ def test_every_parameter_is_accounted_for(delta: Delta, pack_file: Path) -> None
     size = pack_file.stat().st_size
     assert pack.payload_bytes < size < pack.payload_bytes + 12_000
     assert sum(pack.bytes_by_role().values()) == pack.payload_bytes
+
+
+@pytest.fixture(scope="module")
+def saved_twice(base_dir: Path, tuned_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Delta:
+    """The delta of two checkpoints that hold the head, too, which is the embedding."""
+    home = tmp_path_factory.mktemp("twice")
+    return Delta(*(Checkpoint.open(with_head(path, home / path.name)) for path in (base_dir, tuned_dir)))
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        PackOptions(strategy="exact"),
+        PackOptions(strategy="paper"),
+        PackOptions(budget="12KB"),
+        PackOptions(strategy="exact", budget="12KB"),
+    ],
+    ids=["exact", "paper", "auto", "layers"],
+)
+def test_a_head_that_is_saved_besides_its_embedding_is_stored_once(
+    delta: Delta, saved_twice: Delta, prompts: list[Prompt], tmp_path: Path, options: PackOptions
+) -> None:
+    compress(saved_twice, options, calibration=prompts).save(tmp_path / "p.safetensors")
+    pack = SkillPack.load(tmp_path / "p.safetensors")
+    head, embedding = (pack.header.tensors[name] for name in (HEAD, EMBEDDING))
+    assert head == embedding.model_copy(update={"role": "head", "same_as": EMBEDDING})
+    assert embedding.stored_bytes
+    if options.budget is None:
+        assert pack.payload_bytes == compress(delta, options, calibration=prompts).payload_bytes
+    elif options.strategy == "auto":
+        assert 11_700 < (tmp_path / "p.safetensors").stat().st_size <= 12_000
+    values = _decode_all(tmp_path / "p.safetensors", saved_twice.base)
+    assert torch.equal(values[HEAD], values[EMBEDDING])
+    assert torch.equal(values[HEAD], saved_twice.tuned.tensor(HEAD)) == (options.strategy == "exact")
+    pack.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "p.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [(HEAD, {"same_as": "model.norm.weight"}), (HEAD, {"same_as": "none"}), (EMBEDDING, {"same_as": HEAD})]
+    + [(HEAD, {key: value}) for key, value in [("error", 0.5), ("nbytes", 1), ("base_digest", "0" * 16)]],
+)
+def test_what_is_said_to_repeat_another_tensor_and_does_not_is_refused(
+    saved_twice: Delta, tmp_path: Path, name: str, change: dict
+) -> None:
+    compress(saved_twice, PackOptions(strategy="exact")).save(tmp_path / "p.safetensors")
+
+    def lie(header: dict) -> None:
+        header["tensors"][name] |= change
+
+    with pytest.raises(PackError, match=r"expected '.*' to have an entry like that of '.*', which it repeats"):
+        SkillPack.load(_rewritten(tmp_path / "p.safetensors", tmp_path / "x.safetensors", lie))
 
 
 @pytest.mark.parametrize("budget", ["30%", "14KB"])

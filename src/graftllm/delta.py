@@ -5,8 +5,9 @@ The two may differ in floating-point dtype and the tuned model may have added vo
 it is the one place that knows how.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,20 @@ class Delta(Mapping[str, Tensor]):
     def __len__(self) -> int:
         """Return how many parameters the checkpoints have."""
         return len(self.base.specs)
+
+    @cached_property
+    def tied(self) -> Mapping[str, str]:
+        """Output heads that both checkpoints save although they are, bit for bit, their embedding; with its name."""
+        others = [name for name in self if not _is_head(name)]
+        found = {
+            head: _repeated(self.tuned, head, _repeated(self.base, head, others)) for head in self if _is_head(head)
+        }
+        return {head: same[0] for head, same in found.items() if same}
+
+    @property
+    def distinct(self) -> list[str]:
+        """The names but for those of `tied`: what there is to be coded."""
+        return [name for name in self if name not in self.tied]
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """Return the base value, brought to the tuned shape and dtype, and the tuned value as it is stored."""
@@ -126,7 +141,7 @@ class Delta(Mapping[str, Tensor]):
         base, tuned = self.base.specs.get(name), self.tuned.specs.get(name)
         if base is None or tuned is None:
             lacking, having = (self.base, self.tuned) if base is None else (self.tuned, self.base)
-            if _repeats_embedding(having, lacking, name):
+            if _is_head(name) and _repeated(having, name, lacking.specs):
                 if base is None:
                     return
                 raise CheckpointError(
@@ -257,16 +272,17 @@ def _is_head(name: str) -> bool:
     return any(word in name for word in ("lm_head", "embed_out", "output_layer"))
 
 
-def _repeats_embedding(having: Checkpoint, lacking: Checkpoint, head: str) -> bool:
-    """Return whether a tensor that only one checkpoint has is its embedding once more: tied, but saved."""
-    if not _is_head(head):
-        return False
-    spec = having.specs[head]
-    if not spec.shape or spec.shape[0] not in _rows(having):
-        return False
-    same = [name for name, other in having.specs.items() if name in lacking.specs and other == spec]
-    digest = having.digest(head)
-    return any(having.digest(name) == digest for name in same)
+def _repeated(checkpoint: Checkpoint, head: str, names: Iterable[str]) -> list[str]:
+    """Return those of some names whose tensors an output head is once more, bit for bit: it is tied, but saved."""
+    spec = checkpoint.specs[head]
+    if not spec.shape or spec.shape[0] not in _rows(checkpoint):
+        return []
+
+    def is_same(name: str) -> bool:
+        pairs = ((checkpoint.rows(one, *block) for one in (head, name)) for block in row_blocks(spec.shape))
+        return all(_same_bits(*pair) for pair in pairs)
+
+    return [name for name in names if checkpoint.specs.get(name) == spec and is_same(name)]
 
 
 def _rows(checkpoint: Checkpoint) -> list[Any]:

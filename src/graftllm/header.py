@@ -90,7 +90,8 @@ class TensorEntry(Part):
     `tuned_shape` and `tuned_dtype` are there where the tuned model's are not the base's; `unseen` where
     it is an expert's matrix that no calibration token reached, or a stack of experts one of which none did;
     `refinement` where an exact layer lies on top, the error is that of the lossy layer then; `tuned_digest`
-    where the tuned bits are coded, by the operator or that layer.
+    where the tuned bits are coded, by the operator or that layer; `same_as` where it repeats another parameter, a
+    head the embedding that it is tied to, and has no payloads but that one's.
     """
 
     role: Role
@@ -106,6 +107,7 @@ class TensorEntry(Part):
     unseen: bool = False
     refinement: Refinement | None = None
     tuned_digest: str | None = None
+    same_as: str | None = None
 
     @model_validator(mode="after")
     def _tuned_bits_have_a_digest(self) -> "TensorEntry":
@@ -117,7 +119,9 @@ class TensorEntry(Part):
 
     @property
     def stored_bytes(self) -> int:
-        """Size of its payloads, both layers."""
+        """Size of its payloads, both layers; 0 where they are another's."""
+        if self.same_as is not None:
+            return 0
         return self.nbytes + (self.refinement.nbytes if self.refinement else 0)
 
     @property
@@ -142,7 +146,8 @@ class TensorEntry(Part):
 
     @model_serializer(mode="wrap")
     def _only_what_differs(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        usual = {"tuned_shape": None, "tuned_dtype": None, "unseen": False, "refinement": None, "tuned_digest": None}
+        usual = {"tuned_shape": None, "tuned_dtype": None, "unseen": False, "refinement": None}
+        usual |= {"tuned_digest": None, "same_as": None}
         return {key: value for key, value in write(self).items() if key not in usual or value != usual[key]}
 
 
@@ -162,6 +167,16 @@ class Header(Part):
     config: dict[str, Setting] = {}  # what the tuned config.json says otherwise, by dotted key
     tokenizer_changed: bool = False
     tensors: dict[str, TensorEntry]
+
+    @model_validator(mode="after")
+    def _repeated_tensors_are_alike(self) -> "Header":
+        for name, entry in self.tensors.items():
+            if entry.same_as is None:
+                continue
+            other = self.tensors.get(entry.same_as)
+            if other is None or entry.model_copy(update={"role": other.role, "same_as": None}) != other:
+                raise ValueError(f"expected {name!r} to have an entry like that of {entry.same_as!r}, which it repeats")
+        return self
 
     def lossy_layer(self) -> "Header":
         """Return the header of the same pack without its exact layer."""

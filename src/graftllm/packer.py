@@ -16,6 +16,7 @@ from graftllm.compression.filling import Budget
 from graftllm.compression.jobs import Compressed, Job
 from graftllm.compression.measures import Measures, save_measures
 from graftllm.compression.prices import SEQUENCES, Calibration
+from graftllm.compression.roles import role_of
 from graftllm.compression.strategy import encode_job, refine_job
 from graftllm.compression.workspace import Workspace, open_workspace, packing_key
 from graftllm.delta import Delta
@@ -272,10 +273,10 @@ def _build(
         tensors={},
     )
 
-    def entry(part: Compressed) -> TensorEntry:
+    def entry(name: str, part: Compressed) -> TensorEntry:
         tuned = delta.tuned.specs[part.name]
         return TensorEntry(
-            role=part.role,
+            role=role_of(name, tuned.shape),
             dtype=part.spec.dtype,
             shape=part.spec.shape,
             base_digest=part.facts.base_digest,
@@ -288,11 +289,13 @@ def _build(
             unseen=calibration is not None and part.name in calibration.unseen,
             refinement=part.facts.refinement,
             tuned_digest=part.facts.tuned_digest,
+            same_as=delta.tied.get(name),
         )
 
     def described(coded: Sequence[Compressed]) -> Header:
         by_name = {part.name: part for part in coded}
-        entries = {name: entry(by_name[name]) for name in delta if name in by_name}
+        found_in = {name: delta.tied.get(name, name) for name in delta}
+        entries = {name: entry(name, by_name[stored]) for name, stored in found_in.items() if stored in by_name}
         found = fingerprint((name, entry.spec, entry.base_digest) for name, entry in entries.items())
         base = header.base.model_copy(update={"fingerprint": found})
         return header.model_copy(update={"base": base, "tensors": entries})
@@ -302,7 +305,7 @@ def _build(
 
     room = budget
     if room is not None and options.distill:
-        room -= _SPARE * len(delta)
+        room -= _SPARE * len(delta.distinct)
     while True:
         coded = encode_job(job, crew, None if room is None else Budget(room, beside))
         if options.distill:
@@ -313,9 +316,10 @@ def _build(
         if budget is None or room is None or file_bytes(whole) <= budget:
             break
         room -= file_bytes(whole) - budget  # `paper` does not know how long its header will be
-    parts = {part.name: part for part in (refine_job(job, crew, coded) if refined else coded)}
     if refined:
-        whole = whole.model_copy(update={"tensors": {name: entry(part) for name, part in parts.items()}})
+        coded = refine_job(job, crew, coded)
+        whole = described(coded)
+    parts = {part.name: part for part in coded}
 
     def payload(run: Run, name: str) -> np.ndarray:
         return parts[name].payload if run == "payloads" else parts[name].refinement

@@ -155,10 +155,14 @@ def _is_immense(part: object) -> bool:
 
 
 def places(header: Header) -> dict[Run, dict[str, slice]]:
-    """Return where the file has each parameter's payload, and its exact layer, in the run of bytes of all of them."""
+    """Return where the file has each parameter's payload, and its exact layer, in the run of bytes of all of them.
+
+    What repeats another parameter has none.
+    """
+    own = {name: entry for name, entry in header.tensors.items() if entry.same_as is None}
     sizes: dict[Run, dict[str, int]] = {
-        "payloads": {name: entry.nbytes for name, entry in header.tensors.items()},
-        "exact_layers": {name: entry.refinement.nbytes for name, entry in header.tensors.items() if entry.refinement},
+        "payloads": {name: entry.nbytes for name, entry in own.items()},
+        "exact_layers": {name: entry.refinement.nbytes for name, entry in own.items() if entry.refinement},
     }
     ends = {run: accumulate(parts.values()) for run, parts in sizes.items()}
     return {

@@ -214,7 +214,8 @@ class SkillPack:
         return totals
 
     def _stored(self, run: Run, name: str, nbytes: int) -> np.ndarray:
-        return self._payload(run, name) if nbytes else np.empty(0, np.uint8)
+        stored = self.header.tensors[name].same_as or name
+        return self._payload(run, stored) if nbytes else np.empty(0, np.uint8)
 
     def _checked(self, run: Run, name: str, nbytes: int, expected: str) -> np.ndarray:
         payload = self._stored(run, name, nbytes)

@@ -29,7 +29,7 @@ from graftllm.records import read_prompts
 from graftllm.skillpack import SkillPack
 from tests.architectures import save_base
 from tests.conftest import TinyRun
-from tests.models import perturb, rows, save_llama
+from tests.models import perturb, rows, save_llama, with_head
 
 _DISTILLED = PackOptions(budget="16%", distill=60)
 
@@ -92,6 +92,16 @@ def test_distilled_packs_are_closer_on_prompts_that_they_never_saw_and_not_large
     assert found[1] < 0.9 * found[0]
     assert sizes[1] <= 1.002 * sizes[0]  # headers differ by a few bytes
     assert sizes[1] <= 0.02 * delta.tuned.nbytes
+
+
+def test_a_head_that_is_saved_besides_its_embedding_is_trained_with_it(tiny: Delta, tmp_path: Path) -> None:
+    base, tuned = (with_head(one.path, tmp_path / one.name) for one in (tiny.base, tiny.tuned))
+    for one in (tiny.base.path, base):
+        delta = Delta(Checkpoint.open(one), Checkpoint.open(tuned))
+        pack = compress(delta, PackOptions(budget="6KB", distill=24), calibration=rows(8), device="cpu")
+        assert list(pack) == list(delta)
+        for head, embedding in delta.tied.items():
+            assert torch.equal(*(pack.restore(name, delta.base.tensor(name)) for name in (head, embedding)))
 
 
 def test_the_header_tells_the_steps_and_the_errors_that_are(tiny: Delta, distilled: SkillPack) -> None:

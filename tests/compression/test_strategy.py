@@ -23,6 +23,7 @@ from graftllm.compression.matrix import Source
 from graftllm.compression.measures import Measures, save_measures
 from graftllm.compression.metric import Metric
 from graftllm.compression.outlook import Outlook, outlook
+from graftllm.compression.roles import role_of
 from graftllm.compression.sensitivity import measure_sensitivity
 from graftllm.compression.strategy import Compressed, encode_job
 from graftllm.compression.workspace import Workspace
@@ -65,7 +66,7 @@ def _bytes(parts: dict[str, Compressed]) -> int:
 
 def test_paper_gives_each_role_its_operator(delta: Delta) -> None:
     parts = _encoded(delta, PackOptions(strategy="paper"))
-    operators = {(part.role, part.encoded.operator.operator) for part in parts.values()}
+    operators = {(role_of(name, part.spec.shape), part.encoded.operator.operator) for name, part in parts.items()}
     assert operators == {("embedding", "sparse"), ("norm", "exact"), ("attention", "lowrank"), ("mlp", "lowrank")}
     assert list(parts) == list(delta)
 
@@ -320,7 +321,7 @@ def test_calibration_lowers_the_error_of_outputs(delta: Delta, prompts: list[Pro
     for parts in results:
         total = 0.0
         for name, hessian in moments.moments.items():
-            if name in parts and parts[name].role in ("attention", "mlp"):
+            if name in parts and role_of(name, parts[name].spec.shape) in ("attention", "mlp"):
                 error = parts[name].encoded.decode(delta.base.tensor(name)) - delta[name]
                 total += float((error @ hessian * error).sum())
         errors.append(total)
@@ -334,7 +335,7 @@ def test_measures_lower_the_foreseen_divergence_at_the_same_size(delta: Delta, p
     for one in (None, measures):
         total = 0.0
         for name, part in _encoded(delta, PackOptions(), measures=one, budget=_payloads(9_000)).items():
-            if part.role in ("attention", "mlp", "embedding"):
+            if role_of(name, part.spec.shape) in ("attention", "mlp", "embedding"):
                 error = part.encoded.decode(delta.base.tensor(name)) - delta[name]
                 total += measures.metric(name, tuple(error.shape)).cost(error.double())
         found.append(total)

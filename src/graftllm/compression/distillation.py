@@ -231,7 +231,7 @@ class _Student:
         self.matrices: list[_Matrix] = []
         self.fixed: dict[str, Tensor] = {}  # live parameters that are neither trained nor the tuned model's own
         by_name = {part.name: part for part in parts}
-        for binding in bindings(self.model, tuned.specs):
+        for binding in bindings(self.model, {name: tuned.specs[name] for name in by_name}):
             own = [by_name[name] for name in binding.stored]
             if any(part.facts.error for part in own):
                 self._bind(job, binding, own)

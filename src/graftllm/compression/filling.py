@@ -65,7 +65,7 @@ def fill_budget(job: Job, crew: Crew, budget: Budget | None) -> list[Compressed]
     parts = {name: found_code(job, looks[name]) for name, one in found.items() if one is None}
     filling = _Filling(job, crew, looks, outlooks, parts, budget)
     parts |= filling.filled(_first_step(job, crew, looks, outlooks, filling.room))
-    return [parts[name] for name in job.delta]
+    return [parts[name] for name in job.delta.distinct]
 
 
 def _first_looks(job: Job, budget: Budget | None) -> dict[str, Unit]:
@@ -74,7 +74,8 @@ def _first_looks(job: Job, budget: Budget | None) -> dict[str, Unit]:
     nbytes = DEFAULT_SHARE * job.delta.tuned.nbytes if budget is None else max(budget.nbytes - budget.beside([]), 0)
     rate = 8 * nbytes / max(1, job.delta.tuned.parameters)
     return {
-        name: Unit(name, "look", directions=directions_for(matrix_shape(specs[name].shape), rate)) for name in job.delta
+        name: Unit(name, "look", directions=directions_for(matrix_shape(specs[name].shape), rate))
+        for name in job.delta.distinct
     }
 
 

@@ -23,7 +23,6 @@ from graftllm.compression.matrix import matrix_shape
 from graftllm.compression.measures import Measures, load_measures
 from graftllm.compression.outlook import Outlook, Sides
 from graftllm.compression.published import Sizes
-from graftllm.compression.roles import Role, role_of
 from graftllm.compression.workspace import Workspace
 from graftllm.delta import Delta
 from graftllm.packing_options import PackOptions
@@ -98,7 +97,6 @@ class Compressed:
     """One parameter of a delta, encoded; its payload stays in the workspace until it is asked for."""
 
     name: str
-    role: Role
     spec: TensorSpec
     facts: Facts
     job: Job
@@ -151,7 +149,7 @@ def found_code(job: Job, unit: Unit) -> Compressed:
     with safe_open(unit.file(job), framework="np") as file:
         facts = Facts.model_validate_json((file.metadata() or {})["facts"])
     spec = job.delta.base.specs[unit.name]
-    return Compressed(unit.name, role_of(unit.name, job.delta.tuned.specs[unit.name].shape), spec, facts, job, unit)
+    return Compressed(unit.name, spec, facts, job, unit)
 
 
 def write_code(job: Job, unit: Unit, operator: Operator, payload: np.ndarray, error: float, cost: float = 0.0) -> None:

@@ -30,7 +30,7 @@ def encode_job(job: Job, crew: Crew, budget: Budget | None) -> list[Compressed]:
     if job.options.strategy == "auto" or job.options.layered:
         return fill_budget(job, crew, budget)
     ranks = {} if budget is None else _ranks_for_budget(job, crew, budget.nbytes - budget.beside([]))
-    units = [Unit(name, "publish", ranks.get(name)) for name in job.delta]
+    units = [Unit(name, "publish", ranks.get(name)) for name in job.delta.distinct]
     crew(units, "packing")
     return [found_code(job, unit) for unit in units]
 
@@ -46,8 +46,8 @@ def refine_job(job: Job, crew: Crew, parts: Sequence[Compressed]) -> list[Compre
 def _ranks_for_budget(job: Job, crew: Crew, budget: int) -> dict[str, int]:
     """Return the ranks at the largest energy that fits the budget, by bisection over known spectra."""
     options = job.options
-    crew([Unit(name, "spectrum") for name in job.delta], "reading spectra")
-    sizes = {name: found_sizes(job, name) for name in job.delta}
+    crew([Unit(name, "spectrum") for name in job.delta.distinct], "reading spectra")
+    sizes = {name: found_sizes(job, name) for name in job.delta.distinct}
 
     def total(energy: float) -> int:
         return sum(size.nbytes(energy, options) for size in sizes.values())

@@ -97,6 +97,10 @@ def test_the_demo_recipe_is_valid() -> None:
         ("pack: {budget: 99999999999GB}", "pack: budget: expected less than 2 ** 63 bytes, found '99999999999GB'"),
         ("pack: {budget: small}", "pack: budget: expected a share or a size above 0, such as 5%, 400MB or 60KB"),
         ("name: 3", "name: Input should be a valid string; found 3"),
+        (
+            "general: {prompts: /p, test: /t, judge: {kind: reward_model, model: m}}",
+            "general: judge: a reward model cannot tell right from wrong; name another judge.",
+        ),
     ],
 )
 def test_a_bad_recipe_is_one_clear_line(tmp_path: Path, change: str, message: str) -> None:

@@ -73,7 +73,7 @@ def add(
     drift: Annotated[
         float | None,
         typer.Option(
-            help="Share of any old class's prompts that may go elsewhere then.  [default: the router's, 0.01]"
+            help="Share of any old class's held-out examples that may go elsewhere then.  [default: the router's, 0.01]"
         ),
     ] = None,
     device: Device = "auto",

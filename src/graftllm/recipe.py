@@ -49,10 +49,15 @@ class RouterOptions(Section):
     false_accept: float = Field(
         default=0.01, gt=0, lt=1, description="share of fresh general prompts that may go to a pack, on average"
     )
-    samples: int = Field(default=128, ge=8, description="prompts of each pack that the router keeps")
+    samples: int = Field(
+        default=128, ge=8, description="prompts of each pack that the router keeps; of general ones twice as many"
+    )
     steps: int = Field(default=300, ge=1, le=100_000)
     drift: float = Field(
-        default=0.01, ge=0, le=1, description="share of any old class's decisions that a new pack may change"
+        default=0.01,
+        ge=0,
+        le=1,
+        description="share of any old class's held-out examples that may go elsewhere when a pack joins",
     )
     soft: int = Field(default=1, ge=1, description="packs that may answer together, weighted by their probabilities")
 

@@ -274,3 +274,9 @@ class General(Section):
     prompts: PromptSets
     test: PromptSets
     judge: OneJudge = RuleJudge(kind="exact")
+
+    @model_validator(mode="after")
+    def _judge_tells_right_from_wrong(self) -> "General":
+        if isinstance(self.judge, RewardJudge):
+            raise ValueError("judge: a reward model cannot tell right from wrong; name another judge")
+        return self

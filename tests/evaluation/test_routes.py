@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import FusionError, StorageError
-from graftllm.evaluation.routes import RouterResult, draw_router, evaluate_router, unknown_accepted
+from graftllm.evaluation.routes import Choice, RouterResult, draw_router, evaluate_router, unknown_accepted
 from graftllm.evaluation.tasks import evaluate_tasks
 from graftllm.fusion.directory import set_rules, write_grafted
 from graftllm.fusion.fitting import fit_router
@@ -23,7 +24,7 @@ RESULT = RouterResult(
     classes=["base", "math"],
     confusion={"base": {"base": 2, "math": 1}, "math": {"math": 1}},
     reasons={"router": 3, "unknown": 1},
-    confident=[(0.99, True), (0.95, True), (0.9, False), (0.5, True)],
+    choices=[Choice(0.99, True), Choice(0.95, True), Choice(0.9, False), Choice(0.5, True)],
     unknown={"math": 0.25},
     stated={},
 )
@@ -36,6 +37,19 @@ def test_accuracy_risk_and_calibration_are_as_computed_by_hand() -> None:
     assert RESULT.risk(1.0) == (0.5, 0.25)
     # bins [0.9, 1]: |0.99 + 0.95 + 0.9 - 2| = 0.84; [0.5, 0.6): |0.5 - 1|
     assert RESULT.calibration_error == pytest.approx((0.84 + 0.5) / 4)
+
+
+def test_calibration_is_of_choices_by_probability_alone() -> None:
+    others = [Choice(1.0, True, likely=False), *RESULT.choices, Choice(0.1, True, likely=False)]
+    assert replace(RESULT, choices=others).calibration_error == pytest.approx(RESULT.calibration_error)
+    assert replace(RESULT, choices=others[:1]).calibration_error == 0
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_order_of_equally_confident_choices_does_not_matter(order: int) -> None:
+    tied = [Choice(1.0, True), Choice(1.0, True), Choice(1.0, False), Choice(1.0, False)][::order]
+    found = replace(RESULT, choices=[*tied, Choice(0.5, True)])
+    assert [found.risk(coverage) for coverage in (0.2, 0.4, 0.8, 1)] == [(1, 0.5), (1, 0.5), (1, 0.5), (0.5, 0.4)]
 
 
 def test_the_tables_hold_every_class() -> None:

@@ -63,7 +63,7 @@ def test_kept_examples_are_rows_of_the_features_within_a_127th_of_their_largest(
     width: int, count: int, seed: int
 ) -> None:
     features = torch.randn(30, width, generator=torch.Generator().manual_seed(seed))
-    kept = keep_examples(features, count, seed=seed)
+    kept = keep_examples(features, count, count // 2, seed=seed)
     assert len(kept) == min(count, 30)
     apart = torch.cdist(kept.features, features, p=torch.inf).amin(dim=1)
     assert (apart <= kept.scales[:, 0] * 0.51).all()
@@ -75,7 +75,7 @@ def test_examples_cover_rare_kinds_of_prompts_too(width: int, count: int, seed: 
     features = torch.randn(500, width, generator=torch.Generator().manual_seed(seed))
     features[17] += 100
     features[400] -= 100
-    kept = keep_examples(features, count, seed=seed).features
+    kept = keep_examples(features, count, count // 2, seed=seed).features
     assert (torch.cdist(features[[17, 400]], kept).amin(dim=1) < 3 * width**0.5).all()
 
 
@@ -145,6 +145,25 @@ def test_how_many_general_prompts_there_are_bounds_what_is_stated() -> None:
     routers = [train_router(features, RouterOptions(steps=9, threshold=0, false_accept=rate), seed=0) for rate in rates]
     assert [router.false_accept for router in routers[:2]] == [1 / 101, 2 / 101]
     assert routers[0].calibration.threshold > routers[1].calibration.threshold > routers[2].calibration.threshold
+
+
+@settings(max_examples=10)
+@given(st.integers(8, 60), st.integers(0, 9))
+def test_the_first_examples_are_a_sample_and_rare_kinds_come_after_them(drawn: int, seed: int) -> None:
+    features = torch.zeros(600, 1)
+    features[:30] = 100.0
+    rare = [int((keep_examples(features, 64, drawn, seed=9 * seed + i).features > 1)[:drawn].sum()) for i in range(40)]
+    assert 0.02 * drawn < mean(rare) < 0.08 * drawn  # of 0.05
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_stray_general_prompt_leaves_the_packs_their_own(seed: int) -> None:
+    features = _clusters(1200, seed=seed)
+    features["base"][seed] = features["math"][seed]
+    router = train_router(features, RouterOptions(steps=100), seed=seed)
+    assert router.false_accept <= 0.01
+    assert router.calibration.threshold < 0.9
+    assert _accuracy(router, _clusters(seed=9)) > 0.98
 
 
 def test_rare_classes_are_learnt_beside_frequent_ones() -> None:

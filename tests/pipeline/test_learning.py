@@ -70,6 +70,8 @@ def test_nothing_old_changes_when_a_skill_is_learnt(taught: Taught) -> None:
     assert (learned.rows, learned.columns) == (["before", "after double"], ["next", "double", "general"])
     assert learned.old == ["next", "general"]
     assert learned.moved == {"next": 0, "general": 0}
+    routed = taught.work.directory / "stages" / "routed.after.double.json"
+    assert ["next", {"next": 1.0}] in json.loads(routed.read_text())["result"]["next"]
     assert learned.forgotten == {"next": 0.0, "general": 0.0}
     assert learned.packs_unchanged
     assert learned.drift["double"] <= taught.work.recipe.router.drift

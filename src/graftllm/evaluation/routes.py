@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,26 @@ from graftllm.evaluation.scores import Score
 from graftllm.evaluation.tables import Grid
 from graftllm.evaluation.tasks import read_tasks
 from graftllm.fusion.grafted import GraftedModel
-from graftllm.fusion.routing import BASE, Route, Router
+from graftllm.fusion.routing import BASE, Router
 from graftllm.storage import check_picture, whole_file
 
 COVERAGES = (1.0, 0.99, 0.95, 0.9, 0.8, 0.5)
 _MOST_UNKNOWN = 4
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where one prompt went.
+
+    Attributes:
+        confidence: probability of the class that it went to; 1 for a rule.
+        right: whether it belongs there.
+        likely: whether the probabilities decided; not where a rule did, or the prompt was unlike the pack's own.
+    """
+
+    confidence: float
+    right: bool
+    likely: bool = True
 
 
 @dataclass(frozen=True)
@@ -29,7 +45,7 @@ class RouterResult:
         classes: `base`, then the packs.
         confusion: by the right class, how many prompts went to each class.
         reasons: how many prompts were decided by the router, a rule, or left to the base as unsure or unknown.
-        confident: for each prompt, most confident first, the confidence and whether the choice was right.
+        choices: for each prompt, most confident first.
         unknown: share of a pack's examples that a router without this pack still sends to another, for some packs.
         stated: what the router's file says of it; empty without a router.
     """
@@ -37,28 +53,43 @@ class RouterResult:
     classes: Sequence[str]
     confusion: Mapping[str, Mapping[str, int]]
     reasons: Mapping[str, int]
-    confident: Sequence[tuple[float, bool]]
+    choices: Sequence[Choice]
     unknown: Mapping[str, float]
     stated: Mapping[str, Any]
 
     @property
     def accuracy(self) -> Score:
         """Share of prompts that went where they belong."""
-        return Score(sum(right for _, right in self.confident) / len(self.confident), len(self.confident))
+        return Score(sum(choice.right for choice in self.choices) / len(self.choices), len(self.choices))
 
     @property
     def calibration_error(self) -> float:
-        """Mean distance of confidence and accuracy over ten bins of confidence (expected calibration error)."""
-        bins: dict[int, list[tuple[float, bool]]] = {}
-        for confidence, right in self.confident:
-            bins.setdefault(min(9, int(10 * confidence)), []).append((confidence, right))
-        return sum(abs(sum(c - r for c, r in part)) for part in bins.values()) / len(self.confident)
+        """Mean distance of confidence and accuracy over ten bins of confidence (expected calibration error).
+
+        Of the prompts that probabilities decided about; 0 where they did of none.
+        """
+        likely = [choice for choice in self.choices if choice.likely]
+        bins: dict[int, list[Choice]] = {}
+        for choice in likely:
+            bins.setdefault(min(9, int(10 * choice.confidence)), []).append(choice)
+        off = (abs(sum(one.confidence - one.right for one in part)) for part in bins.values())
+        return sum(off) / max(1, len(likely))
 
     def risk(self, coverage: float) -> tuple[float, float]:
-        """Return the confidence that this share of the prompts reaches, and the share of wrong choices among them."""
-        count = max(1, math.ceil(coverage * len(self.confident)))
-        kept = self.confident[:count]
-        return kept[-1][0], sum(not right for _, right in kept) / count
+        """Return the confidence that this share of the prompts reaches, and the share of wrong choices among them.
+
+        Of prompts with that very confidence any may be among them, so the share is what to expect.
+        """
+        count = max(1, math.ceil(coverage * len(self.choices)))
+        return self.choices[count - 1].confidence, float(self.risks()[count - 1])
+
+    def risks(self) -> np.ndarray:
+        """Return the share of wrong choices among the most confident one, two, three and so on."""
+        wrong: list[float] = []
+        for _, group in groupby(self.choices, key=lambda choice: choice.confidence):
+            tied = [not choice.right for choice in group]
+            wrong += [sum(tied) / len(tied)] * len(tied)
+        return np.cumsum(wrong) / np.arange(1, len(wrong) + 1)
 
     def figures(self) -> dict[str, Any]:
         """Return what `graftllm eval --router --json` prints."""
@@ -128,12 +159,15 @@ def evaluate_router(directory: Path, tasks: Sequence[Path], *, device: str = "au
     confusion = {name: Counter[str]() for name in classes if name in labels}
     for label, route in zip(labels, routes, strict=True):
         confusion[label][route.name] += 1
-    choices = [(_confidence(route), route.name == label) for label, route in zip(labels, routes, strict=True)]
+    choices = [
+        Choice(route.probabilities.get(route.name, 1.0), route.name == label, route.reason in ("router", "unsure"))
+        for label, route in zip(labels, routes, strict=True)
+    ]
     return RouterResult(
         classes,
         confusion,
         Counter(route.reason for route in routes),
-        sorted(choices, key=lambda choice: -choice[0]),
+        sorted(choices, key=lambda choice: -choice.confidence),
         {} if grafted.router is None else unknown_accepted(grafted.router),
         {} if grafted.router is None else _stated(grafted.router),
     )
@@ -168,18 +202,13 @@ def draw_router(result: RouterResult, path: Path) -> None:
     if counts.size <= 400:
         for (i, j), count in np.ndenumerate(counts):
             left.text(j, i, str(count), ha="center", va="center", color="white" if 2 * count > counts[i].sum() else "k")
-    wrong = np.cumsum([not right for _, right in result.confident])
-    covered = np.arange(1, len(wrong) + 1)
-    right.plot(covered / len(wrong), 100 * wrong / covered)
+    risks = result.risks()
+    right.plot(np.arange(1, len(risks) + 1) / len(risks), 100 * risks)
     right.set(xlabel="coverage: share of prompts, most confident first", ylabel="wrong choices, %", xlim=(0, 1.01))
     right.set_ylim(bottom=0)
     figure.tight_layout()
     with whole_file(path) as out:
         figure.savefig(out, format=form, dpi=110)
-
-
-def _confidence(route: Route) -> float:
-    return route.probabilities.get(route.name, 1.0)  # a rule is certain
 
 
 def _stated(router: Router) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class Score:
 
     @property
     def stderr(self) -> float:
-        """Standard error of the mean, sqrt(p (1 - p) / n)."""
+        """Standard error of the mean, sqrt(p (1 - p) / n); of judgements that are fractions it is at most this."""
         return math.sqrt(self.value * (1 - self.value) / self.n)
 
 

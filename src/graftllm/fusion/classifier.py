@@ -121,13 +121,14 @@ def judge(logits: Tensor, strangeness: Tensor, calibration: Calibration) -> Verd
 
 
 def train_classifier(
-    classes: Sequence[Tensor], options: RouterOptions, *, seed: int
+    classes: Sequence[Tensor], options: RouterOptions, *, sampled: int, seed: int
 ) -> tuple[nn.Sequential, Calibration, Tensor]:
     """Train a network and calibrate it by cross-validation with four folds.
 
     Args:
         classes: features of the base's prompts, then of each pack's, each of shape (prompts, width).
         options: steps, and the bounds of the threshold.
+        sampled: how many of the base's prompts, the first, are a sample of those to come.
         seed: of initial weights and batches.
 
     Returns:
@@ -140,7 +141,7 @@ def train_classifier(
         own = strangeness.gather(1, labels[:, None])[:, 0].split([len(rows) for rows in classes])
         limits = tuple(_MARGIN * float(rows.max()) for rows in own)
         loose = Calibration(_temperature(logits, labels), 0.0, limits)
-        verdict = judge(logits[labels == 0], strangeness[labels == 0], loose)
+        verdict = judge(logits[:sampled], strangeness[:sampled], loose)
         asked = torch.where(verdict.chosen > 0, verdict.packed, 0.0)  # of general prompts
         threshold = max(options.threshold, _exceeded_by(asked, options.false_accept))
         calibration = replace(loose, threshold=threshold)

@@ -35,31 +35,31 @@ class Examples:
         return len(self.codes)
 
 
-def keep_examples(features: Tensor, count: int, *, seed: int) -> Examples:
-    """Keep at most `count` rows of features in a byte a number: half of them drawn, half to cover the others.
+def keep_examples(features: Tensor, count: int, drawn: int, *, seed: int) -> Examples:
+    """Keep at most `count` rows of features in a byte a number: some of them drawn, the rest to cover the others.
 
-    Each of the second half is the row that is farthest from all that are kept already (Gonzalez 1985), so that rare
+    Each of the rest is the row that is farthest from all that are kept already (Gonzalez 1985), so that rare
     kinds of a class's prompts are not left out by chance, and are known as its own when they come again.
 
     Args:
         features: shape (prompts, width).
         count: rows to keep.
+        drawn: how many of them, the first, are a sample.
         seed: of the draw; the same rows and seed give the same examples, by any number of threads.
     """
     draw = torch.Generator().manual_seed(seed)
     rows = features[torch.randperm(len(features), generator=draw)].float()
     if len(rows) > count:
         with one_thread():
-            rows = rows[_covering(rows, count)]
-        rows = rows[torch.randperm(count, generator=draw)]  # as folds are told by place
+            rows = rows[_covering(rows, count, drawn)]
     scales = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
     return Examples((rows / scales).round().to(torch.int8), scales)
 
 
-def _covering(rows: Tensor, count: int) -> list[int]:
-    """Return the numbers of the first half of `count` rows, and of those that are farthest from all before them."""
+def _covering(rows: Tensor, count: int, drawn: int) -> list[int]:
+    """Return the numbers of the first `drawn` rows, and of those, `count` in all, that are farthest from all before."""
     lengths = rows.square().sum(dim=1)
-    nearest, kept = torch.full_like(lengths, torch.inf), list(range(count // 2))
+    nearest, kept = torch.full_like(lengths, torch.inf), list(range(drawn))
     for place in range(count):
         if place == len(kept):
             kept.append(int(nearest.argmax()))

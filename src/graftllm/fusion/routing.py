@@ -93,9 +93,10 @@ class Router:
     def false_accept(self) -> float:
         """Share of fresh general prompts that packs answer, at most, on average over routers and prompts like these.
 
-        (accepted + 1) / (examples + 1), of the held-out general examples, and one more for the fresh prompt.
+        (accepted + 1) / (examples + 1), of the held-out general examples that are a sample, and one more for the fresh
+        prompt.
         """
-        found = self.held_out[BASE]
+        found = self.held_out[BASE][: _sampled(self.options, len(self.examples[BASE]))]
         return (int((found > 0).sum()) + 1) / (len(found) + 1)
 
     def route(self, features: Tensor) -> list[Route]:
@@ -122,7 +123,7 @@ class Router:
         if name in self.examples:
             raise FusionError(f"router: knows the pack {name!r} already; remove it first, or choose another name.")
         _check_enough(name, len(features))
-        added = keep_examples(features, self.options.samples, seed=self.seed)
+        added = _kept(name, features, self.options, self.seed)
         changed = _trained({**self.examples, name: added}, self.options, self.seed)
         moved, allowed = self.drift(changed), self.options.drift if drift is None else drift
         if over := [old for old, share in moved.items() if share > _allowed(allowed, len(self.held_out[old]))]:
@@ -248,16 +249,38 @@ def train_router(features: Mapping[str, Tensor], options: RouterOptions, *, seed
     check_classes(features)
     for name, rows in features.items():
         _check_enough(name, len(rows))
-    kept = {name: keep_examples(rows, options.samples, seed=seed) for name, rows in features.items()}
+    kept = {name: _kept(name, rows, options, seed) for name, rows in features.items()}
     return _trained(kept, options, seed)
 
 
 def _trained(examples: Mapping[str, Examples], options: RouterOptions, seed: int) -> Router:
     """Return the router of these examples; their order does not matter."""
     examples = {name: examples[name] for name in (BASE, *sorted(set(examples) - {BASE}))}
-    network, calibration, found = train_classifier([kept.features for kept in examples.values()], options, seed=seed)
+    network, calibration, found = train_classifier(
+        [kept.features for kept in examples.values()],
+        options,
+        sampled=_sampled(options, len(examples[BASE])),
+        seed=seed,
+    )
     held_out = dict(zip(examples, found.split([len(kept) for kept in examples.values()]), strict=True))
     return Router(options, seed, examples, network, calibration, held_out)
+
+
+def _kept(name: str, features: Tensor, options: RouterOptions, seed: int) -> Examples:
+    """Return what is kept of a class: of the base twice as much, so that there is room for a sample and rare kinds."""
+    if name == BASE:
+        return keep_examples(features, 2 * options.samples, _drawn(options), seed=seed)
+    return keep_examples(features, options.samples, options.samples // 2, seed=seed)
+
+
+def _drawn(options: RouterOptions) -> int:
+    """Return how many of the general prompts are drawn: half, or so many that one of them may belong to a pack."""
+    return min(2 * options.samples, max(options.samples, math.ceil(2 / options.false_accept) - 1))
+
+
+def _sampled(options: RouterOptions, count: int) -> int:
+    """Return how many of the general examples, the first, are a sample of all general prompts; `count` are kept."""
+    return count if count < 2 * options.samples else _drawn(options)
 
 
 def _restored(about: object, state: Mapping[str, Tensor]) -> Router:

@@ -42,7 +42,7 @@ class Learned(BaseModel):
         scores: share of right answers, one list a row; the router chooses the packs.
         n: prompts of each test set.
         old: the columns that were there before.
-        moved: of each old column, how many prompts now go elsewhere than before.
+        moved: of each old column, how many prompts now go elsewhere than before, or to packs by other weights.
         packs_unchanged: whether every old pack is the same bytes.
         drift: by skill learnt, largest share of any old class's examples that the new router sends elsewhere.
     """
@@ -240,19 +240,22 @@ def _routed(work: Work, into: Path) -> Answer:
     return lambda prompts: grafted.generate([prompt.question for prompt in prompts], AUTO, work.greedy)
 
 
-def _routes(work: Work, into: Path, name: str, state: Any, tests: Sequence[str]) -> dict[str, list[str]]:
-    """Return where each test prompt goes."""
+def _routes(work: Work, into: Path, name: str, state: Any, tests: Sequence[str]) -> dict[str, list[Any]]:
+    """Return where each test prompt goes, and by which weights."""
     files = {test: test_of(work, test) for test in tests}
 
     def action() -> dict[str, Any]:
         grafted = GraftedModel.load(into, device=work.device)
         return {
-            test: [route.name for route in grafted.route([prompt.question for prompt in read_prompts(path)])]
+            test: [
+                [route.name, dict(route.weights)]
+                for route in grafted.route([prompt.question for prompt in read_prompts(path)])
+            ]
             for test, path in files.items()
         }
 
-    stamp = work.stages.run(f"routes.{name}", [state, *files.values()], [], action)
-    return cast(dict[str, list[str]], stamp.result)
+    stamp = work.stages.run(f"routed.{name}", [state, *files.values()], [], action)
+    return cast(dict[str, list[Any]], stamp.result)
 
 
 def _unchanged(into: Path, before: dict[str, str]) -> bool:

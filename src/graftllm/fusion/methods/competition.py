@@ -17,7 +17,8 @@ def pcb(tasks: Tasks, knobs: Knobs) -> Merge:
 
     The score of an entry is exp(n s^2) tanh(delta_t sum_t delta_t), s its magnitude between the model's smallest
     and largest; W is the score between the model's `density` quantile and its largest. All quantiles are those
-    of whole models. This is the authors' code; their paper writes softmaxes.
+    of whole models. This is the authors' code; their paper writes softmaxes. Scores are divided by exp(n), which W
+    does not see, because exp(89) is no float32.
     """
     clip, _ = order_statistics(
         lambda: (stack.abs() for stack in tasks.stacks()),
@@ -27,7 +28,7 @@ def pcb(tasks: Tasks, knobs: Knobs) -> Merge:
 
     def scores(stack: Tensor) -> Tensor:
         magnitudes = _between(stack.abs(), low, high)
-        return torch.exp(len(stack) * magnitudes.square()) * torch.tanh(stack * stack.sum(0))
+        return torch.exp(len(stack) * (magnitudes.square() - 1)) * torch.tanh(stack * stack.sum(0))
 
     bounds, _ = order_statistics(
         _each(tasks, scores), lambda total: [min(total - 1, int(total * (1 - knobs.density))), total - 1]
@@ -49,4 +50,5 @@ def _each(tasks: Tasks, scores: Callable[[Tensor], Tensor]) -> Callable[[], Iter
 def _between(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Return where values lie between each task's bounds: 0 at or below the lower one, 1 at or above the upper one."""
     below, above = along(low, values), along(high, values)
-    return ((torch.clamp(values, below, above) - below) / (above - below).clamp(min=_TINY)).clamp(max=1)
+    width = above - below
+    return ((torch.clamp(values, below, above) - below) / torch.where(width > 0, width, 1)).clamp(max=1)

@@ -121,6 +121,13 @@ def test_regmean_averages_where_no_input_was_seen() -> None:
     assert merged("regmean", Tasks(NAMES[:2], torch.ones(2), {"m": deltas}, seen))["m"].tolist() == [[2.0, 3.0]]
 
 
+def test_regmean_averages_embeddings_though_a_tied_head_has_moments() -> None:
+    seen = tuple(Calibration({"model.embed_tokens.weight": torch.eye(2) * size}, 5) for size in (1.0, 9.0))
+    deltas = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])
+    found = Tasks(NAMES[:2], torch.ones(2), {"model.embed_tokens.weight": deltas}, seen)
+    assert merged("regmean", found)["model.embed_tokens.weight"].tolist() == [[2.0, 3.0]]
+
+
 def test_regmean_refuses_weights_below_zero() -> None:
     found = random_model(2)
     turned = Tasks(found.names, torch.tensor([2.0, -1.0]), found.deltas, found.calibrations)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from graftllm.compression.roles import role_of
 from graftllm.errors import FusionError
 from graftllm.fusion.methods.tasks import Knobs, Merge, Tasks, along
 
@@ -36,6 +37,7 @@ def regmean(tasks: Tasks, knobs: Knobs) -> Merge:
 
     delta = (sum_t w_t delta_t G_t) (sum_t w_t G_t)^-1 with G_t the second moments of the layer's input in
     model t, off-diagonal entries times 0.9. The base cancels, so deltas do where the paper has weights.
+    Embeddings are averaged, those tied to the head too: its moments say nothing of a look-up.
 
     Raises:
         FusionError: a weight is below zero, or all are zero.
@@ -48,7 +50,8 @@ def regmean(tasks: Tasks, knobs: Knobs) -> Merge:
         )
 
     def merge(name: str, stack: Tensor, task: int) -> Tensor:
-        if stack.ndim != 3 or any(name not in seen.moments for seen in tasks.calibrations):
+        looked_up = role_of(name, tuple(stack.shape[1:])) == "embedding"
+        if stack.ndim != 3 or looked_up or any(name not in seen.moments for seen in tasks.calibrations):
             return average(name, stack, task)
         transposed = name in tasks.calibrations[0].transposed
         matrices = (stack.mT if transposed else stack).double()  # (n, d_out, d_in)

@@ -220,18 +220,15 @@ def _merge(bench: Bench, method: Method) -> Measurement:
     weights, note = torch.ones(len(bench.names)), ""
     if method.rows == "search":
         weights = _searched(bench, method)
-        note = "weights " + " ".join(f"{weight:.2f}" for weight in weights.tolist())
+        note = ", weights " + " ".join(f"{weight:.2f}" for weight in weights.tolist())
     calibrations = _calibrations(bench) if method.rows == "calibration" else ()
     knobs = replace(method.knobs({}), scale=1.0)  # all of these methods are linear in it
     merge = method.prepare(Tasks(bench.names, weights, bench.deltas, calibrations), knobs)
     delta = {name: merge(name, stack, 0) for name, stack in bench.deltas.items()}
-    scale = 1.0
-    if method.rows != "search":
-        found = {scale: _validated(bench, lambda name, scale=scale: scale * delta[name]) for scale in SCALES}
-        scale = max(found, key=lambda scale: found[scale])
-        note = f"scale {scale:g}"
+    found = {scale: _validated(bench, lambda name, scale=scale: scale * delta[name]) for scale in SCALES}
+    scale = max(found, key=lambda scale: found[scale])
     bench.set_weights(lambda name: scale * delta[name])
-    return Measurement(bench.scores(bench.tests), bench.base.nbytes, note)
+    return Measurement(bench.scores(bench.tests), bench.base.nbytes, f"scale {scale:g}{note}")
 
 
 def _validated(bench: Bench, delta: Callable[[str], Tensor]) -> float:
@@ -240,7 +237,7 @@ def _validated(bench: Bench, delta: Callable[[str], Tensor]) -> float:
 
 
 def _searched(bench: Bench, method: Method) -> Tensor:
-    few = [row for name in bench.names for row in bench.validation[name]]
+    few = [row for prompts in bench.validation.values() for row in prompts]
 
     def loss(weights: Tensor) -> float:
         merge = method.prepare(Tasks(bench.names, weights, bench.deltas), Knobs())

@@ -313,6 +313,20 @@ def test_a_search_finds_weights_near_the_best_within_its_bounds() -> None:
     assert torch.equal(found, search_weights(loss, 3, seed=0, evaluations=200))
 
 
+def test_a_search_starts_at_the_base_and_stays_there_unless_it_finds_better() -> None:
+    seen: list[Tensor] = []
+    found = search_weights(lambda weights: seen.append(weights) or 1.0, 3, seed=0)
+    assert seen[0].tolist() == found.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_search_charges_the_mean_size_of_the_weights() -> None:
+    # Gains 0.02 for each unit of weight: more than 0.05 / 4, less than 0.05.
+    found = search_weights(lambda weights: -0.02 * float(weights.abs().sum()), 4, seed=0)
+    assert float(found.abs().sum()) > 1
+    found = search_weights(lambda weights: -0.01 * float(weights.abs().sum()), 4, seed=0)
+    assert found.tolist() == [0.0] * 4
+
+
 @pytest.mark.parametrize(
     ("name", "given_knobs", "message"),
     [

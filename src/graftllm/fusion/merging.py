@@ -67,7 +67,7 @@ def merge(
         out: a checkpoint directory; a name that ends in .safetensors is a pack of the merged delta instead. A method
             that gives one model a task writes OUT/NAME, or STEM-NAME.safetensors beside OUT. Each appears whole.
         knobs: the method's defaults if None.
-        rows: answered prompts by task, where the method needs them.
+        rows: answered prompts by task, where the method needs them; a search looks at further tasks' too.
         pack: how an output that is a pack is compressed; its defaults if None.
         device: for layer inputs and searches; `auto` takes a GPU when there is one.
 
@@ -99,7 +99,7 @@ def merge(
         if method.rows == "calibration":
             calibrations = tuple(_seen(stacks, one, (rows or {})[one.name], scratch, device) for one in stacks.tuned)
         if method.rows == "search":
-            few = [row for name in names for row in (rows or {})[name]]
+            few = [row for _, some in sorted((rows or {}).items()) for row in some]
             weights = _searched(stacks, method, knobs, few, scratch, device)
         merging = method.prepare(Tasks(names, weights, stacks, calibrations), knobs)
         for task, place in enumerate(places.values()):

@@ -13,15 +13,15 @@ from graftllm.rendering import pad, render_answered
 
 EVALUATIONS = 40  # as published
 _BOUND = 1.5  # of each weight, as published
-_PENALTY = 0.05  # of the sum of absolute weights, as published
+_PENALTY = 0.05  # of the mean absolute weight, as in the authors' code; their paper writes the sum
 _FIRST_STEP = 0.5
 _BATCH = 64
 
 
 def search_weights(loss: Callable[[Tensor], float], tasks: int, *, seed: int, evaluations: int = EVALUATIONS) -> Tensor:
-    """Return the weights of least loss + 0.05 * sum |w| that a (1+1) evolution strategy finds.
+    """Return the weights of least loss + 0.05 * mean |w| that a (1+1) evolution strategy finds.
 
-    It starts at equal weights that sum to 1, and its step grows by half with each success and shrinks
+    It starts at zeros, which are the base, and its step grows by half with each success and shrinks
     otherwise so that one success in five keeps it. (The paper uses nevergrad's; any such search does.)
 
     Args:
@@ -36,9 +36,9 @@ def search_weights(loss: Callable[[Tensor], float], tasks: int, *, seed: int, ev
     draw = torch.Generator().manual_seed(seed)
 
     def cost(weights: Tensor) -> float:
-        return loss(weights) + _PENALTY * float(weights.abs().sum())
+        return loss(weights) + _PENALTY * float(weights.abs().mean())
 
-    best = torch.full((tasks,), 1 / tasks)
+    best = torch.zeros(tasks)
     least, step = cost(best), _FIRST_STEP
     for _ in range(evaluations - 1):
         trial = (best + step * torch.randn(tasks, generator=draw)).clamp(-_BOUND, _BOUND)

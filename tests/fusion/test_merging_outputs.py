@@ -199,6 +199,24 @@ def test_buffers_that_are_no_numbers_to_average_are_kept_where_models_agree(base
     assert out.tensor("model.steps").tolist() == [1, 5] and out.tensor("model.disputed").item() == 0
 
 
+def test_settings_that_models_do_not_share_stay_the_bases(base_dir: Path, tmp_path: Path) -> None:
+    def place(name: str, end: int, pad: int) -> Path:
+        settings = json.loads((perturb(base_dir, tmp_path / name, seed=end) / "config.json").read_text())
+        settings |= {"eos_token_id": end, "pad_token_id": pad}
+        (tmp_path / name / "config.json").write_text(json.dumps(settings))
+        return tmp_path / name
+
+    base = Checkpoint.open(base_dir)
+    end, pad = base.config["eos_token_id"], 9
+    assert end not in (5, 7) and base.config["pad_token_id"] != pad
+    one, two, plain = place("one", 5, pad), place("two", 7, pad), place("plain", end, pad)
+    for first, second in ((one, two), (two, one), (one, plain), (plain, one)):
+        both = [open_tuned(base, first, name="a"), open_tuned(base, second, name="b")]
+        merge(base, both, METHODS["linear"], tmp_path / "out")
+        found = Checkpoint.open(tmp_path / "out").config
+        assert (found["eos_token_id"], found["pad_token_id"]) == (end, pad)
+
+
 def test_shards_and_added_vocabulary_are_written(tmp_path: Path) -> None:
     save_llama(tmp_path / "whole")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype="auto")

@@ -88,6 +88,20 @@ class Stacks(Mapping[str, Tensor]):
         """Return how many there are."""
         return sum(1 for _ in self)
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """What all tuned models' `config.json` say alike and otherwise than the base's, by dotted key.
+
+        One that tells of added rows is enough: all models have them.
+        """
+        told = [one.config for one in self.tuned]
+        return {
+            key: value
+            for config in told
+            for key, value in config.items()
+            if key.endswith("vocab_size") or all(key in other and other[key] == value for other in told)
+        }
+
     def merged(self, name: str, delta: Tensor, stack: Tensor) -> Tensor:
         """Return base + merged delta in the tuned shape and dtype: a task's own bits where it is the task's delta."""
         base = self.base.tensor(name)

@@ -121,7 +121,6 @@ def _write(
 
 
 def _write_checkpoint(stacks: Stacks, merging: Merge, task: int, out: Path) -> None:
-    config = {key: value for one in stacks.tuned for key, value in one.config.items()}
     floating = set(stacks)
     with progress("merging") as show:
         done = 0
@@ -135,7 +134,7 @@ def _write_checkpoint(stacks: Stacks, merging: Merge, task: int, out: Path) -> N
             merged = stacks.merged(name, merging(name, stack, task), stack)
             return in_range(name, merged, lambda: stacks.base.tensor(name))
 
-        write_checkpoint(stacks.base, out, tensor, specs=stacks.specs, config=config)
+        write_checkpoint(stacks.base, out, tensor, specs=stacks.specs, config=stacks.config)
 
 
 def _seen(stacks: Stacks, one: Tuned, rows: Sequence[Prompt], scratch: Path, device: str) -> Calibration:

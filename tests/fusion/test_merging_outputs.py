@@ -217,6 +217,39 @@ def test_settings_that_models_do_not_share_stay_the_bases(base_dir: Path, tmp_pa
         assert (found["eos_token_id"], found["pad_token_id"]) == (end, pad)
 
 
+@pytest.mark.parametrize("name", [n for n, r in METHODS.items() if r.weighted and not r.per_task and not r.rows])
+def test_a_model_of_weight_zero_is_as_if_it_were_not_given(
+    name: str, base: Checkpoint, models: Sequence[Tuned], tmp_path: Path
+) -> None:
+    alone = merge(base, models[:1], METHODS[name], tmp_path / "alone")
+    made = merge(base, [models[0], replace(models[1], weight=0.0)], METHODS[name], tmp_path / "both")
+    found = [Checkpoint.open(one.outputs[""]).fingerprint for one in (alone, made)]
+    assert found[0] == found[1] != base.fingerprint
+    assert made.weights == {"code": 1.0, "math": 0.0} and made.stored_bytes == alone.stored_bytes
+    merge(base, [replace(one, weight=0.0) for one in models], METHODS[name], tmp_path / "none")
+    assert Checkpoint.open(tmp_path / "none").fingerprint == base.fingerprint
+
+
+def test_a_model_of_weight_zero_needs_no_rows_and_may_have_another_vocabulary(
+    base: Checkpoint, models: Sequence[Tuned], tmp_path: Path
+) -> None:
+    grown = open_tuned(base, with_vocabulary(base.path, tmp_path / "grown", 80), name="grown", weight=0.0)
+    merge(base, [models[0], grown], METHODS["regmean"], tmp_path / "out", rows={"code": rows(3)})
+    assert Checkpoint.open(tmp_path / "out").specs == base.specs
+
+
+def test_a_model_of_weight_zero_keeps_its_own_where_each_has_one(
+    base: Checkpoint, models: Sequence[Tuned], tmp_path: Path
+) -> None:
+    idle = [models[0], replace(models[1], weight=0.0)]
+    made = merge(base, idle, METHODS["twin"], tmp_path / "out", knobs=METHODS["twin"].knobs({"rank": 999}))
+    assert list(made.outputs) == ["code", "math"]
+    for one, place in zip(models, made.outputs.values(), strict=True):
+        assert isinstance(one.origin, Delta)
+        name = "model.layers.0.mlp.up_proj.weight"
+        assert torch.allclose(Checkpoint.open(place).tensor(name), one.origin.tuned.tensor(name), atol=1e-2)
+
+
 def test_shards_and_added_vocabulary_are_written(tmp_path: Path) -> None:
     save_llama(tmp_path / "whole")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype="auto")

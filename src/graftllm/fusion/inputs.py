@@ -115,7 +115,7 @@ class Stacks(Mapping[str, Tensor]):
         """Return the tuned models' value of a parameter that has no delta here; the base's if they differ."""
         base = self.base.tensor(name)
         values = [one.value(name, base) for one in self.tuned]
-        return values[0] if all(torch.equal(values[0], value) for value in values) else base
+        return values[0] if values and all(torch.equal(values[0], value) for value in values) else base
 
 
 def open_tuned(base: Checkpoint, place: str | Path, *, name: str, weight: float = 1.0) -> Tuned:
@@ -132,8 +132,13 @@ def open_tuned(base: Checkpoint, place: str | Path, *, name: str, weight: float 
     return Tuned(name, Delta(base, Checkpoint.open(place)), weight)
 
 
-def stacked(base: Checkpoint, tuned: Sequence[Tuned]) -> Stacks:
+def stacked(base: Checkpoint, tuned: Sequence[Tuned], *, idle: bool = True) -> Stacks:
     """Return the deltas of tuned models, whose order does not matter.
+
+    Args:
+        base: what they were tuned from.
+        tuned: the models.
+        idle: whether those of weight 0 are among them; where all are, no model is left.
 
     Raises:
         FusionError: there are none, two have one name, or they differ in vocabulary or dtype.
@@ -143,8 +148,8 @@ def stacked(base: Checkpoint, tuned: Sequence[Tuned]) -> Stacks:
     names = [one.name for one in tuned]
     if doubled := next((name for name in names if names.count(name) > 1), None):
         raise FusionError(f"merge: two models are called {doubled!r}; a skill counts once, so give each its own name.")
-    ordered = sorted(tuned, key=lambda one: one.name)  # one order of summing
-    specs = {name: ordered[0].spec(name) for name in base.specs}
+    ordered = sorted((one for one in tuned if idle or one.weight), key=lambda one: one.name)  # one order of summing
+    specs = {name: ordered[0].spec(name) if ordered else spec for name, spec in base.specs.items()}
     for one in ordered[1:]:
         for name, spec in specs.items():
             if (found := one.spec(name)) != spec:

@@ -60,6 +60,8 @@ def merge(
 ) -> Merged:
     """Merge tuned models of one base by a row of the table; their order does not matter.
 
+    A model of weight 0 is as if it were not given, but for methods that give it a model of its own.
+
     Args:
         base: what they were tuned from.
         tuned: packs and checkpoints under different names.
@@ -79,7 +81,7 @@ def merge(
         StorageError: there is no room, or the place cannot be written, or what would be replaced is read.
     """
     out, knobs = Path(out).absolute(), knobs or method.knobs({})
-    stacks = stacked(base, tuned)
+    stacks = stacked(base, tuned, idle=method.per_task or not method.weighted)
     names = tuple(one.name for one in stacks.tuned)
     if pack is not None and out.suffix != ".safetensors":
         raise FusionError(
@@ -88,7 +90,7 @@ def merge(
         )
     places = _places(out, names if method.per_task else ("",))
     for place in places.values():
-        check_apart(place, [base.path, *(file for one in stacks.tuned for file in one.files)])
+        check_apart(place, [base.path, *(file for one in tuned for file in one.files)])
     if method.rows is not None and (missing := next((name for name in names if not (rows or {}).get(name)), None)):
         raise FusionError(
             f"merge: {method.name} needs answered prompts of every model; give rows of {missing!r} (--rows)."
@@ -101,15 +103,16 @@ def merge(
         if method.rows == "search":
             few = [row for _, some in sorted((rows or {}).items()) for row in some]
             weights = _searched(stacks, method, knobs, few, scratch, device)
-        merging = method.prepare(Tasks(names, weights, stacks, calibrations), knobs)
+        merging = method.prepare(Tasks(names, weights, stacks, calibrations), knobs) if names else None
         for task, place in enumerate(places.values()):
             _write(stacks, merging, task, place, pack or PackOptions(), scratch, device)
     stored = method.stored_bytes(stacks.specs.values(), len(names), knobs.rank)
-    return Merged(places, dict(zip(names, weights.tolist(), strict=True)), stored)
+    given = dict.fromkeys(sorted(one.name for one in tuned), 0.0)
+    return Merged(places, given | dict(zip(names, weights.tolist(), strict=True)), stored)
 
 
 def _write(
-    stacks: Stacks, merging: Merge, task: int, place: Path, pack: PackOptions, scratch: Path, device: str
+    stacks: Stacks, merging: Merge | None, task: int, place: Path, pack: PackOptions, scratch: Path, device: str
 ) -> None:
     """Write the merged model of one task: a checkpoint, or a pack of what it adds to the base."""
     if place.suffix != ".safetensors":
@@ -120,7 +123,8 @@ def _write(
     compress_to(place, delta, pack, card=Card(name=place.stem), device=device)
 
 
-def _write_checkpoint(stacks: Stacks, merging: Merge, task: int, out: Path) -> None:
+def _write_checkpoint(stacks: Stacks, merging: Merge | None, task: int, out: Path) -> None:
+    """Write the model of one task; the base where nothing is merged."""
     floating = set(stacks)
     with progress("merging") as show:
         done = 0
@@ -128,7 +132,7 @@ def _write_checkpoint(stacks: Stacks, merging: Merge, task: int, out: Path) -> N
         def tensor(name: str) -> Tensor:
             nonlocal done
             show(done := done + 1, len(stacks.specs))
-            if name not in floating:
+            if merging is None or name not in floating:
                 return stacks.agreed(name)
             stack = stacks[name]
             merged = stacks.merged(name, merging(name, stack, task), stack)

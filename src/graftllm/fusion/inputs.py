@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graftllm.checkpoint import Checkpoint
-from graftllm.delta import Delta, align
+from graftllm.delta import Delta
 from graftllm.errors import FusionError
 from graftllm.skillpack import SkillPack
 from graftllm.tensors import DTYPES, TensorSpec
@@ -67,7 +67,8 @@ class Tuned:
 class Stacks(Mapping[str, Tensor]):
     """A lazy mapping from the name of each floating-point parameter to its deltas, shape (n, *shape), float32.
 
-    Parameters that hold nothing are left out.
+    The shape is the base's: vocabulary rows that the base lacks have no delta. Parameters that hold nothing are left
+    out.
     """
 
     base: Checkpoint
@@ -77,7 +78,7 @@ class Stacks(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         """Decode the deltas of one parameter."""
         base = self.base.tensor(name)
-        return torch.stack([one.delta(name, base) for one in self.tuned])
+        return torch.stack([_known(one.delta(name, base), base) for one in self.tuned])
 
     def __iter__(self) -> Iterator[str]:
         """Yield the names."""
@@ -87,6 +88,11 @@ class Stacks(Mapping[str, Tensor]):
     def __len__(self) -> int:
         """Return how many there are."""
         return sum(1 for _ in self)
+
+    @property
+    def known_specs(self) -> dict[str, TensorSpec]:
+        """The specs without the rows that the base lacks."""
+        return {name: TensorSpec(spec.dtype, self.base.specs[name].shape) for name, spec in self.specs.items()}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -102,20 +108,39 @@ class Stacks(Mapping[str, Tensor]):
             if key.endswith("vocab_size") or all(key in other and other[key] == value for other in told)
         }
 
-    def merged(self, name: str, delta: Tensor, stack: Tensor) -> Tensor:
-        """Return base + merged delta in the tuned shape and dtype: a task's own bits where it is the task's delta."""
-        base = self.base.tensor(name)
-        for one, own in zip(self.tuned, stack, strict=True):
-            if torch.equal(delta, own):
-                return one.value(name, base)
-        spec = self.specs[name]
-        return (align(base, spec).float() + delta).to(DTYPES[spec.dtype])
+    def merged(self, name: str, delta: Tensor, stack: Tensor, shares: Tensor) -> Tensor:
+        """Return base + merged delta in the tuned dtype, and under it the rows that the base lacks.
+
+        Args:
+            name: of the parameter.
+            delta: the merged one, of the base's shape; where it is a task's, the task's own bits are returned.
+            stack: what was merged.
+            shares: how much each task counts in added rows, shape (n,); where one alone does, they are its own bits.
+        """
+        base, spec = self.base.tensor(name), self.specs[name]
+        dtype = DTYPES[spec.dtype]
+        alike = next((one for one, own in zip(self.tuned, stack, strict=True) if torch.equal(delta, own)), None)
+        value = (base.to(dtype).float() + delta).to(dtype) if alike is None else _known(alike.value(name, base), base)
+        return value if base.shape == spec.shape else torch.cat([value, self._added(name, base, shares)])
 
     def agreed(self, name: str) -> Tensor:
         """Return the tuned models' value of a parameter that has no delta here; the base's if they differ."""
         base = self.base.tensor(name)
         values = [one.value(name, base) for one in self.tuned]
         return values[0] if values and all(torch.equal(values[0], value) for value in values) else base
+
+    def _added(self, name: str, base: Tensor, shares: Tensor) -> Tensor:
+        """Return the mean of the rows that the base lacks."""
+        counted = [(one, share) for one, share in zip(self.tuned, shares.tolist(), strict=True) if share != 0]
+        rows = ((one.value(name, base)[len(base) :], share) for one, share in counted)
+        if len(counted) == 1:
+            return next(rows)[0]
+        return torch.stack([share * value.float() for value, share in rows]).sum(0).to(DTYPES[self.specs[name].dtype])
+
+
+def _known(value: Tensor, base: Tensor) -> Tensor:
+    """Return a value without the rows that the base lacks."""
+    return value if value.shape == base.shape else value[: len(base)]
 
 
 def open_tuned(base: Checkpoint, place: str | Path, *, name: str, weight: float = 1.0) -> Tuned:

@@ -1,12 +1,14 @@
 """Several tuned models -> one set of weights, or one each: checkpoints or packs, one parameter in memory at a time.
 
-theta = theta_base + merged delta, by a row of `methods.table`. The plain sum of packs is in `applying`.
+theta = theta_base + merged delta, by a row of `methods.table`; vocabulary rows that the base lacks have no delta and
+are averaged, whatever the method. The plain sum of packs is in `applying`.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -105,25 +107,36 @@ def merge(
             weights = _searched(stacks, method, knobs, few, scratch, device)
         merging = method.prepare(Tasks(names, weights, stacks, calibrations), knobs) if names else None
         for task, place in enumerate(places.values()):
-            _write(stacks, merging, task, place, pack or PackOptions(), scratch, device)
-    stored = method.stored_bytes(stacks.specs.values(), len(names), knobs.rank)
+            model = partial(_write_checkpoint, stacks, merging, task, _shares(method, weights, task))
+            _write(base, model, place, pack or PackOptions(), scratch, device)
+    known = stacks.known_specs
+    added_bytes = sum(spec.nbytes - known[name].nbytes for name, spec in stacks.specs.items())
+    stored = method.stored_bytes(known.values(), len(names), knobs.rank, added_bytes)
     given = dict.fromkeys(sorted(one.name for one in tuned), 0.0)
     return Merged(places, given | dict(zip(names, weights.tolist(), strict=True)), stored)
 
 
 def _write(
-    stacks: Stacks, merging: Merge | None, task: int, place: Path, pack: PackOptions, scratch: Path, device: str
+    base: Checkpoint, model: Callable[[Path], None], place: Path, pack: PackOptions, scratch: Path, device: str
 ) -> None:
-    """Write the merged model of one task: a checkpoint, or a pack of what it adds to the base."""
+    """Write a merged model by what writes its checkpoint: a checkpoint, or a pack of what it adds to the base."""
     if place.suffix != ".safetensors":
-        _write_checkpoint(stacks, merging, task, place)
+        model(place)
         return
-    _write_checkpoint(stacks, merging, task, scratch / "merged")
-    delta = Delta(stacks.base, Checkpoint.open(scratch / "merged"))
+    model(scratch / "merged")
+    delta = Delta(base, Checkpoint.open(scratch / "merged"))
     compress_to(place, delta, pack, card=Card(name=place.stem), device=device)
 
 
-def _write_checkpoint(stacks: Stacks, merging: Merge | None, task: int, out: Path) -> None:
+def _shares(method: Method, weights: Tensor, task: int) -> Tensor:
+    """Return how much each task counts in added rows: the task alone, or all by the size of their weights."""
+    if method.per_task:
+        return torch.eye(len(weights))[task]
+    sizes = weights.abs()
+    return sizes / sizes.sum() if sizes.any() else torch.ones_like(sizes) / len(sizes)
+
+
+def _write_checkpoint(stacks: Stacks, merging: Merge | None, task: int, shares: Tensor, out: Path) -> None:
     """Write the model of one task; the base where nothing is merged."""
     floating = set(stacks)
     with progress("merging") as show:
@@ -135,7 +148,7 @@ def _write_checkpoint(stacks: Stacks, merging: Merge | None, task: int, out: Pat
             if merging is None or name not in floating:
                 return stacks.agreed(name)
             stack = stacks[name]
-            merged = stacks.merged(name, merging(name, stack, task), stack)
+            merged = stacks.merged(name, merging(name, stack, task), stack, shares)
             return in_range(name, merged, lambda: stacks.base.tensor(name))
 
         write_checkpoint(stacks.base, out, tensor, specs=stacks.specs, config=stacks.config)
@@ -156,7 +169,8 @@ def _searched(
     names, tokenizer = tuple(one.name for one in stacks.tuned), load_tokenizer(stacks.base.path)
 
     def loss(weights: Tensor) -> float:
-        _write_checkpoint(stacks, method.prepare(Tasks(names, weights, stacks), knobs), 0, scratch / "trial")
+        merging = method.prepare(Tasks(names, weights, stacks), knobs)
+        _write_checkpoint(stacks, merging, 0, _shares(method, weights, 0), scratch / "trial")
         return answer_loss(load_model(scratch / "trial", device=device), tokenizer, rows)
 
     return search_weights(loss, len(names), seed=knobs.seed)

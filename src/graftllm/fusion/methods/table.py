@@ -92,20 +92,21 @@ class Method:
             raise FusionError(f"weight: expected a finite number, found {given:g}.")
         return 1.0 if given is None else given
 
-    def stored_bytes(self, specs: Iterable[TensorSpec], tasks: int, rank: int) -> int:
+    def stored_bytes(self, specs: Iterable[TensorSpec], tasks: int, rank: int, added_bytes: int = 0) -> int:
         """Return how many bytes what the method keeps takes in the models' own dtype, with the base where it is needed.
 
         One model: that model. Masks: the base, a merged delta, and a bit a number and task. Factors: one model
-        (the base, or what all tasks share) and each task's factors.
+        (the base, or what all tasks share) and each task's factors. Of rows that the base lacks, `added_bytes` in one
+        model, each task keeps its own where it keeps anything.
         """
         specs = list(specs)
         model = sum(spec.nbytes for spec in specs)
         if self.storage == "masks":
-            return 2 * model + tasks * (math.ceil(sum(spec.parameters for spec in specs) / 8) + 4)
+            return 2 * model + tasks * (math.ceil(sum(spec.parameters for spec in specs) / 8) + 4 + added_bytes)
         if self.storage == "factors":
             numbers = sum(factor_parameters(spec.shape, rank) * DTYPES[spec.dtype].itemsize for spec in specs)
-            return model + tasks * numbers
-        return model
+            return model + tasks * (numbers + added_bytes)
+        return model + added_bytes
 
 
 _RANGES = {"density": (0.0, 1.0), "rank": (0.0, 1 << 16), "threshold": (0.0, math.inf)}

@@ -274,7 +274,8 @@ def _routed_merge(bench: Bench, method: Method) -> Measurement:
         notes.append(kept)
     scores = {name: _routed_score(bench, name, chosen) for name in bench.tests}
     stored = method.stored_bytes(bench.base.specs.values(), len(bench.names), candidates[0][0].rank)
-    return Measurement(scores, stored, " ".join(notes).strip())
+    router = sum(path.stat().st_size for path in bench.built.work.grafted.glob("router*"))
+    return Measurement(scores, stored + router, " ".join(notes).strip())
 
 
 def _candidates(method: Method) -> list[tuple[Knobs, str]]:

@@ -17,7 +17,7 @@ from graftllm.storage import whole_file
 Results = Mapping[int, Mapping[str, Row]]  # seed -> row -> what was measured
 _NOT_WORK = ("evaluate", "prepare", "zoo", "choose", "full")  # kinds of stages that are no part of a transfer
 _OURS = "SkillPack"
-_NEAR = 0.25  # in the logarithm of bytes: points of one column
+_NEAR = 0.3  # in the logarithm of bytes: points of one column
 _LINE = 4.0  # points of the score that a label takes
 
 

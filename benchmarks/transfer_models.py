@@ -55,7 +55,7 @@ class Setting:
 
     @cached_property
     def validation(self) -> dict[str, list[Prompt]]:
-        """Prompts to choose by, in no training or test set: of each skill, and of the general tasks."""
+        """Prompts to choose by, drawn apart from training and test sets: of each skill, and of the general tasks."""
         seed = _VALIDATION_SEED + self.work.recipe.seed
         found = {task.name: word_rows(task, _VALIDATIONS, seed=seed) for task, _ in self.zoo.skills}
         each = _VALIDATIONS // len(GENERAL_TASKS) + 1

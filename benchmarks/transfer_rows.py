@@ -1,8 +1,8 @@
 """What `transfer.py` compares: each row scores its models on the test prompts of their skills.
 
 Rows by name have a model (or a pack, or a LoRA) for each skill; the others have one model for everything, and so are
-scored on the general tasks too. What is chosen for a rival is chosen on validation prompts that are in no training
-or test set.
+scored on the general tasks too. What is chosen for a rival is chosen on validation prompts that
+are drawn apart; a few of them (of skills 6 of 576 in three seeds) may be training prompts too, none is a test prompt.
 """
 
 import json

@@ -213,8 +213,13 @@ def test_settings_that_models_do_not_share_stay_the_bases(base_dir: Path, tmp_pa
     for first, second in ((one, two), (two, one), (one, plain), (plain, one)):
         both = [open_tuned(base, first, name="a"), open_tuned(base, second, name="b")]
         merge(base, both, METHODS["linear"], tmp_path / "out")
-        found = Checkpoint.open(tmp_path / "out").config
-        assert (found["eos_token_id"], found["pad_token_id"]) == (end, pad)
+        packs = [
+            compress(Delta(base, Checkpoint.open(tuned)), PackOptions(strategy="exact")) for tuned in (first, second)
+        ]
+        apply_packs(base, [(pack, 0.5) for pack in packs], tmp_path / "applied")
+        for out in ("out", "applied"):
+            found = Checkpoint.open(tmp_path / out).config
+            assert (found["eos_token_id"], found["pad_token_id"]) == (end, pad)
 
 
 @pytest.mark.parametrize("name", [n for n, r in METHODS.items() if r.weighted and not r.per_task and not r.rows])

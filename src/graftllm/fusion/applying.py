@@ -4,9 +4,9 @@ theta = theta_base + sum_i w_i * delta_i (arXiv 2505.18502). No model is run, an
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,8 +37,8 @@ _BLOCK = 1 << 26
 def apply_packs(base: Checkpoint, packs: Sequence[Weighted], out: str | Path) -> None:
     """Write base + weighted packs as a checkpoint, with the base's config, tokenizer and shards.
 
-    Where the tuned models had more vocabulary rows or another dtype, the checkpoint has them too. The
-    tokenizer stays the base's; a pack's header says whether the tuned one was another.
+    Where the tuned models had more vocabulary rows or another dtype, the checkpoint has them too, and the token ids on
+    which they agree. The tokenizer stays the base's; a pack's header says whether the tuned one was another.
     One exact pack of weight 1 gives the tuned checkpoint's weights bit for bit.
 
     Raises:
@@ -52,7 +52,7 @@ def apply_packs(base: Checkpoint, packs: Sequence[Weighted], out: str | Path) ->
     for pack, _ in packs:
         pack.check_base(base)
     specs = {name: agreed_spec(name, packs) for name in base.specs}
-    config = {key: value for pack, _ in packs for key, value in pack.header.config.items()}
+    config = agreed_config([pack.header.config for pack, _ in packs])
     with progress("applying") as show:
         done = 0
 
@@ -153,6 +153,19 @@ def _with_products(base: Tensor, products: tuple[Tensor, Tensor], made: Tensor) 
         block = base[start : start + height]
         made[start : start + height] = room[: len(block)].copy_(block).addmm_(left[start : start + height], right)
     return made
+
+
+def agreed_config(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the `config.json` of all tuned models says alike and otherwise than the base's, by dotted key.
+
+    One that tells of added rows is enough: all models have them.
+    """
+    return {
+        key: value
+        for config in told
+        for key, value in config.items()
+        if key.endswith("vocab_size") or all(key in other and other[key] == value for other in told)
+    }
 
 
 def agreed_spec(name: str, packs: Sequence[Weighted]) -> TensorSpec:

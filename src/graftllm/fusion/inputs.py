@@ -11,6 +11,7 @@ from torch import Tensor
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import FusionError
+from graftllm.fusion.applying import agreed_config
 from graftllm.skillpack import SkillPack
 from graftllm.tensors import DTYPES, TensorSpec
 
@@ -96,17 +97,8 @@ class Stacks(Mapping[str, Tensor]):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What all tuned models' `config.json` say alike and otherwise than the base's, by dotted key.
-
-        One that tells of added rows is enough: all models have them.
-        """
-        told = [one.config for one in self.tuned]
-        return {
-            key: value
-            for config in told
-            for key, value in config.items()
-            if key.endswith("vocab_size") or all(key in other and other[key] == value for other in told)
-        }
+        """What all tuned models' `config.json` say alike and otherwise than the base's, by dotted key."""
+        return agreed_config([one.config for one in self.tuned])
 
     def merged(self, name: str, delta: Tensor, stack: Tensor, shares: Tensor) -> Tensor:
         """Return base + merged delta in the tuned dtype, and under it the rows that the base lacks.

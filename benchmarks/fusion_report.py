@@ -49,7 +49,7 @@ def draw(results: Results, skills: Sequence[str], path: Path) -> None:
         axes.errorbar(size, mean, _stderr(values) or 0, fmt="o", color=_color(name), capsize=2)
         points.append((size, mean, name))
     for near in _clusters(points):
-        names = sorted((name for *_, name in near), key=lambda name: (name in METHODS, name != "base"))
+        names = sorted((name for *_, name in sorted(near)), key=lambda name: (name in METHODS, name != "base"))
         text = "; ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         size, mean, _ = max(near)
         axes.annotate(

@@ -132,6 +132,11 @@ def test_faults_are_named(text: str, reason: str | None) -> None:
     assert fault(Response("p", "s", 0, text, None, 0.5), PairOptions(max_chars=100)) == reason
 
 
+@pytest.mark.parametrize("part", [".", "but ", "sorry ", "sorry, but "])
+def test_refusals_are_found_in_time_linear_in_the_answer(part: str) -> None:
+    assert fault(Response("p", "s", 0, part * 100_000 + "4", None, 0.5), DEFAULT) is None
+
+
 def test_more_faults_are_named() -> None:
     assert fault(Response("p", "s", 0, "4", 1.0, truncated=True), DEFAULT) == "cut off"
     assert fault(Response("p", "s", 0, "4"), DEFAULT) == "not judged"

@@ -102,6 +102,12 @@ def test_choice_takes_the_letter_that_the_answer_settles_on(answer: str, referen
     assert judge_choice(answer, reference) == score
 
 
+@pytest.mark.parametrize("part", [" ", "\n", "*", "(", "answer", "answer is ", "answer:**", "\\boxed{ ", "A"])
+def test_choice_is_judged_in_time_linear_in_the_answer(part: str) -> None:
+    assert judge_choice("answer" + part * 100_000 + "!", "B") == 0
+    assert judge_choice(part * 100_000 + "! Answer: B", "B") == 1
+
+
 def test_reasoning_gym_wants_full_marks() -> None:
     reasoning_gym = pytest.importorskip("reasoning_gym")
     judge = RULES["reasoning_gym"]
@@ -111,6 +117,7 @@ def test_reasoning_gym_wants_full_marks() -> None:
     assert judge(f"I think <answer>{entry['answer']}</answer>", prompt) == 1
     assert judge(f"it is {entry['answer']}.", prompt) == 0  # its own scorer gives a part of a mark for that
     assert judge("", prompt) == 0
+    assert judge("<answer>" * 100_000, prompt) == 0  # in linear time, too
 
 
 def test_reasoning_gym_wants_to_know_the_task() -> None:

@@ -113,7 +113,7 @@ _MARKERS = (
     "[/INST]", "<|endoftext|>", "<|user|>", "<|assistant|>", "<think>",
 )  # fmt: skip
 _REFUSAL = re.compile(
-    r"\W*(?:i'?m sorry|i am sorry|sorry|i apologi[sz]e|unfortunately|as an ai(?: language)? model)?\W*(?:but\W+)?"
+    r"\W*(?:(?:i'?m sorry|i am sorry|sorry|i apologi[sz]e|unfortunately|as an ai(?: language)? model)\W*)?(?:but\W+)?"
     r"(?:i (?:cannot|can'?t|can not|won'?t|will not) (?:help|assist|fulfil|comply|provide|answer|do that|engage|create)"
     r"|i(?:'?m| am) (?:unable|not able) to|i(?:'?m| am) (?:just )?an ai|as an ai(?: language)? model"
     r"|(?:抱歉|对不起|很抱歉).{0,3}(?:我)?(?:无法|不能))",

@@ -78,8 +78,9 @@ def judge_choice(answer: str, reference: str) -> float:
     (1.0, 1.0, 0.0)
     """
     wanted = reference.strip().strip("().").upper()
+    said = " ".join(answer.split())  # runs of white space, which the patterns would search in cubic time
     for pattern in _CHOICES:
-        if found := re.findall(pattern, answer.strip()):
+        if found := re.findall(pattern, said):
             return float(found[-1].upper() == wanted)
     return 0.0
 
@@ -104,7 +105,8 @@ def judge_reasoning_gym(answer: str, prompt: Prompt) -> float:
             f"prompt {prompt.id!r}: the judge 'reasoning_gym' expects its entry's metadata with the name of a task as "
             f"'source_dataset', found {metadata.get('source_dataset')!r}."
         ) from error
-    tagged = re.findall(r"<answer>(.*?)</answer>", answer, flags=re.DOTALL)
+    before, closing, _ = answer.rpartition("</answer>")  # behind it, each <answer> would be searched to the end
+    tagged = re.findall(r"<answer>(.*?)</answer>", before + closing, flags=re.DOTALL)
     entry = {"question": prompt.question[-1]["content"], "answer": prompt.reference, "metadata": metadata}
     try:
         return float(scorer(answer=(tagged[-1] if tagged else answer).strip(), entry=entry) >= 1.0)

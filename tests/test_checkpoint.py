@@ -152,6 +152,24 @@ def test_half_a_checkpoint_is_refused(tmp_path: Path) -> None:
         Checkpoint.open(sharded)
 
 
+def test_a_shard_whose_name_is_too_long_for_a_file_is_not_there(tmp_path: Path) -> None:
+    sharded = _sharded(tmp_path)
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["extra"] = f"{'a' * 300}.safetensors"
+    (sharded / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="a.safetensors, which is not there"):
+        Checkpoint.open(sharded)
+
+
+@pytest.mark.parametrize("told", [None, 3, [1], "x"])
+def test_an_index_with_odd_metadata_is_copied_with_its_own(tmp_path: Path, told: object) -> None:
+    sharded = _sharded(tmp_path)
+    (sharded / INDEX).write_text(json.dumps(json.loads((sharded / INDEX).read_text()) | {"metadata": told}))
+    like = Checkpoint.open(sharded)
+    write_checkpoint(like, tmp_path / "out", like.tensor)
+    assert set(json.loads((tmp_path / "out" / INDEX).read_text())["metadata"]) == {"total_size", "total_parameters"}
+
+
 def test_a_shard_without_its_tensor_is_refused(tmp_path: Path) -> None:
     sharded = _sharded(tmp_path)
     index = json.loads((sharded / INDEX).read_text())

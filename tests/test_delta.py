@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from graftllm.checkpoint import Checkpoint
-from graftllm.delta import Delta, difference
+from graftllm.delta import Delta, difference, growable
 from graftllm.errors import CheckpointError
 from tests.models import perturb, save_llama, with_head, with_vocabulary
 
@@ -20,6 +20,13 @@ def test_delta_is_tuned_minus_base_in_float32(base: Checkpoint, tuned: Checkpoin
     for name, change in delta.items():
         assert change.dtype == torch.float32
         assert torch.equal(change, tuned.tensor(name).float() - base.tensor(name).float())
+
+
+def test_only_more_rows_of_the_same_width_are_added_vocabulary() -> None:
+    assert growable((64,), (65,)) and growable((64, 2), (512, 2))
+    for tuned in ((), (64,), (63,), (513,), (65, 1), (65, 2)):
+        assert not growable((64,), tuned)
+    assert not growable((), ()) and not growable((), (3,))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -1,3 +1,5 @@
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,8 @@ from graftllm.errors import CheckpointError
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.records import Message
 from graftllm.rendering import render
-from tests.models import save_reward_model
+from graftllm.streaming import is_language_model
+from tests.models import save_llama, save_reward_model
 
 
 def test_a_given_chat_template_stands_in_for_the_tokenizers_own(base: Checkpoint, tmp_path: Path) -> None:
@@ -30,6 +33,47 @@ def test_a_given_chat_template_stands_in_for_the_tokenizers_own(base: Checkpoint
 def test_what_is_no_chat_template_is_refused(base: Checkpoint, given: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         load_tokenizer(base.path, chat_template=given)
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer, lambda path: is_language_model(Checkpoint.open(path))])
+def test_code_beside_a_model_is_not_run_whatever_stands_on_stdin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Callable[[Path], object]
+) -> None:
+    place, ran = save_llama(tmp_path / "model"), tmp_path / "ran"
+    classes = "class C(LlamaConfig):\n    model_type = 'theirs'\nclass T(PreTrainedTokenizerFast):\n    pass\n"
+    (place / "theirs.py").write_text(
+        f"from transformers import LlamaConfig, PreTrainedTokenizerFast\nopen({str(ran)!r}, 'w')\n{classes}"
+    )
+    for file, auto_map in (
+        ("config", {"AutoConfig": "theirs.C"}),
+        ("tokenizer_config", {"AutoTokenizer": ["theirs.T"] * 2}),
+    ):
+        told = json.loads((place / f"{file}.json").read_text())
+        told |= {"auto_map": auto_map, "model_type": "theirs", "tokenizer_class": "T"}
+        (place / f"{file}.json").write_text(json.dumps(told))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(CheckpointError, match="transformers cannot"):
+        load(place)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(("key", "value"), [("vocab_size", [1]), ("hidden_size", "wide")])
+def test_a_config_of_wrong_types_is_one_line(tmp_path: Path, key: str, value: object) -> None:
+    place = save_llama(tmp_path / "model")
+    (place / "config.json").write_text(json.dumps(json.loads((place / "config.json").read_text()) | {key: value}))
+    for load in (load_model, lambda path: is_language_model(Checkpoint.open(path))):
+        with pytest.raises(CheckpointError, match="transformers cannot") as raised:
+            load(place)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("named", [5, "LlamaForCausalLM", [], ["pipeline"], [1]])
+def test_a_config_that_names_no_class_of_a_model_is_refused(tmp_path: Path, named: object) -> None:
+    place = save_llama(tmp_path / "model")
+    told = json.loads((place / "config.json").read_text()) | {"architectures": named}
+    (place / "config.json").write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match="has no model class"):
+        is_language_model(Checkpoint.open(place))
 
 
 def test_models_are_loaded_in_float32_on_cpu(base: Checkpoint) -> None:

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
@@ -20,15 +21,18 @@ _HARMLESS = {  # settings that say where an adapter came from, or how it was tra
 }  # fmt: skip
 
 
+Alpha = Annotated[float, Field(ge=-1e30, le=1e30)]  # what float32 can multiply with
+
+
 class AdapterSettings(BaseModel):
     """An adapter's config: the names are PEFT's; settings that are not known here are kept to be looked at."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     peft_type: str
     r: int = Field(default=8, ge=1)
-    lora_alpha: float = 8
+    lora_alpha: Alpha = 8
     rank_pattern: dict[str, PositiveInt] = {}
-    alpha_pattern: dict[str, float] = {}
+    alpha_pattern: dict[str, Alpha] = {}
     use_rslora: bool = False
     use_dora: bool = False
     fan_in_fan_out: bool = False

@@ -265,6 +265,8 @@ class _Reader:
         a, b = parts.get("lora_A"), parts.get("lora_B")
         if a is None or b is None or ".lora_embedding_" in a:
             return False
+        if not (self.found[a].shape and self.found[b].shape):
+            return False  # numbers alone, which are refused where they are read
         shape = (self.found[a].shape[-1], self.found[b].shape[0])
         return shape[0] != shape[1] and self.base.specs[self._stored(f"{module}.weight")].shape == shape
 
@@ -279,13 +281,10 @@ class _Reader:
         if place in self.base.specs:
             return place
         if self._live is None:  # rare, so transformers, which takes seconds to import, is asked for here
-            from transformers import AutoConfig, AutoModelForCausalLM
-
             from graftllm.live import bindings
+            from graftllm.loading import bare_model
 
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.base.path))
-            found = bindings(model, self.base.specs)
+            found = bindings(bare_model(self.base.path), self.base.specs)
             self._live = {one.live[0]: one.stored[0] for one in found if one.plain and len(one.live) == 1}
         if place not in self._live:
             raise CheckpointError(

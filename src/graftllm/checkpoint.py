@@ -5,6 +5,7 @@ This room knows directories and shards, whose bytes are for `tensors`. It knows 
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -86,7 +87,7 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{index}: expected shards named like model-00001-of-00002.safetensors, found {file!r}."
                 )
-            if not (directory / file).is_file():
+            if not os.path.isfile(directory / file):  # also where the name is too long for one
                 raise CheckpointError(
                     f"{directory}: {index.name} names the shard {file}, which is not there. "
                     "The checkpoint is incomplete; download or copy it again."
@@ -164,6 +165,12 @@ class Checkpoint:
         """How many numbers the checkpoint stores; tied weights count once."""
         return sum(spec.parameters for spec in self.specs.values())
 
+    @property
+    def architecture(self) -> str:
+        """The class that `config.json` names, or `unknown`."""
+        named = self.config.get("architectures")
+        return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else "unknown"
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the name, dtype, shape and digest of every tensor; reads the whole checkpoint."""
@@ -199,7 +206,8 @@ def write_checkpoint(
             index = _read_json(like.path / INDEX)
             totals = {"total_size": sum(spec.nbytes for spec in specs.values())}
             totals["total_parameters"] = sum(spec.parameters for spec in specs.values())
-            index["metadata"] = dict(index.get("metadata") or {}) | totals
+            told = index.get("metadata")
+            index["metadata"] = (told if isinstance(told, dict) else {}) | totals
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for shard in sorted(set(like.shards.values())):
             layout = {name: specs[name] for name, file in like.shards.items() if file == shard}

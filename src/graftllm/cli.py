@@ -34,6 +34,7 @@ from graftllm.terminal import (
     check_words,
     print_lines,
     print_table,
+    printable,
     settle,
 )
 
@@ -72,7 +73,7 @@ def main() -> None:
         check_words(sys.argv[1:])
         app()
     except GraftError as error:
-        print(f"graftllm: {error}", file=sys.stderr)
+        print(f"graftllm: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]

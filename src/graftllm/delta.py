@@ -209,7 +209,7 @@ def _same_bits(base: Tensor, tuned: Tensor) -> bool:
 
 def growable(base: tuple[int, ...], tuned: tuple[int, ...]) -> bool:
     """Return whether one shape is the other with rows added, within bounds."""
-    return bool(base) and base[1:] == tuned[1:] and base[0] < tuned[0] <= MAX_GROWTH * base[0]
+    return len(base) == len(tuned) > 0 and base[1:] == tuned[1:] and base[0] < tuned[0] <= MAX_GROWTH * base[0]
 
 
 def convertible(base: str, tuned: str) -> bool:

@@ -16,7 +16,7 @@ from graftllm.records import Message
 from graftllm.rendering import rendered
 from graftllm.transfer_options import is_template
 
-_UNKNOWN = (OSError, ValueError, KeyError, StrictDataclassError)  # what transformers says to a config.json
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)  # of a bad config.json
 
 
 def load_model(path: str | Path, *, device: str = "auto", device_map: str | None = None) -> PreTrainedModel:
@@ -47,9 +47,9 @@ def open_model(
     transformers_logging.disable_progress_bar()
     try:
         model, found = cast(Any, AutoModelForCausalLM).from_pretrained(
-            path, dtype=dtype, device_map=device_map, output_loading_info=True
+            path, dtype=dtype, device_map=device_map, output_loading_info=True, trust_remote_code=False
         )
-    except _UNKNOWN as error:
+    except UNREADABLE as error:
         raise CheckpointError(
             f"{path}: transformers cannot load it as a causal language model ({first_line(error)})."
         ) from error
@@ -73,7 +73,7 @@ def bare_model(directory: Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except _UNKNOWN as error:
+    except UNREADABLE as error:
         raise CheckpointError(
             f"{directory}: transformers cannot load it as a causal language model ({first_line(error)})."
         ) from error
@@ -90,8 +90,8 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Pre
         CheckpointError: transformers cannot load it, or the template cannot be read or does not render a question.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except UNREADABLE as error:
         raise CheckpointError(f"{path}: transformers cannot load its tokenizer ({first_line(error)}).") from error
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:

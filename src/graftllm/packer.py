@@ -241,10 +241,6 @@ def _next_size(below: _Tried, above: _Tried | None, target: float, most: int) ->
     return min(max(round(math.exp(low + share * (high - low))), below.size + 1), above.size - 1)
 
 
-def _architecture(named: object) -> str:
-    return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else "unknown"
-
-
 def _build(
     job: Job,
     crew: Crew,
@@ -261,7 +257,7 @@ def _build(
         card=card,
         base=BaseInfo(
             name=delta.base.name,
-            architecture=_architecture(delta.base.config.get("architectures")),
+            architecture=delta.base.architecture,
             fingerprint="0" * 64,
             parameters=delta.base.parameters,
         ),

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
 from graftllm.checkpoint import Checkpoint
-from graftllm.errors import CheckpointError, CompressionError
+from graftllm.errors import CheckpointError, CompressionError, first_line
 from graftllm.live import Binding, bindings, looks_up_its_input
+from graftllm.loading import UNREADABLE
 from graftllm.rendering import input_embedding
 
 
@@ -80,7 +81,7 @@ def check_language_model(checkpoint: Checkpoint, *, asked: str, mend: str) -> No
     if not is_language_model(checkpoint):
         raise CheckpointError(
             f"{asked}: compares next tokens, which takes a language model, but {checkpoint.path} is a "
-            f"{checkpoint.config['architectures'][0]}. {mend}"
+            f"{checkpoint.architecture}. {mend}"
         )
 
 
@@ -111,21 +112,23 @@ def check_reads_text(checkpoint: Checkpoint) -> None:
 
 
 def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    named = (checkpoint.config.get("architectures") or ["none"])[0]
+    named = checkpoint.architecture
     kind = getattr(transformers, named, None)
-    if kind is None:
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise CheckpointError(
             f"{checkpoint.path}: transformers {transformers.__version__} has no model class {named!r}, which "
             "config.json names. Upgrade transformers, or save the model with one of its classes."
         )
     try:
-        config = AutoConfig.from_pretrained(checkpoint.path)
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
         config.get_text_config().use_cache = False
         config._experts_implementation = "eager"  # one product per expert, which can be watched
         with init_empty_weights(include_buffers=False):
             model = kind(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{checkpoint.path}: transformers cannot build a {named} ({error}).") from error
+    except UNREADABLE as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: transformers cannot build a {named} ({first_line(error)})."
+        ) from error
     model.tie_weights()
     return model.requires_grad_(False).eval()
 

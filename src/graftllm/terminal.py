@@ -20,6 +20,8 @@ AllJson = Annotated[
     bool, typer.Option("--json", help="Print results as one JSON object, as after a command that has the option.")
 ]
 
+_LONGEST = 4000  # letters of a message
+
 
 def _show_version(wanted: bool) -> None:
     if wanted:
@@ -61,6 +63,16 @@ def check_words(words: Sequence[str]) -> None:
                 raise GraftError(
                     f"{os.fsencode(text)!r}: expected text in UTF-8, found other bytes; rename the file or directory."
                 ) from error
+
+
+def printable(text: str) -> str:
+    """Return a message as one line of a reasonable length, whatever a stranger's file put into it.
+
+    >>> printable("made for " + chr(27) + "[31mx" + chr(10) + "all is well")
+    'made for ?[31mx all is well'
+    """
+    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
 
 
 def settle(context: typer.Context, *, quiet: bool, json: bool) -> None:

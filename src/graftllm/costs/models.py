@@ -46,7 +46,7 @@ def sized(model: str) -> Sized:
         return Sized(name, shape_by_name(model), "its name alone")
     config = config_of(json.loads(path.read_text(encoding="utf-8")), model)
     with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(config)
+        bare = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return Sized(name, shape_of(config, bare.num_parameters()), "its configuration")
 
 

@@ -13,8 +13,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.devices import resolve_device
-from graftllm.errors import CheckpointError
-from graftllm.loading import load_tokenizer
+from graftllm.errors import CheckpointError, first_line
+from graftllm.loading import UNREADABLE, load_tokenizer
 from graftllm.progress import track
 from graftllm.records import Message, Prompt, Response, read_responses
 from graftllm.rendering import render
@@ -113,10 +113,13 @@ def _load(judge: RewardJudge, device: str) -> tuple[PreTrainedModel, PreTrainedT
     gated = is_gated(checkpoint)
     kind = AutoModel if gated else AutoModelForSequenceClassification
     try:
-        model = kind.from_pretrained(checkpoint.path, dtype=torch.float32 if where.type == "cpu" else "auto")
-    except (OSError, ValueError, KeyError) as error:
-        told = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{judge.model}: transformers cannot load it as a reward model ({told}).") from error
+        model = kind.from_pretrained(
+            checkpoint.path, dtype=torch.float32 if where.type == "cpu" else "auto", trust_remote_code=False
+        )
+    except UNREADABLE as error:
+        raise CheckpointError(
+            f"{judge.model}: transformers cannot load it as a reward model ({first_line(error)})."
+        ) from error
     if not gated and model.config.num_labels != 1:
         raise CheckpointError(
             f"{judge.model}: expected a reward model with one output, found {model.config.num_labels}; choose another."

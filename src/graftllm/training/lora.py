@@ -39,7 +39,9 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> None:
 def lora_parameters_per_rank(model: Path) -> int:
     """Return how many numbers a LoRA on every linear layer of `model` takes for each unit of rank."""
     with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        bare = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(model, trust_remote_code=False), trust_remote_code=False
+        )
     with without_foreign_warnings():
         adapted = peft.get_peft_model(bare, lora_settings(1))
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)

@@ -312,7 +312,7 @@ def _save(model: Any, run: Training, gathered: dict[str, Tensor] | None) -> None
             copy_companions(base, partial)
         if run.added_tokens:
             _with_tokens(load_tokenizer(run.model), run.added_tokens).save_pretrained(partial)
-            config = AutoConfig.from_pretrained(base.path)
+            config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
             config.get_text_config().vocab_size = _embedded(model)
             config.save_pretrained(partial)
 

@@ -156,7 +156,29 @@ def test_a_key_written_twice_is_refused(tmp_path: Path) -> None:
         load_recipe(_write(tmp_path, SMALL + "name: other\n"))
 
 
-@pytest.mark.parametrize(("text", "message"), [("- a", "found list"), ("a: [", "not readable as YAML")])
+def test_many_keys_are_read_in_linear_time(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="unknown key"):
+        load_recipe(_write(tmp_path, SMALL + "".join(f"k{i}: 1\n" for i in range(20_000))))
+
+
+@pytest.mark.parametrize(
+    ("several", "message"),
+    [
+        ("<<: [*a{0}, *a{0}]", "line 2: expected '<<' once, with one mapping; found several"),
+        ("<<: *a{0}, <<: *a{0}", "line 2: expected '<<' once, with one mapping; found several"),
+        ("<<: *a{0}, k{0}: 1", "expected mappings of at most 100000 keys by '<<', found more"),
+    ],
+)
+def test_merges_that_would_fill_the_memory_are_refused(tmp_path: Path, several: str, message: str) -> None:
+    merges = [f"a{i + 1}: &a{i + 1} {{{several.format(i)}}}" for i in range(500)]
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(_write(tmp_path, "\n".join(["a0: &a0 {x: 1}", *merges])))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- a", "found list"), ("a: [", "not readable as YAML"), ("? [a]\n: 1", "not readable as YAML .*unhashable")],
+)
 def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(_write(tmp_path, text))

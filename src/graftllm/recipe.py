@@ -10,7 +10,7 @@ import difflib
 import os
 import reprlib
 import typing
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -180,18 +180,41 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """A YAML loader that refuses a key written twice, where PyYAML keeps the last one silently."""
+    """A YAML loader that refuses a key written twice, where PyYAML keeps the last one silently.
+
+    It also bounds merges (`<<`), with which a file of a few lines could fill the memory.
+    """
+
+    merged_keys = 0
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """Return the mapping of `node`."""
-        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        keys = [self.construct_object(key, deep=deep) for key in own]
-        for key in keys:
-            if keys.count(key) > 1:
+        own = [key for key, _ in node.value if key.tag != _MERGE]
+        seen = set()
+        for key in (self.construct_object(key, deep=deep) for key in own):
+            if not isinstance(key, Hashable):
+                continue  # refused below
+            if key in seen:
                 raise yaml.YAMLError(
                     f"key {key!r} stands twice, the second time in line {node.start_mark.line + 1} or below"
                 )
+            seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: Any) -> None:
+        """Put the keys of the mapping that `<<` names, if any, into `node`."""
+        merged = [value for key, value in node.value if key.tag == _MERGE]
+        if len(merged) > 1 or any(isinstance(value, yaml.SequenceNode) for value in merged):
+            raise yaml.YAMLError(
+                f"line {node.start_mark.line + 1}: expected '<<' once, with one mapping; found several"
+            )
+        super().flatten_mapping(node)
+        self.merged_keys += len(node.value) if merged else 0
+        if self.merged_keys > _MOST_MERGED_KEYS:
+            raise yaml.YAMLError(f"expected mappings of at most {_MOST_MERGED_KEYS} keys by '<<', found more")
+
+
+_MERGE, _MOST_MERGED_KEYS = "tag:yaml.org,2002:merge", 100_000
 
 
 _SHOWN = reprlib.Repr()  # a value of aliases within aliases could fill the memory

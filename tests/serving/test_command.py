@@ -7,15 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx2
 import pytest
+import uvicorn
 from openai import AuthenticationError
 
 from graftllm.errors import ServingError
 from graftllm.serving.app import build_app
+from graftllm.serving.metrics import Metrics
 from graftllm.serving.server import serve
-from tests.serving.running import PATIENCE_S, client_of, plain_client
+from tests.serving.running import PATIENCE_S, client_of, plain_client, served
 
 
 @contextmanager
@@ -91,6 +94,36 @@ def test_an_address_that_is_taken_is_told_before_a_model_is_loaded() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ServingError, match=f"--port {port}: cannot listen there .*; give another one, or port 0"):
             serve(lambda: pytest.fail("loaded"), port=port)
+
+
+@pytest.mark.parametrize("api_key", [None, "open"])
+def test_without_a_key_only_requests_to_this_machine_by_name_are_answered(
+    monkeypatch: pytest.MonkeyPatch, api_key: str | None
+) -> None:
+    built: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(uvicorn.Server, "run", lambda server: built.append(server.config.app))
+        serve(lambda: _Idle(), port=0, api_key=api_key)  # type: ignore[arg-type]
+    with served(built[0]) as address, plain_client(address) as plain:
+        for host in ("localhost", "LOCALHOST:8000", "127.0.0.1", "127.0.0.1:80", "[::1]", "[::1]:8000"):
+            assert plain.get("/health", headers={"host": host}).status_code == 200
+        for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "::1"):
+            answer = plain.get("/health", headers={"host": host})
+            assert answer.status_code == (200 if api_key else 403)
+            if not api_key:
+                assert "expected the host 127.0.0.1 or [::1] or localhost, found" in answer.json()["error"]["message"]
+
+
+class _Idle:
+    """A backend that is healthy, and no more."""
+
+    alive = True
+
+    def __init__(self) -> None:
+        self.metrics = Metrics()
+
+    def stop(self) -> None:
+        pass
 
 
 def test_an_address_that_others_reach_needs_a_key() -> None:

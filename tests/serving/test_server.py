@@ -237,7 +237,11 @@ def test_logprobs_are_those_of_the_written_tokens(client: OpenAI) -> None:
         ({"stop": ["a", ""]}, "stop: expected at most 16 texts, none of them empty", None),
         ({"stream_options": {"include_usage": True}}, "stream_options: expected stream to be true beside them", None),
         ({"top_logprobs": 2}, "top_logprobs: expected logprobs to be true beside it; set both, or neither", None),
-        ({"repetition_penalty": 0}, "repetition_penalty: Input should be greater than 0", "repetition_penalty"),
+        (
+            {"repetition_penalty": 1e-45},
+            "repetition_penalty: Input should be greater than or equal to 0.01",
+            "repetition_penalty",
+        ),
         (
             {"messages": [{"role": "user", "content": None}]},
             "messages.0.content: expected text, or parts of the type text; nothing else is read here",

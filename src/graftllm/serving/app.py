@@ -1,7 +1,7 @@
 """The endpoint: OpenAI's paths, the packs' own, the page, and what the machine's keepers ask for."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
@@ -17,7 +17,7 @@ from graftllm.errors import GraftError, ServingError
 from graftllm.serving.gate import Gate
 from graftllm.serving.metrics import Metrics
 from graftllm.serving.orders import Refused
-from graftllm.serving.protocol import ChatRequest, CompletionRequest, error_body
+from graftllm.serving.protocol import ChatRequest, CompletionRequest, Strict, error_body
 
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 
@@ -61,21 +61,26 @@ class Backend(Protocol):
         ...
 
 
-class NewPack(BaseModel):
+class NewPack(Strict):
     """The body of `POST /v1/packs`: a name, and a file on the server's machine."""
 
-    model_config = ConfigDict(extra="forbid")
     name: str
     file: Annotated[str, Field(pattern=r"^[^\x00]+$")]
 
 
 def build_app(
-    backend: Backend, *, api_key: str | None = None, admin_key: str | None = None, max_body: int = 4 << 20
+    backend: Backend,
+    *,
+    hosts: Collection[str] | None = None,
+    api_key: str | None = None,
+    admin_key: str | None = None,
+    max_body: int = 4 << 20,
 ) -> Any:
     """Return the ASGI application that serves a backend.
 
     Args:
         backend: it is stopped when the application shuts down, after the last answer.
+        hosts: the names that requests may be sent to; None for any.
         api_key: clients must know it; None lets everybody in.
         admin_key: whoever changes packs must know it; None forbids that.
         max_body: the most bytes of a request.
@@ -143,7 +148,7 @@ def build_app(
         await asyncio.to_thread(backend.remove, name)
         return {"object": "pack", "id": name, "deleted": True}
 
-    return Gate(app, api_key=api_key, admin_key=admin_key, max_body=max_body, metrics=backend.metrics)
+    return Gate(app, hosts=hosts, api_key=api_key, admin_key=admin_key, max_body=max_body, metrics=backend.metrics)
 
 
 def _model(name: str, about: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""What every request passes first: the key, the size of its body, and the count of requests."""
+"""What every request passes first: the host, the key, the size of its body, and the count of requests."""
 
 import hmac
-from collections.abc import Awaitable, Callable, MutableMapping
+import re
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
 from fastapi import HTTPException
@@ -21,19 +22,28 @@ class Gate:
     """ASGI middleware around the endpoint."""
 
     def __init__(
-        self, app: Any, *, api_key: str | None, admin_key: str | None, max_body: int, metrics: Metrics
+        self,
+        app: Any,
+        *,
+        hosts: Collection[str] | None,
+        api_key: str | None,
+        admin_key: str | None,
+        max_body: int,
+        metrics: Metrics,
     ) -> None:
         """Guard an application.
 
         Args:
             app: it.
+            hosts: what `Host` may say, whatever the port; None for anything. A web page whose name was made to lead
+                here says its own name.
             api_key: what `Authorization: Bearer` has to say; None for nothing.
             admin_key: the same for changing packs; None forbids that to everybody.
             max_body: the most bytes of a body.
             metrics: where requests are counted.
         """
         self._app, self._max_body, self._metrics = app, max_body, metrics
-        self._api_key, self._admin_key = api_key, admin_key
+        self._hosts, self._api_key, self._admin_key = hosts, api_key, admin_key
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Answer a request that is refused, or pass it on."""
@@ -57,6 +67,9 @@ class Gate:
 
     def _refusal(self, scope: MutableMapping[str, Any]) -> JSONResponse | None:
         headers = {name.lower(): value for name, value in scope["headers"]}
+        host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1").lower())
+        if self._hosts is not None and host not in self._hosts:
+            return _refusal(403, f"expected the host {' or '.join(self._hosts)}, found {host!r}.")
         admin = scope["path"].startswith("/v1/packs")
         expected = self._admin_key if admin else self._api_key
         if admin and expected is None:

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -17,7 +17,8 @@ from graftllm.records import Message
 from graftllm.serving.orders import Chosen, Ended, Piece, Token
 
 _MOST_CHOICES = 128  # of a request
-_Stop = str | list[str] | None
+T = TypeVar("T")
+_List = Annotated[list[T], Field(fail_fast=True)]  # a body may hold a million errors, and one is told
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {  # accepted where they ask for nothing
     "logit_bias": ({}, None), "best_of": (1, None),
     "echo": (False, None), "suffix": ("", None), "tools": ([], None), "tool_choice": ("none", "auto", None),
@@ -26,21 +27,33 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {  # accepted where they ask for nothi
 _IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")  # change no answer
 
 
-class StreamOptions(BaseModel):
-    """What a stream has beside its pieces."""
+class Strict(BaseModel):
+    """An object of a body that is refused for a field that it does not know: for the first, however many there are."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_unknown(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        unknown = next((key for key in value if key not in cls.model_fields), None)
+        return {key: one for key, one in value.items() if key in cls.model_fields or key == unknown}
+
+
+class StreamOptions(Strict):
+    """What a stream has beside its pieces."""
+
     include_usage: bool = False
     include_obfuscation: bool = False  # padding against eavesdroppers: there is none, which is allowed
 
 
-class _Asked(BaseModel):
+class _Asked(Strict):
     """What both kinds of requests say."""
 
-    model_config = ConfigDict(extra="forbid")
     model: str
     n: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] = 1
-    stop: _Stop = None
+    stop: str | _List[str] | None = None
     seed: int | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -48,7 +61,7 @@ class _Asked(BaseModel):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     top_k: Annotated[int, Field(ge=-1)] = 0  # this and the next two are vLLM's; -1 and 0 are for all
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=2)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=2)] = 1.0  # divides logits, which have to stay finite
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -63,6 +76,8 @@ class _Asked(BaseModel):
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise ValueError("expected text, found half a character (a lone surrogate)") from None
+        except RecursionError:
+            raise ValueError("expected lists and objects in fewer levels than these") from None
         kept = {}
         for key, wanted in value.items():
             if wanted is None or key in _IGNORED or wanted in _NEUTRAL.get(key, ()):
@@ -95,16 +110,14 @@ class _Asked(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class _TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _TextPart(Strict):
     type: Literal["text"]
     text: str
 
 
-class _ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_TextPart]
+    content: str | _List[_TextPart]
 
     @model_validator(mode="before")
     @classmethod
@@ -131,7 +144,7 @@ class _ChatMessage(BaseModel):
 class ChatRequest(_Asked):
     """The body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[_ChatMessage], Field(min_length=1)]
+    messages: Annotated[_List[_ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
@@ -156,7 +169,7 @@ class ChatRequest(_Asked):
 class CompletionRequest(_Asked):
     """The body of `/v1/completions`: prompts, as texts or as tokens."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | _List[int] | _List[str] | _List[_List[int]]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @model_validator(mode="after")

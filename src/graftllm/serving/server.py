@@ -17,6 +17,7 @@ from graftllm.serving.protocol import ChatRequest, CompletionRequest
 from graftllm.serving.shelves import Library
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_LOOPBACK_HOSTS = ("127.0.0.1", "[::1]", "localhost")  # as a request names them
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def serve(
             "127.0.0.1."
         )
     _check_free(host, port)
-    app = build_app(backend(), api_key=api_key, admin_key=admin_key, max_body=max_body)
+    hosts = None if api_key else _LOOPBACK_HOSTS  # with a key, a proxy may be in front
+    app = build_app(backend(), hosts=hosts, api_key=api_key, admin_key=admin_key, max_body=max_body)
     uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="info", access_log=False)).run()
 
 

@@ -191,6 +191,45 @@ def test_capabilities_are_gone_and_do_not_come_back() -> None:
 
 
 @isolated
+def test_calls_past_limits_and_namespaces_are_refused() -> None:
+    program = """
+        import ctypes, errno, os, platform, socket
+        libc = ctypes.CDLL(None, use_errno=True)
+        keyctl = 250 if platform.machine() == "x86_64" else 219
+        tries = {
+            "shmget": lambda: libc.shmget(0, 1 << 20, 0o1600),
+            "msgget": lambda: libc.msgget(0, 0o1600),
+            "semget": lambda: libc.semget(0, 1, 0o1600),
+            "memfd_create": lambda: libc.memfd_create(b"x", 0),
+            "memfd_secret": lambda: libc.syscall(447, 0),
+            "keyctl": lambda: libc.syscall(keyctl, 0, -3, 0),
+            "io_uring_setup": lambda: libc.syscall(425, 1, ctypes.create_string_buffer(120)),
+            "vsock": lambda: libc.socket(40, 1, 0),
+            "netlink": lambda: libc.socket(16, 3, 0),
+        }
+        if platform.machine() == "x86_64":
+            tries["x32"] = lambda: libc.syscall(0x40000000 + 39)
+        done = [name for name, attempt in tries.items() if attempt() != -1 or ctypes.get_errno() != errno.EPERM]
+        for family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6):
+            socket.socket(family).close()
+        socket.socketpair()
+    """
+    assert _run(program, "assert not done, done") == Verdict(True)
+
+
+@isolated
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the 32-bit calls of x86_64")
+def test_calls_of_another_architecture_end_the_program() -> None:
+    program = """
+        import ctypes, mmap
+        code = mmap.mmap(-1, 4096, prot=7)
+        code.write(bytes.fromhex("b814000000cd80c3"))  # mov eax, 20 (getpid); int 0x80; ret
+        ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))()
+    """
+    assert _run(program).problem == "ended early with status 225"  # 256 - SIGSYS
+
+
+@isolated
 def test_descriptors_of_the_parent_are_closed(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     with open(tmp_path / "secret") as file:

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from graftllm.compression import elementwise
-from graftllm.compression.elementwise import Elementwise, encode_elementwise, grid_for
+from graftllm.compression.elementwise import Elementwise, Grid, encode_elementwise, grid_for
 from graftllm.compression.matrix import matrix_shape
 from graftllm.compression.metric import Metric
 
@@ -126,3 +126,12 @@ def test_payloads_of_another_shape_are_refused() -> None:
     for changed in (payload[:-1], np.append(payload, payload[:1]), payload[:3], payload[:0]):
         with pytest.raises(ValueError, match="expected"):
             operator.matrix(changed, (6, 4))
+
+
+@pytest.mark.parametrize("exponent", [-(1 << 29), 1 << 29])
+def test_exponents_whose_tables_would_wrap_are_not_read_as_small_ones(exponent: int) -> None:
+    codes = torch.randint(-9, 10, (6, 4), generator=torch.Generator().manual_seed(0)).to(torch.int32).numpy()
+    grid = Grid(0.1, np.zeros(6, np.int32), np.full(4, exponent, np.int32))
+    payload = grid.payload(codes, 0)  # as if 8 * exponent were 0
+    with pytest.raises(ValueError, match="expected"):
+        Elementwise(step=0.1, slope=8, height=6).matrix(payload, (6, 4))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pytest
+from pydantic import ValidationError
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
@@ -353,6 +354,22 @@ def test_a_manifest_names_no_router_of_others(grafted: Path, file: str) -> None:
     (grafted / "manifest.json").write_text(json.dumps(text))
     with pytest.raises(FusionError, match=r"manifest.json: router.file: String should match pattern '\^router-"):
         read_manifest(grafted)
+
+
+def test_a_manifest_longer_than_a_mebibyte_is_refused_unread(grafted: Path) -> None:
+    (grafted / "manifest.json").unlink()
+    (grafted / "manifest.json").symlink_to("/dev/zero")
+    with pytest.raises(FusionError, match="manifest.json: expected at most 1,048,576 bytes, found more. Run"):
+        read_manifest(grafted)
+
+
+def test_of_many_wrong_rules_the_first_is_told(grafted: Path) -> None:
+    text = json.loads((grafted / "manifest.json").read_text()) | {"rules": [0] * 9}
+    (grafted / "manifest.json").write_text(json.dumps(text))
+    with pytest.raises(FusionError, match=r"manifest.json: rules.0: Input should be an object") as caught:
+        read_manifest(grafted)
+    assert isinstance(cause := caught.value.__cause__, ValidationError)
+    assert cause.error_count() == 1
 
 
 def test_a_directory_that_is_being_changed_is_not_replaced(home: Path, grafted: Path) -> None:

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError
-from graftllm.fusion.classifier import Calibration, judge
+from graftllm.fusion import routing
+from graftllm.fusion.classifier import Calibration, judge, new_network
 from graftllm.fusion.examples import keep_examples
 from graftllm.fusion.fitting import fit_router
 from graftllm.fusion.routing import Router, train_router
@@ -369,11 +370,32 @@ def test_a_router_whose_parts_do_not_fit_is_refused(router: Router, tmp_path: Pa
     refused(state | {"codes.math": state["codes.math"].float()}, about, "the examples of 'math' are .torch.float32, t")
     refused({name: value for name, value in state.items() if name != "scales.code"}, about, "not a router")
     refused(state | {"network.0.weight": state["network.0.weight"] * torch.nan}, about, "expected finite weights")
+    refused(state | {"scales.math": torch.full_like(state["scales.math"], 3e38)}, about, "not a router of this version")
     refused(state | {"network.0.weight": torch.zeros(1, 60_000)}, about, "expected at most 512 features, found 60000")
     endless = json.loads(about) | {"options": json.loads(about)["options"] | {"steps": 10**12}}
     refused(state, json.dumps(endless), "should be less than or equal to 100000")
     refused(state, json.dumps(json.loads(about) | {"format": "graftllm/router 1"}), "found graftllm/router 1")
     refused(state, json.dumps(json.loads(about) | {"classes": ["base", "math"]}), "not a router of this version")
+
+
+def test_classes_that_the_weights_do_not_have_take_no_memory(
+    router: Router, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def traced(*args: Any, **options: Any) -> torch.nn.Sequential:
+        networks.append(new_network(*args, **options))
+        return networks[-1]
+
+    networks: list[torch.nn.Sequential] = []
+    monkeypatch.setattr(routing, "new_network", traced)
+    router.save(tmp_path / "whole")
+    with safe_open(tmp_path / "whole", framework="pt") as file:
+        about, state = json.loads(file.metadata()["router"]), {name: file.get_tensor(name) for name in file.keys()}
+    about["classes"] = ["base", *map(str, range(100_000))]
+    for weight in (state["network.2.weight"], torch.zeros(100_001, 0)):
+        save_file(state | {"network.2.weight": weight}, tmp_path / "x", metadata={"router": json.dumps(about)})
+        with pytest.raises(FusionError, match="size mismatch for 2.weight"):
+            Router.load(tmp_path / "x")
+    assert [network.get_parameter("2.weight").is_meta for network in networks] == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -131,11 +131,41 @@ def test_a_grafted_directory_comes_back_whole(hub: Hub, grafted: Path, base_dir:
     assert (there.packs, there.rules, there.fingerprint) == (here.packs, here.rules, here.fingerprint)
     assert len(GraftedModel.load(tmp_path / "g").generate(["abc"], "reverse")) == 1
     assert read_manifest(pull("user/skills", tmp_path / "h").path).base == "org/base"
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(HubError, match="mine: expected nothing or a grafted model there, found other files; give"):
-        pull("user/skills", tmp_path / "mine")
-    assert (tmp_path / "mine" / "thesis.tex").exists()
+    remove_pack(tmp_path / "g", "reverse")
+    assert pull("user/skills", tmp_path / "g", base=base_dir).packs == ("reverse", "again")
+    assert read_manifest(tmp_path / "g") == there
+
+
+@pytest.mark.parametrize(
+    ("kept", "error", "text"),
+    [
+        (
+            {"thesis.tex": "mine"},
+            StorageError,
+            "mine: expected nothing there, or a directory with manifest.json, f",
+        ),
+        ({MANIFEST: '{"name": "my web app"}', "src/app.js": "mine"}, FusionError, "mine/manifest.json: "),
+        ({MANIFEST: None, "src/app.js": "mine"}, StorageError, "found src/app.js as well, which would be lost"),
+    ],
+)
+def test_files_of_others_are_not_lost_by_pulling(
+    hub: Hub,
+    grafted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kept: dict[str, str | None],
+    error: type[GraftError],
+    text: str,
+) -> None:
+    push(grafted, "stranger/mine", base="org/base")
+    monkeypatch.chdir(tmp_path)
+    contents = {Path("mine", name): said or (grafted / MANIFEST).read_text() for name, said in kept.items()}
+    for path, said in contents.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(said)
+    with pytest.raises(error, match=text):
+        pull("stranger/mine")
+    assert {path: path.read_text() for path in Path("mine").rglob("*") if path.is_file()} == contents
 
 
 def test_a_cut_download_goes_on_where_it_was(

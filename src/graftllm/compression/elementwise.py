@@ -77,7 +77,7 @@ class Elementwise(MatrixOperator):
             size = int.from_bytes(payload[position : position + 4].tobytes(), "little")
             reader = CodeReader(payload[position + 4 : position + 4 + size])
             row_exponents, column_exponents = reader.vector(some), reader.vector(columns)
-            codes = reader.matrix(some, columns, -self.slope * column_exponents)
+            codes = reader.matrix(some, columns, _shifts(self.slope, column_exponents))
             reader.finish()
             yield start, Grid(self.step, row_exponents, column_exponents), codes
             position += 4 + size
@@ -114,9 +114,14 @@ class Grid:
         writer = CodeWriter()
         writer.vector(self.row_exponents)
         writer.vector(self.column_exponents)
-        writer.matrix(codes, -slope * self.column_exponents)
+        writer.matrix(codes, _shifts(slope, self.column_exponents))
         payload = writer.payload()
         return np.concatenate([np.array([len(payload)], "<u4").view(np.uint8), payload])
+
+
+def _shifts(slope: int, column_exponents: np.ndarray) -> np.ndarray:
+    """Return how many tables up each column is, int64: a stranger's exponents are any of int32."""
+    return -slope * column_exponents.astype(np.int64)
 
 
 def grid_for(metric: Metric, step: float, shape: tuple[int, int]) -> Grid:
@@ -156,4 +161,4 @@ def encode_elementwise(
 def _best_slope(codes: np.ndarray, column_exponents: np.ndarray) -> int:
     """Return the slope whose tables take the fewest bits."""
     slopes = _SLOPES if column_exponents.any() else (0,)
-    return min(slopes, key=lambda slope: code_bits(codes, -slope * column_exponents)) if len(slopes) > 1 else 0
+    return min(slopes, key=lambda slope: code_bits(codes, _shifts(slope, column_exponents))) if len(slopes) > 1 else 0

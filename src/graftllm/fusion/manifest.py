@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, StringConstraints, ValidationError
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError, GraftError
@@ -19,6 +19,7 @@ from graftllm.skillpack import SkillPack
 AUTO = "auto"
 MANIFEST = "manifest.json"
 HASH = 12  # hexadecimal digits of the SHA-256 of a router's file that are in its name
+_LONGEST = 1 << 20  # bytes of a manifest, of some thousand packs; what is wrong in it takes hundreds of times as many
 
 PackName = Annotated[str, AfterValidator(plain_name)]
 
@@ -49,7 +50,7 @@ class Manifest(BaseModel):
     fingerprint: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
     packs: dict[PackName, ShelvedPack]
     router: ShelvedRouter | None = None
-    rules: tuple[Rule, ...] = ()
+    rules: Annotated[tuple[Rule, ...], FailFast()] = ()
 
     def unrouted(self) -> list[str]:
         """Return the packs that the router does not know, or knows as other files: it is older than they are."""
@@ -61,10 +62,16 @@ def read_manifest(directory: Path) -> Manifest:
     """Read what a grafted directory consists of.
 
     Raises:
-        FusionError: there is no such directory, or its manifest is not one.
+        FusionError: there is no such directory, or its manifest is not one, or longer than 1 MiB.
     """
     try:
-        return Manifest.model_validate_json((directory / MANIFEST).read_bytes())
+        with open(directory / MANIFEST, "rb") as file:
+            text = file.read(_LONGEST + 1)
+        if len(text) > _LONGEST:
+            raise FusionError(
+                f"{directory / MANIFEST}: expected at most {_LONGEST:,} bytes, found more. Run `graftllm fuse` again."
+            )
+        return Manifest.model_validate_json(text)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FusionError(
             f"{directory}: expected a grafted model, found no {MANIFEST} in it; make one with `graftllm fuse`."

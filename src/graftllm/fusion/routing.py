@@ -84,6 +84,11 @@ class Router:
         return self.classes[1:]
 
     @property
+    def width(self) -> int:
+        """How many features of a prompt the router reads."""
+        return self.examples[BASE].codes.shape[1]
+
+    @property
     def accuracy(self) -> float:
         """Share of examples that went where they belong when the classifier had not seen them."""
         right = torch.cat([self.held_out[name] == i for i, name in enumerate(self.classes)])
@@ -186,7 +191,10 @@ class Router:
             with safe_open(path, framework="pt") as file:
                 about = json.loads((file.metadata() or {}).get("router", "{}"))
                 state = {name: file.get_tensor(name) for name in file.keys()}
-            return _restored(about, state)
+            router = _restored(about, state)
+            if not router.classifier.whitening.isfinite().all():
+                raise ValueError("expected examples whose covariance is finite")
+            return router
         except (
             SafetensorError,
             OSError,
@@ -293,11 +301,12 @@ def _restored(about: object, state: Mapping[str, Tensor]) -> Router:
         raise ValueError(f"expected base and then different packs as classes, found {classes}")
     if width > WIDEST:
         raise ValueError(f"expected at most {WIDEST} features, found {width}")
-    network = new_network(width, len(classes), seed=0)
+    with torch.device("meta"):  # which takes no memory before the shapes are compared
+        network = new_network(width, len(classes), seed=0)
     weights = {name: state[f"network.{name}"].float() for name in network.state_dict()}
     if not all(bool(value.isfinite().all()) for value in weights.values()):
         raise ValueError("expected finite weights")
-    network.load_state_dict(weights)
+    network.load_state_dict(weights, assign=True)
     examples = {name: Examples(state[f"codes.{name}"], state[f"scales.{name}"]) for name in classes}
     held_out = {name: state[f"found.{name}"] for name in classes}
     for name, kept in examples.items():

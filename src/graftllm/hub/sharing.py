@@ -26,7 +26,7 @@ from graftllm.storage import check_apart, whole_directory, whole_file, write_tex
 
 _CARD = "README.md"
 _OURS = re.compile(r"packs/\w[\w.-]*\.safetensors|router-[0-9a-f]{12}\.safetensors")
-_MAX_MANIFEST = 16 << 20
+_HOLDS = ("packs/*.safetensors", "router-*.safetensors", ".router.safetensors", ".*.partial", "packs/.*.partial")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def pull(source: str, out: Path | None = None, *, revision: str | None = None, b
     Raises:
         HubError: the Hub cannot be reached, has nothing of the kind, or what it gave is not what it should be.
         PackError: a pack is damaged, hostile or made for another base.
-        FusionError: a file is not the one that the manifest names.
+        FusionError: a file is not the one that the manifest names, or what is at `out` has a manifest of another kind.
+        StorageError: at `out` are files that would be lost.
     """
     wanted = repository(source, revision)
     if wanted is None:
@@ -171,8 +172,6 @@ def _first_there(source: Repository, names: Sequence[str]) -> Path:
 
 def _pull_directory(pinned: Repository, first: Path, out: Path, base: Path | None) -> Manifest:
     """Write a grafted directory from the files of one commit; it appears when all of them are as they should be."""
-    if first.stat().st_size > _MAX_MANIFEST:
-        raise HubError(f"{pinned}: {MANIFEST} has {first.stat().st_size:,} bytes; expected at most {_MAX_MANIFEST:,}.")
     manifest = read_manifest(first.parent)
     odd = [file for file in _files(manifest) if not _is_ours(file)]
     if odd or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", manifest.base) is None:
@@ -180,13 +179,13 @@ def _pull_directory(pinned: Repository, first: Path, out: Path, base: Path | Non
             f"{pinned}: {MANIFEST} names {(odd or [manifest.base])[0]!r}; expected files below packs/ and a base on "
             "the Hub. It was not made by `graftllm push`."
         )
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists():
-        raise HubError(f"{out}: expected nothing or a grafted model there, found other files; give another --out.")
+    if (out / MANIFEST).exists():
+        read_manifest(out)  # one of another kind stays
     checkpoint = None if base is None else Checkpoint.open(base)
     if base is not None:
         check_apart(out, [base])
         manifest = manifest.model_copy(update={"base": os.path.relpath(base.resolve(), out.resolve())})
-    with whole_directory(out) as partial:
+    with whole_directory(out, over=[MANIFEST], holds=_HOLDS) as partial:
         (partial / "packs").mkdir()
         for file in track(_files(manifest), label="pulling"):
             shutil.copyfile(download(pinned, file), partial / file)

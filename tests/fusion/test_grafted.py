@@ -21,7 +21,6 @@ from graftllm.fusion.directory import add_packs, remove_pack, set_router, write_
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.grafting import plug
 from graftllm.fusion.manifest import Manifest, read_manifest
-from graftllm.fusion.routing import train_router
 from graftllm.generation import GREEDY, generate
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.packer import compress
@@ -574,16 +573,6 @@ def test_a_changed_router_is_refused(shelf: Path, tmp_path: Path) -> None:
     router.mkdir()
     with pytest.raises(FusionError, match=r"router-\w{12}.safetensors: not a router of this version"):
         GraftedModel.load(grafted)
-
-
-def test_a_router_for_a_base_of_another_width_is_refused(grafted: GraftedModel) -> None:
-    draw = torch.Generator().manual_seed(0)
-    features = {name: torch.randn(9, 95, generator=draw) for name in ("base", "one")}
-    narrow = train_router(features, RouterOptions(steps=1), seed=0)
-    with pytest.raises(
-        FusionError, match="router: expected one that reads 96 features, as this base gives, found .*95"
-    ):
-        GraftedModel(grafted.model, grafted.tokenizer, grafted.packs, router=narrow)
 
 
 def test_packs_of_another_base_are_refused_and_nothing_is_written(shelf: Path, tmp_path: Path) -> None:

@@ -121,6 +121,11 @@ def test_prompts_of_a_kind_never_seen_go_to_the_base(router: Router) -> None:
     assert {route.reason for route in router.route(strangers["law"])} <= {"unknown", "unsure", "router"}
 
 
+def test_a_base_of_another_width_is_refused(router: Router) -> None:
+    with pytest.raises(FusionError, match=r"^router: expected a base that gives 24 features, .* found 25; run"):
+        router.route(torch.zeros(1, 25))
+
+
 def test_unsure_prompts_go_to_the_base(router: Router) -> None:
     features = _clusters(seed=1)
     between = (features["math"] + features["base"]) / 2

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,7 +14,6 @@ from graftllm.errors import FusionError
 from graftllm.fusion.beside import Beside, Mix, mixed
 from graftllm.fusion.branches import kept_branches, why_merged_only
 from graftllm.fusion.conversations import Conversation, messages_of, several
-from graftllm.fusion.examples import WIDEST
 from graftllm.fusion.features import prompt_features
 from graftllm.fusion.grafting import Graft, is_quantized
 from graftllm.fusion.manifest import AUTO, open_base, open_shelf
@@ -64,13 +63,7 @@ class GraftedModel:
     _sizes: dict[str, int] = field(default_factory=dict, repr=False)  # bytes of packs beside the weights, where known
 
     def __post_init__(self) -> None:
-        """Start with the bare base.
-
-        Raises:
-            FusionError: the router is for a base of another width.
-        """
-        if self.router is not None:
-            _check_width(self.router, self.model)
+        """Start with the bare base."""
         self.packs = MappingProxyType(dict(self.packs))
         if self.shelf is None:
             weights = sum(value.nbytes for value in self.model.parameters())
@@ -340,15 +333,6 @@ class GraftedModel:
             merged = kept_replacement(self.shelf, mix, self.model, packs, check=check)
             self._checked |= {name for name, _ in mix}
             self._graft, self._mix = merged.plug(self.model), mix
-
-
-def _check_width(router: Router, model: PreTrainedModel) -> None:
-    expected = min(3 * cast(Any, model.config).get_text_config().hidden_size, WIDEST)
-    if router.width != expected:
-        raise FusionError(
-            f"router: expected one that reads {expected} features, as this base gives, found one of {router.width}; "
-            "it was trained for another base. Run `graftllm fuse` again."
-        )
 
 
 @dataclass(eq=False)

@@ -105,9 +105,18 @@ class Router:
         return (int((found > 0).sum()) + 1) / (len(found) + 1)
 
     def route(self, features: Tensor) -> list[Route]:
-        """Return one route for each row of `prompt_features`."""
+        """Return one route for each row of `prompt_features`.
+
+        Raises:
+            FusionError: the router was trained on features of another width.
+        """
         if not len(features):
             return []
+        if features.shape[1] != self.width:
+            raise FusionError(
+                f"router: expected a base that gives {self.width} features, as it was trained on, found "
+                f"{features.shape[1]}; run `graftllm fuse` again."
+            )
         verdict = judge(*self.classifier.read_likeliest(features), self.calibration)
         rows = zip(verdict.probabilities.tolist(), verdict.chosen.tolist(), verdict.strange.tolist(), strict=True)
         return [self._route(row, choice, strange) for row, choice, strange in rows]

@@ -132,6 +132,16 @@ def with_head(checkpoint: Path, out: Path) -> Path:
     return out
 
 
+class RouterFile:
+    """A router as the directory sees it: classes, and a file."""
+
+    def __init__(self, *packs: str) -> None:
+        self.classes = ("base", *packs)
+
+    def save(self, path: Path) -> None:
+        path.write_text(" ".join(self.classes))
+
+
 def with_vocabulary(base: Path, out: Path, size: int, *, config: int | None = None) -> Path:
     """Save a perturbed checkpoint with another number of tokens, which its config tells (or tells otherwise)."""
     perturb(base, out, seed=3)

@@ -11,55 +11,13 @@ from typing import BinaryIO
 import pytest
 from pydantic import ValidationError
 
-from graftllm.checkpoint import Checkpoint
-from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError, StorageError
 from graftllm.fusion import directory
 from graftllm.fusion.directory import add_packs, remove_pack, set_router, set_rules, write_grafted
 from graftllm.fusion.manifest import MANIFEST, open_base, open_packs, read_manifest
 from graftllm.fusion.rules import Rule
-from graftllm.header import Card
-from graftllm.packer import compress
-from graftllm.packing_options import PackOptions
 from graftllm.storage import only_writer
-from tests.models import perturb, save_llama, with_vocabulary
-
-
-class _Router:
-    """A router as the directory sees it: classes, and a file."""
-
-    def __init__(self, *packs: str) -> None:
-        self.classes = ("base", *packs)
-
-    def save(self, path: Path) -> None:
-        path.write_text(" ".join(self.classes))
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base and packs of it: `one` and `three` exact, `two` in factors, `wide` with added vocabulary rows.
-
-    `other` is for another base.
-    """
-    home = tmp_path_factory.mktemp("home")
-    base = save_llama(home / "base")
-    for seed, name in enumerate(("one", "two", "three"), 1):
-        delta = Delta(Checkpoint.open(base), Checkpoint.open(perturb(base, home / f"{name}-tuned", seed=seed)))
-        options = PackOptions(strategy="paper" if name == "two" else "exact")
-        compress(delta, options, card=Card(name=name, description=f"Skill {name}")).save(home / f"{name}.safetensors")
-    wide = with_vocabulary(base, home / "wide-tuned", 80)
-    compress(Delta(Checkpoint.open(base), Checkpoint.open(wide)), PackOptions()).save(home / "wide.safetensors")
-    other = save_llama(home / "other", seed=8)
-    delta = Delta(Checkpoint.open(other), Checkpoint.open(perturb(other, home / "other-tuned", seed=1)))
-    compress(delta, PackOptions(strategy="exact")).save(home / "other.safetensors")
-    return home
-
-
-@pytest.fixture
-def grafted(home: Path, tmp_path: Path) -> Path:
-    """A grafted model with the packs `one` and `two`."""
-    write_grafted(tmp_path / "g", str(home / "base"), {name: home / f"{name}.safetensors" for name in ("one", "two")})
-    return tmp_path / "g"
+from tests.models import RouterFile
 
 
 def _contents(directory: Path) -> dict[str, tuple[int, bytes]]:
@@ -206,7 +164,7 @@ def test_bad_changes_change_nothing(home: Path, grafted: Path, tmp_path: Path) -
     ):
         set_rules(grafted, [Rule(pack="three", tag="x")])
     with pytest.raises(FusionError, match="router: knows the pack 'three', which is not there; expected one, two."):
-        set_router(grafted, _Router("one", "three"))  # type: ignore
+        set_router(grafted, RouterFile("one", "three"))  # type: ignore
     with pytest.raises(FusionError, match="expected a grafted model, found no manifest.json in it"):
         add_packs(tmp_path / "nothing", {"three": home / "three.safetensors"})
     assert not (tmp_path / "nothing").exists()
@@ -265,16 +223,16 @@ def test_a_disk_that_is_full_in_the_middle_keeps_no_pack(
 def test_what_a_failed_change_put_goes_but_nothing_that_was_there(
     home: Path, grafted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    set_router(grafted, _Router("one"))  # type: ignore
+    set_router(grafted, RouterFile("one"))  # type: ignore
     shutil.copy(home / "three.safetensors", grafted / "packs")  # the only one of its name, or one that a kill left
     before = _contents(grafted)
     packs = {"three": grafted / "packs" / "three.safetensors", "again": home / "three.safetensors"}
     with pytest.raises(FusionError, match="router: knows the pack 'four', which is not there"):
-        add_packs(grafted, packs, router=_Router("one", "four"))  # type: ignore
+        add_packs(grafted, packs, router=RouterFile("one", "four"))  # type: ignore
 
     changes = (
-        lambda: add_packs(grafted, packs, router=_Router("one", "again")),  # type: ignore
-        lambda: set_router(grafted, _Router("two")),  # type: ignore
+        lambda: add_packs(grafted, packs, router=RouterFile("one", "again")),  # type: ignore
+        lambda: set_router(grafted, RouterFile("two")),  # type: ignore
     )
     for place, name in ((directory, "write_text"), (os, "replace")):  # of the manifest, and of the router
         for change in changes:
@@ -303,28 +261,28 @@ def test_a_new_directory_spares_what_it_is_made_of_and_what_is_not_one(
 
 
 def test_a_router_that_is_older_than_a_pack_is_known_as_such(home: Path, grafted: Path) -> None:
-    assert set_router(grafted, _Router("one", "two")).unrouted() == []  # type: ignore
+    assert set_router(grafted, RouterFile("one", "two")).unrouted() == []  # type: ignore
     added = add_packs(grafted, {"three": home / "three.safetensors"})
     assert added.unrouted() == ["three"]
-    assert set_router(grafted, _Router("one", "two", "three")).unrouted() == []  # type: ignore
+    assert set_router(grafted, RouterFile("one", "two", "three")).unrouted() == []  # type: ignore
     assert len(list(grafted.glob("router-*"))) == 1
 
 
 def test_a_router_comes_with_the_packs_that_it_knows(home: Path, grafted: Path) -> None:
-    set_router(grafted, _Router("one", "two"))  # type: ignore
-    manifest = add_packs(grafted, {"three": home / "three.safetensors"}, router=_Router("one", "two", "three"))  # type: ignore
+    set_router(grafted, RouterFile("one", "two"))  # type: ignore
+    manifest = add_packs(grafted, {"three": home / "three.safetensors"}, router=RouterFile("one", "two", "three"))  # type: ignore
     assert manifest.unrouted() == []
     assert [file.name for file in grafted.glob("router-*")] == [manifest.router.file]
 
 
 def test_a_router_that_was_made_of_another_than_is_there_does_not_come(home: Path, grafted: Path) -> None:
     taught = read_manifest(grafted)
-    set_router(grafted, _Router("one", "two"))  # type: ignore
+    set_router(grafted, RouterFile("one", "two"))  # type: ignore
     before = _contents(grafted)
     with pytest.raises(
         FusionError, match="g: expected the router that learnt of three, found another; it was changed meanwhile. Noth"
     ):
-        add_packs(grafted, {"three": home / "three.safetensors"}, router=_Router("three"), taught=taught)  # type: ignore
+        add_packs(grafted, {"three": home / "three.safetensors"}, router=RouterFile("three"), taught=taught)  # type: ignore
     assert _contents(grafted) == before
 
 

@@ -24,13 +24,12 @@ from graftllm.fusion.branches import why_merged_only
 from graftllm.fusion.directory import set_router, set_rules, write_grafted
 from graftllm.fusion.inventory import take_inventory
 from graftllm.fusion.rules import Rule
-from graftllm.header import Card
 from graftllm.loading import load_model
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
 from tests.architectures import CONFIGS, save_base, save_tuned
-from tests.models import perturb, save_llama, tokenizer
+from tests.models import RouterFile, tokenizer
 
 IN_FACTORS = PackOptions(strategy="paper", energy=0.7)
 _SHAPE = {
@@ -56,36 +55,8 @@ ODD: Mapping[str, tuple[PreTrainedConfig, str]] = {  # with a word for some para
 }  # fmt: skip
 
 
-class _Router:
-    """A router as the directory sees it: classes, and a file."""
-
-    def __init__(self, *packs: str) -> None:
-        self.classes = ("base", *packs)
-
-    def save(self, path: Path) -> None:
-        path.write_text(" ".join(self.classes))
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, and packs of it: `one` exact, `two` in factors."""
-    home = tmp_path_factory.mktemp("home")
-    base = save_llama(home / "base")
-    for seed, name in enumerate(("one", "two"), 1):
-        delta = Delta(Checkpoint.open(base), Checkpoint.open(perturb(base, home / f"{name}-tuned", seed=seed)))
-        options = PackOptions(strategy="paper" if name == "two" else "exact")
-        compress(delta, options, card=Card(name=name, description=f"Skill {name}")).save(home / f"{name}.safetensors")
-    return home
-
-
-@pytest.fixture
-def grafted(home: Path, tmp_path: Path) -> Path:
-    write_grafted(tmp_path / "g", str(home / "base"), {name: home / f"{name}.safetensors" for name in ("one", "two")})
-    return tmp_path / "g"
-
-
 def test_the_inventory_tells_what_each_pack_can_do(grafted: Path) -> None:
-    set_router(grafted, _Router("one"))  # type: ignore
+    set_router(grafted, RouterFile("one"))  # type: ignore
     set_rules(grafted, [Rule(pack="one", tag="TAG")])
     found = take_inventory(grafted)
     figures = json.loads(json.dumps(found.figures()))

@@ -6,6 +6,7 @@ import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -204,6 +205,11 @@ def test_nothing_is_left_when_there_is_no_room(
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(PackError, match=r"none.safetensors: cannot be read \(No such file or directory\)"):
         SkillPack.load(tmp_path / "none.safetensors")
+
+
+def test_a_layer_of_no_known_name_is_refused(pack_file: Path) -> None:
+    with pytest.raises(PackError, match="layer: expected one of lossy, exact; found 'losy'"):
+        SkillPack.load(pack_file, layer=cast(Any, "losy"))
 
 
 def test_another_safetensors_file_is_no_pack(base: Checkpoint) -> None:

@@ -7,7 +7,7 @@ docs/skillpack-format.md; `header` reads what a file says of itself.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -60,9 +60,12 @@ class SkillPack:
             revision: branch, tag or commit of the repository; the newest of the main branch by default.
 
         Raises:
-            PackError: the file is missing, truncated, damaged, hostile or not a SkillPack, or has no such layer.
+            PackError: the file is missing, truncated, damaged, hostile or not a SkillPack, or has no such layer; or no
+                layer is called so.
             HubError: the repository cannot be had, or holds no pack.
         """
+        if layer is not None and layer not in get_args(Layer):
+            raise PackError(f"{path}: layer: expected one of {', '.join(get_args(Layer))}; found {layer!r}.")
         source = None if str(path).endswith(".safetensors") else repository(str(path), revision)
         path = Path(path) if source is None else _downloaded(source)
         header = read_header(path)

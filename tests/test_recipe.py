@@ -64,7 +64,8 @@ def test_the_demo_recipe_is_valid() -> None:
         ("targt: x", "unknown key 'targt'; the nearest known one is 'target'"),
         ("sampling: {temprature: 1}", "unknown key 'sampling.temprature'; the nearest known one is 'temperature'"),
         ("dpo: {bta: 1}", "unknown key 'dpo.bta'; the nearest known one is 'beta'"),
-        ("skills: {a: {sorces: [x]}}", "key 'skills.a.sources' is missing"),
+        ("skills: {a: {sorces: [x]}}", "unknown key 'skills.a.sorces'; the nearest known one is 'sources'"),
+        ("skills: {a: {prompts: x}}", "key 'skills.a.sources' is missing"),
         ("skills: {a: {sources: [x], prompts: p, test: t, juge: exact}}", "the nearest known one is 'judge'"),
         ("skills: {test: {sources: [x], prompts: p, test: t, juge: exact}}", "the nearest known one is 'judge'"),
         (
@@ -149,6 +150,11 @@ def test_a_wrong_judge_is_told_in_one_short_line(tmp_path: Path, judge: str, mes
 def test_every_section_knows_its_own_keys(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="known here: samples, temperature, top_p, max_new_tokens, batch_size"):
         load_recipe(_write(tmp_path, SMALL + "sampling: {x: 1}\n"))
+
+
+def test_a_misspelt_key_is_told_before_the_one_that_is_missing_for_it(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="unknown key 'skils'; the nearest known one is 'skills'"):
+        load_recipe(_write(tmp_path, SMALL.replace("skills:", "skils:")))
 
 
 def test_a_key_written_twice_is_refused(tmp_path: Path) -> None:

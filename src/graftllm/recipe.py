@@ -223,7 +223,9 @@ _SHOWN.maxdict = _SHOWN.maxlist = _SHOWN.maxtuple = 20
 
 
 def _first_problem(error: ValidationError) -> str:
-    first = error.errors()[0]
+    problems = error.errors()
+    unknown = (one for one in problems if one["type"] == "extra_forbidden")
+    first = next(unknown, problems[0])  # a key that is missing may be there under a wrong name
     location = [part for part in first["loc"] if isinstance(part, str)]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":

@@ -43,6 +43,17 @@ def test_packs_come_to_a_shelf_are_listed_and_go(
     assert (code, out) == (0, f"{shelf}: three removed; left: one, two\n")
 
 
+def test_fusing_over_a_shelf_loses_none_of_its_packs(
+    graftllm: Command, base_dir: Path, packs: Path, tmp_path: Path
+) -> None:
+    shelf, one, two = tmp_path / "g", f"one={packs}/one.safetensors", f"two={packs}/two.safetensors"
+    assert graftllm("fuse", "--base", base_dir, "--pack", one, "--pack", two, "--out", shelf)[0] == 0
+    code, _, error = graftllm("fuse", "--base", base_dir, "--pack", one, "--out", shelf)
+    assert code == 1 and "is a grafted model with the pack 'two' as well, which would be lost. `graftllm add`" in error
+    assert list(json.loads(graftllm("list", shelf, "--json")[1])["packs"]) == ["one", "two"]
+    assert graftllm("fuse", "--base", base_dir, "--pack", two, "--pack", one, "--out", shelf)[0] == 0
+
+
 def test_a_description_with_brackets_is_shown_as_it_is(
     graftllm: Command, base_dir: Path, packs: Path, tmp_path: Path
 ) -> None:

@@ -23,11 +23,11 @@ from graftllm.delta import Delta
 from graftllm.devices import resolve_device
 from graftllm.errors import BudgetError, CheckpointError, CompressionError, RecordError, WorkerError
 from graftllm.header import BaseInfo, Card, Header, TensorEntry
-from graftllm.packfile import Run, file_bytes, opening
+from graftllm.packfile import Run, check_place, file_bytes, opening
 from graftllm.packing_options import PackOptions, budget_bytes
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
-from graftllm.storage import check_apart, check_file
+from graftllm.storage import check_apart
 from graftllm.tensors import fingerprint
 
 _SPARE = 2  # bytes of a parameter's entry that may be longer in the compressed header when its codes are trained
@@ -96,12 +96,12 @@ def compress_to(
     """Compress a delta into a SkillPack file; return the pack that is in it.
 
     Finished work is kept in `.NAME.packing` beside the file until that is there: after a kill the same call goes
-    on with it, and gives the same bytes. Arguments and errors are those of `compress`, and StorageError where `out`
-    is one of the checkpoints' files; where the delta or the options are at fault, nothing is kept.
+    on with it, and gives the same bytes. Where the delta or the options are at fault, nothing is kept. Arguments and
+    errors are those of `compress`, and StorageError where `out` is one of the checkpoints' files, or no pack.
     """
     out, device, rows = out.absolute(), str(resolve_device(device)), _read(calibration, options)
     check_apart(out, sorted({*delta.base.sources, *delta.tuned.sources}))
-    check_file(out)
+    check_place(out)
     with open_workspace(out.with_name(f".{out.name}.packing"), packing_key(delta, options, rows, device)) as workspace:
         try:
             made = _compressed(Job(delta, options, device, workspace), rows, card, measure, workers, engine)

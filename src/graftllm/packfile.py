@@ -17,8 +17,9 @@ from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
 
 from graftllm.delta import convertible, growable, is_setting
-from graftllm.errors import PackError
+from graftllm.errors import PackError, StorageError
 from graftllm.header import VERSION, Header, TensorEntry
+from graftllm.storage import check_file
 from graftllm.tensors import DTYPES, TensorSpec, safetensors_opening
 
 MAX_HEADER_BYTES = 64 << 20
@@ -28,6 +29,26 @@ _NAMES, _OUTSIDE = 64, 4096  # strings, and bytes outside of them, before the pa
 _LONGEST = 4096  # members of an object or list, but for `tensors`
 Run = Literal["payloads", "exact_layers"]  # the tensors of the file
 _STRING = re.compile(rb'"(?:[^"\\]+|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+
+
+def check_place(path: Path) -> None:
+    """Check that a pack may be written at a place: nothing is there, or a pack that it replaces.
+
+    Raises:
+        StorageError: something else is there.
+    """
+    check_file(path)
+    if not path.exists():
+        return
+    try:
+        if not path.is_file():
+            raise PackError(f"{path}: no regular file.")
+        read_header(path)
+    except PackError as error:
+        raise StorageError(
+            f"{path}: expected nothing or a SkillPack there, found something else, which would be lost; choose another "
+            "place, or take that away."
+        ) from error
 
 
 def read_header(path: Path) -> Header:

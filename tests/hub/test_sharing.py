@@ -68,6 +68,16 @@ def test_a_pack_is_loaded_by_its_name_at_a_revision(hub: Hub, pack_file: Path, m
     assert SkillPack.load(f"user/reverse@{first}").header == original.header
 
 
+def test_a_pulled_pack_takes_the_place_of_a_pack_alone(hub: Hub, pack_file: Path, tmp_path: Path) -> None:
+    push(pack_file, "user/reverse", base="org/base")
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with pytest.raises(StorageError, match="rows.jsonl: expected nothing or a SkillPack there, found something else"):
+        pull("user/reverse", tmp_path / "rows.jsonl")
+    assert (tmp_path / "rows.jsonl").read_text() == "{}"
+    for _ in range(2):
+        pull("user/reverse", tmp_path / "p.safetensors")
+
+
 def test_the_card_says_what_the_hub_reads(hub: Hub, pack_file: Path) -> None:
     push(pack_file, "user/reverse", base="org/base")
     text = hub.files("user/reverse")["README.md"].decode()

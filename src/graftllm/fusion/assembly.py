@@ -6,7 +6,7 @@ from pathlib import Path
 from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError
 from graftllm.fusion.directory import add_packs, check_fusable, check_new, open_fitting, write_grafted
-from graftllm.fusion.manifest import Manifest, open_base, open_router, read_manifest, sha256_of
+from graftllm.fusion.manifest import MANIFEST, Manifest, open_base, open_router, read_manifest, sha256_of
 from graftllm.fusion.names import check_names
 from graftllm.fusion.routing import BASE
 from graftllm.fusion.rules import Rule
@@ -36,7 +36,7 @@ def fuse_packs(
         device: `auto` takes a GPU when there is one.
 
     Raises:
-        FusionError: a name is reserved, a pack is for another base, adds vocabulary rows or has no prompts, a rule
+        FusionError: a grafted model with other packs is there, a name is reserved, a pack is for another base, adds vocabulary rows or has no prompts, a rule
             names no pack, or there are options but no rows.
         PackError: a pack is damaged or was made for another base.
     """
@@ -45,6 +45,11 @@ def fuse_packs(
     if options is not None and router_data is None:
         raise FusionError("router: expected prompt rows (--router-data) to train it on, found none; give some.")
     check_fusable(out, [*packs.values(), *([] if router_data is None else [router_data])])
+    if (out / MANIFEST).exists() and (lost := sorted(set(read_manifest(out).packs) - set(packs))):
+        raise FusionError(
+            f"{out}: is a grafted model with the pack {lost[0]!r} as well, which would be lost. `graftllm add` puts "
+            "packs beside those that are there; to begin anew, choose another place or take that away."
+        )
     if router_data is not None:
         prompts, checkpoint = _prompts(router_data, packs), Checkpoint.open(base)
         open_fitting(packs, checkpoint)

@@ -20,6 +20,7 @@ from graftllm.downloads import Repository, download, hub_errors, repository
 from graftllm.errors import HubError, PackError
 from graftllm.fusion.manifest import MANIFEST, Manifest, open_packs, open_router, open_shelf, read_manifest
 from graftllm.hub.modelcard import MARK, grafted_card, pack_card
+from graftllm.packfile import check_place
 from graftllm.progress import track
 from graftllm.skillpack import PACK_FILE, SkillPack
 from graftllm.storage import check_apart, whole_directory, whole_file, write_text
@@ -111,6 +112,7 @@ def pull(source: str, out: Path | None = None, *, revision: str | None = None, b
     if first.name == PACK_FILE:
         path = out or Path(f"{name}.safetensors")
         check_apart(path, [] if base is None else [base])
+        check_place(path)
         _check_pack(SkillPack.load(first), None if base is None else Checkpoint.open(base))
         with open(first, "rb") as file, whole_file(path) as copy:
             shutil.copyfileobj(file, copy)

@@ -72,9 +72,11 @@ def open_work(recipe: Path, directory: Path | None = None, *, device: str = "aut
     """Read a recipe for a run in `directory`, or in `runs/NAME` of the recipe.
 
     Raises:
-        RecipeError: the recipe is missing or not valid.
+        RecipeError: the recipe is missing or not valid, or the directory is a model's.
     """
     loaded, where = load_recipe(recipe, directory)
+    if (where / "config.json").exists():
+        raise RecipeError(f"{where}: expected a directory for a run's files, found a model there; choose another one.")
     return Work(loaded, where, Stages(where / "stages"), device, recipe)
 
 

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from graftllm.errors import StorageError
 from graftllm.metering import Spent
 from graftllm.stages import Stages
 from graftllm.training_options import SftOptions
@@ -79,6 +81,21 @@ def test_a_failed_step_is_not_remembered(stages: Stages, tmp_path: Path) -> None
     action = Counter(tmp_path / "made")
     stages.run("step", [], [action.makes], action)
     assert action.times == 1
+
+
+def test_a_stamp_that_cannot_be_deleted_is_a_place_that_cannot_be_written(
+    stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_, **__) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    stages.run("step", ["a"], [], lambda: None)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    for change in (lambda: stages.run("step", ["b"], [], lambda: None), lambda: stages.forget("step")):
+        with pytest.raises(
+            StorageError, match=r"step.json: cannot be written \(Read-only file system\); check the path"
+        ):
+            change()
 
 
 def test_unfinished_files_survive_the_same_inputs_and_only_those(stages: Stages, tmp_path: Path) -> None:

@@ -91,19 +91,20 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def _write_beyond_limit(path: Path, answer) -> None:
+def _write_beyond_limit(path: Path, size_bytes: int, answer) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     try:
         with whole_file(path) as file:
-            file.write(b"x" * 100_000)
+            file.write(b"x" * size_bytes)
     except StorageError as error:
         answer.put(str(error))
 
 
-def test_the_kernel_refusing_to_write_more_leaves_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size_bytes", [5000, 100_000], ids=["closing writes it again", "more than a buffer"])
+def test_the_kernel_refusing_to_write_more_leaves_nothing_behind(size_bytes: int, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     answer = context.Queue()
-    writer = context.Process(target=_write_beyond_limit, args=(tmp_path / "file", answer))
+    writer = context.Process(target=_write_beyond_limit, args=(tmp_path / "file", size_bytes, answer))
     writer.start()
     assert "no space left to write it" in answer.get(timeout=120)
     writer.join()

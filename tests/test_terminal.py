@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -51,6 +52,41 @@ def test_colors_stay_away_where_they_are_not_wanted(
     failed = graftllm("apply", "--base", "none", "--pack", pack, "--out", "none")
     shown = failed.err + graftllm("inspect", pack).out
     assert not re.search(r"\x1b\[[\d;]*3\d", shown)
+
+
+@pytest.mark.parametrize("words", [("--version",), ("--help",), ("inspect",), ("inspect", "--json")])
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_a_full_stdout_is_one_line_and_exit_code_1(words: tuple[str, ...], unbuffered: str, pack: Path) -> None:
+    command = [sys.executable, "-m", "graftllm", *words, *([pack] if "inspect" in words else [])]
+    with open("/dev/full", "w") as full:
+        told = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=told)
+    assert (done.returncode, done.stderr) == (1, "graftllm: stdout cannot be written (No space left on device).\n")
+
+
+def test_a_pipe_that_nobody_reads_is_exit_code_1_and_no_line() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "graftllm", "--version"], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_a_full_disk_elsewhere_is_not_called_stdout(graftllm: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("graftllm.cli.app", fail)
+    with pytest.raises(OSError, match="No space left"):
+        graftllm("doctor")
+
+
+@pytest.mark.parametrize("words", [("chat", "g"), ("--quiet", "serve", "g")])
+def test_ctrl_c_in_what_has_no_end_does_not_say_to_go_on(words: tuple[str, ...]) -> None:
+    code = f"import sys; from graftllm import cli; sys.argv = {['graftllm', *words]}\n"
+    code += "cli.app = lambda: sys.exit(130)\ncli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "graftllm: interrupted.\n")
 
 
 def test_a_shell_completes_commands_and_options() -> None:

@@ -5,6 +5,7 @@ Commands on SkillPacks are in `cli_packs`, `cli_merge` and `cli_hub`, those on g
 answers at once.
 """
 
+import errno
 import os
 import sys
 from contextlib import suppress
@@ -59,16 +60,44 @@ EXTRAS = {
     **dict.fromkeys(("datasets", "peft", "trl"), "train"),
     **dict.fromkeys(("fastapi", "prometheus_client", "starlette", "uvicorn"), "serve"),
 }  # what is imported only where it is needed, and what brings it
+ENDLESS = ("chat", "serve")  # commands that have nothing to go on with
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one line on stderr and exit code 1, Ctrl-C is exit code 130."""
+    """Run the command; a user's mistake is one line on stderr and exit code 1, Ctrl-C is exit code 130.
+
+    A stdout that takes no more is a line and exit code 1 too; where it is a pipe that nobody reads, there is no line.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # TRL's own bar, which fills a log with lines
     if not leads():
         sys.stdout = open(os.devnull, "w")  # of processes launched together, one prints
+    try:
+        try:
+            _answer()
+        finally:
+            print(end="", flush=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE) or _prints():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        if error.errno != errno.EPIPE:
+            print(f"graftllm: stdout cannot be written ({error.strerror}).", file=sys.stderr)
+        sys.exit(1)
+
+
+def _prints() -> bool:
+    """Return whether stdout still takes a line: what failed was another file then."""
+    try:
+        print(flush=True)
+    except OSError:
+        return False
+    return True
+
+
+def _answer() -> None:
     try:
         check_words(sys.argv[1:])
         app()
@@ -84,11 +113,11 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as stop:
         if stop.code == 130:
-            print(
-                "graftllm: interrupted; run the same command again to go on where it was.", file=sys.stderr, flush=True
-            )
+            command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+            mend = "." if command in ENDLESS else "; run the same command again to go on where it was."
+            print(f"graftllm: interrupted{mend}", file=sys.stderr, flush=True)
             with suppress(OSError):
-                sys.stdout.flush()
+                print(end="", flush=True)
             os._exit(130)  # threads that pack would be waited for; what they write appears whole or not at all
         raise
 

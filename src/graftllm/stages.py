@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from graftllm.launched import leads, wait_until
 from graftllm.metering import Spent, metered
-from graftllm.storage import CHECKPOINT_FILES, write_text
+from graftllm.storage import CHECKPOINT_FILES, write_text, writing
 
 Json: TypeAlias = bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"] | None
 
@@ -85,7 +85,7 @@ class Stages:
         if stamp is not None:
             self.used[name] = stamp
             return stamp
-        path.unlink(missing_ok=True)
+        _delete(path)
         marker = self.directory / f"{name}.started"
         before = self._begin(key, marker, unfinished)
         with metered(lambda spent: _mark(marker, key, before + spent)) as spent:
@@ -96,7 +96,7 @@ class Stages:
             finally:
                 del self.running[name]
         write_text(path, json.dumps(asdict(stamp), indent=1))
-        marker.unlink()
+        _delete(marker)
         self.used[name] = stamp
         return stamp
 
@@ -118,7 +118,7 @@ class Stages:
     def forget(self, name: str) -> None:
         """Let a step be done again, for a reason that its inputs do not tell."""
         if leads():
-            (self.directory / f"{name}.json").unlink(missing_ok=True)
+            _delete(self.directory / f"{name}.json")
 
     def spent_on(self, name: str) -> Spent:
         """Return what a step that is under way has taken up to now, earlier attempts included."""
@@ -129,7 +129,7 @@ class Stages:
         found, spent = _marked(marker)
         if found != key:
             for path in unfinished:
-                path.unlink(missing_ok=True)
+                _delete(path)
             spent = Spent()
             _mark(marker, key, spent)
         return spent
@@ -144,6 +144,11 @@ def _holding(path: Path, key: str, makes: Sequence[Path]) -> Stamp | None:
     except (ValueError, TypeError):  # damaged: the step is done again
         return None
     return stamp if stamp.key == key else None
+
+
+def _delete(path: Path) -> None:
+    with writing(path):
+        path.unlink(missing_ok=True)
 
 
 def _mark(marker: Path, key: str, spent: Spent) -> None:

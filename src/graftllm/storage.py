@@ -36,7 +36,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(partial, "a+b")
-    with file, _room_for(path):
+    with _room_for(path), file:  # closing writes once more what did not fit
         _lock(file.fileno(), partial, path)
         file.truncate(0)
         try:

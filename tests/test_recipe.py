@@ -5,6 +5,7 @@ import yaml
 
 from graftllm.errors import RecipeError
 from graftllm.packing_options import PackOptions, budget_bytes
+from graftllm.pipeline.work import open_work
 from graftllm.recipe import Recipe, dump_recipe, load_recipe, pack_options
 from graftllm.transfer_options import PromptSet
 
@@ -145,6 +146,16 @@ def test_a_wrong_judge_is_told_in_one_short_line(tmp_path: Path, judge: str, mes
         assert part in said
     assert len(said) < 250
     assert "found {" not in said
+
+
+def test_a_run_goes_into_no_models_directory(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(
+        RecipeError, match=r"model: expected a directory for a run's files, found a model there; choose"
+    ):
+        open_work(_write(tmp_path, SMALL), tmp_path / "model")
+    assert open_work(_write(tmp_path, SMALL), tmp_path / "run").directory == tmp_path / "run"
 
 
 def test_every_section_knows_its_own_keys(tmp_path: Path) -> None:

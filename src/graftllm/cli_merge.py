@@ -46,7 +46,8 @@ def merge(
         list[Entry] | None,
         typer.Option(
             metavar="[NAME=]FILE[:WEIGHT]",
-            help="SkillPack, its name (the file's by default) and weight (1 by default); repeat for several.",
+            help="SkillPack, or user/repo on the Hub, its name (the file's by default) and weight (1 by default); "
+            "repeat for several.",
         ),
     ] = None,
     tuned: Annotated[
@@ -86,8 +87,9 @@ def merge(
     knobs = row.knobs(given)
     opened = Checkpoint.open(base)
     models = [
-        open_tuned(opened, place, name=name, weight=row.weight(weight))
-        for name, place, weight in map(_entry, [*(pack or []), *(tuned or [])])
+        open_tuned(opened, place, name=name, weight=row.weight(weight), is_pack=is_pack)
+        for entries, is_pack in ((pack, True), (tuned, False))
+        for name, place, weight in map(_entry, entries or [])
     ]
     if rows is not None:
         check_apart(out.absolute(), [rows])

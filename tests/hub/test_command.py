@@ -26,6 +26,8 @@ def test_the_commands_share_a_pack_that_others_use_by_name(
     assert (tmp_path / "reverse.safetensors").read_bytes() == pack_file.read_bytes()
     out("apply", "--base", base_dir, "--pack", "user/reverse", "--out", "tuned")
     assert Checkpoint.open(tmp_path / "tuned").specs == Checkpoint.open(base_dir).specs
+    out("merge", "--base", base_dir, "--method", "linear", "--pack", f"back=user/reverse@{commit}:1", "--out", "merged")
+    assert Checkpoint.open(tmp_path / "merged").fingerprint == Checkpoint.open(tmp_path / "tuned").fingerprint
     out("fuse", "--base", base_dir, "--pack", "back=user/reverse", "--out", "g")
     assert "back" in json.loads(out("list", "g", "--json"))["packs"]
     assert json.loads(out("inspect", "user/reverse", "--json"))["anatomy"]["file_bytes"] == pack_file.stat().st_size

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
+from graftllm.downloads import repository
 from graftllm.errors import FusionError
 from graftllm.fusion.applying import agreed_config
 from graftllm.skillpack import SkillPack
@@ -135,14 +136,18 @@ def _known(value: Tensor, base: Tensor) -> Tensor:
     return value if value.shape == base.shape else value[: len(base)]
 
 
-def open_tuned(base: Checkpoint, place: str | Path, *, name: str, weight: float = 1.0) -> Tuned:
-    """Open a SkillPack file, or a checkpoint directory or Hub id, as a tuned model of `base`.
+def open_tuned(base: Checkpoint, place: str | Path, *, name: str, weight: float = 1.0, is_pack: bool = False) -> Tuned:
+    """Open a SkillPack file, or a checkpoint directory, as a tuned model of `base`.
+
+    A Hub id is a checkpoint's, or a pack's where `is_pack` says so.
 
     Raises:
         PackError: the pack is damaged or was made for another model.
         CheckpointError: the checkpoint is damaged or of another architecture.
+        HubError: the repository cannot be had, or holds no pack.
     """
-    if Path(place).is_file() or str(place).endswith(".safetensors"):
+    is_shared = is_pack and repository(str(place)) is not None
+    if is_shared or Path(place).is_file() or str(place).endswith(".safetensors"):
         pack = SkillPack.load(place)
         pack.check_base(base)
         return Tuned(name, pack, weight)

@@ -22,6 +22,11 @@ def test_delta_is_tuned_minus_base_in_float32(base: Checkpoint, tuned: Checkpoin
         assert torch.equal(change, tuned.tensor(name).float() - base.tensor(name).float())
 
 
+def test_a_delta_is_shown_in_one_line_by_the_places_of_its_sides(delta: Delta) -> None:
+    sides = (f"Checkpoint(path={side.path!r}, name={side.name!r})" for side in (delta.base, delta.tuned))
+    assert repr(delta) == "Delta(base={}, tuned={})".format(*sides)
+
+
 def test_only_more_rows_of_the_same_width_are_added_vocabulary() -> None:
     assert growable((64,), (65,)) and growable((64, 2), (512, 2))
     for tuned in ((), (64,), (63,), (513,), (65, 1), (65, 2)):

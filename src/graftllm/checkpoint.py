@@ -50,8 +50,8 @@ class Checkpoint:
 
     path: Path
     name: str  # the Hub id, or the directory's own name
-    specs: Mapping[str, TensorSpec]
-    shards: Mapping[str, str]  # tensor name -> file name
+    specs: Mapping[str, TensorSpec] = field(repr=False)
+    shards: Mapping[str, str] = field(repr=False)  # tensor name -> file name
     config: Mapping[str, Any] = field(repr=False)
     made_of: tuple[Path, ...] = field(default=(), repr=False)  # other files that these were made of for a while
 

@@ -75,6 +75,13 @@ def test_base_answers_before_between_and_after_packs(grafted: GraftedModel, prom
     assert mixed[1::2] == one[1::2]
 
 
+def test_a_grafted_model_is_shown_in_one_line(grafted: GraftedModel) -> None:
+    shown = repr(grafted)
+    assert shown.startswith("GraftedModel(LlamaForCausalLM '")
+    assert shown.endswith("', packs ['one', 'two'], a router, 0 rules)")
+    assert "\n" not in shown
+
+
 def test_the_router_chooses_by_prompt(grafted: GraftedModel, prompts: list[Prompt]) -> None:
     assert [route.name for route in grafted.route(["31676 4", "?!?!"])] == ["one", "two"]
     assert grafted.route([prompts[0].question])[0].name == "base"

@@ -33,7 +33,7 @@ Way = Literal["auto", "merged", "beside"]
 _SMALL = 1 << 30  # bytes of decoded packs that are kept of any model
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class GraftedModel:
     """A live base model that answers with any of its packs.
 
@@ -57,10 +57,10 @@ class GraftedModel:
     rules: Sequence[Rule] = ()
     unrouted: Sequence[str] = ()
     shelf: Shelf | None = None
-    digests: Mapping[str, str] = field(default_factory=dict, repr=False)
-    _turn: Turn = field(default_factory=Turn, repr=False)
-    _checked: set[str] = field(default_factory=set, repr=False)
-    _sizes: dict[str, int] = field(default_factory=dict, repr=False)  # bytes of packs beside the weights, where known
+    digests: Mapping[str, str] = field(default_factory=dict)
+    _turn: Turn = field(default_factory=Turn)
+    _checked: set[str] = field(default_factory=set)
+    _sizes: dict[str, int] = field(default_factory=dict)  # bytes of packs beside the weights, where known
 
     def __post_init__(self) -> None:
         """Start with the bare base."""
@@ -71,6 +71,13 @@ class GraftedModel:
         self.beside = Beside(self.model, self.packs, self.shelf)
         self._graft, self._mix, self._streaming = Graft(self.model, {}), cast(Mix, ()), False
         self._blocks: list[_Block] = []
+
+    def __repr__(self) -> str:
+        """Return the model in one line."""
+        return (
+            f"GraftedModel({type(self.model).__name__} {self.model.name_or_path!r}, packs {list(self.packs)}, "
+            f"{'a' if self.router else 'no'} router, {len(self.rules)} rules)"
+        )
 
     @classmethod
     def load(

@@ -9,19 +9,24 @@ from typing import Annotated
 import typer
 
 from graftllm.errors import FusionError
-from graftllm.terminal import AsJson, Base, Device, named_after, print_json, print_table, weighed
+from graftllm.terminal import Base, Device, named_after, print_json, print_table, weighed
 
 Entry = str  # [NAME=]PLACE[:WEIGHT]
 
 
-def _list_methods(wanted: bool) -> None:
-    """Print the table of methods and end."""
-    if not wanted:
-        return
+def _list_methods(context: typer.Context, option: typer.CallbackParam, value: bool) -> bool:
+    """Print the methods and end, where --list is given: at the later one of --list and --json, when both are known."""
+    known = context.params | {option.name: value}
+    if not known.get("list_methods") or "json" not in known:
+        return value
     from rich.table import Table
 
     from graftllm.fusion.methods.table import METHODS
 
+    if known["json"]:
+        shown = ("about", "paper", "defaults", "per_task", "rows")
+        print_json({name: {key: getattr(row, key) for key in shown} for name, row in METHODS.items()})
+        raise typer.Exit
     drawn = Table("method", "what it does", "arXiv", "defaults", "gives", "needs")
     for row in METHODS.values():
         knobs = ", ".join(f"{key} {value:g}" for key, value in row.defaults.items())
@@ -70,7 +75,15 @@ def merge(
         bool, typer.Option("--list", is_eager=True, callback=_list_methods, help="Print the methods and end.")
     ] = False,
     device: Device = "auto",
-    json: AsJson = False,
+    json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            is_eager=True,
+            callback=_list_methods,
+            help="Print one JSON object on stdout and nothing else there.",
+        ),
+    ] = False,
 ) -> None:
     """Merge tuned models of one base into a checkpoint or a SkillPack."""
     from graftllm.checkpoint import Checkpoint

@@ -339,6 +339,15 @@ def test_a_path_with_an_equals_sign_or_a_colon_is_a_path_where_it_is_there(
     assert json.loads(found)["weights"] == {"run:2": 1.0, "tuned": 0.5, "x": 1.0}
 
 
+@pytest.mark.parametrize(
+    "arguments", [["merge", "--list", "--json"], ["merge", "--json", "--list"], ["--json", "merge", "--list"]]
+)
+def test_the_methods_are_one_json_object_wherever_that_is_asked_for(arguments: list[str]) -> None:
+    found = json.loads(CliRunner().invoke(app, arguments).stdout)
+    assert list(found) == list(METHODS)
+    assert found["ties"]["defaults"] == METHODS["ties"].defaults
+
+
 def test_the_command_merges_and_lists(base_dir: Path, tuned_dirs: dict[str, Path], tmp_path: Path) -> None:
     listed = run("--list")
     assert all(name in listed for name in METHODS) and "2306.01708" in listed

@@ -435,6 +435,19 @@ def test_a_pack_in_the_place_of_a_directory_is_refused_at_once(delta: Delta, tmp
     assert [file.name for file in tmp_path.iterdir()] == ["p.safetensors"]
 
 
+@pytest.mark.parametrize("kind", ["text", "weights", "pipe"])
+def test_a_pack_takes_the_place_of_a_pack_alone(delta: Delta, tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "p.safetensors"
+    if kind == "pipe":
+        os.mkfifo(out)
+    else:
+        out.write_bytes(b"mine" if kind == "text" else (delta.base.path / "model.safetensors").read_bytes())
+    before = out.stat()
+    with pytest.raises(StorageError, match="expected nothing or a SkillPack there, found something else, which would"):
+        compress_to(out, delta, PackOptions())
+    assert (out.stat().st_mtime_ns, out.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+
+
 def test_a_pack_is_shown_in_one_line(pack_file: Path) -> None:
     shown = repr(SkillPack.load(pack_file))
     assert shown.startswith("SkillPack(")

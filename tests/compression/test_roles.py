@@ -31,7 +31,8 @@ ROLES: dict[Role, str] = {
         mlp.gate_proj.weight mlp.up_proj.weight mlp.down_proj.weight mlp.c_fc.weight mlp.c_proj.weight
         fc#.weight mlp.gate.weight mlp.router.weight block_sparse_moe.gate.weight
         feed_forward.gate_proj.weight feed_forward.up_proj.weight feed_forward.down_proj.weight
-        feed_forward.router.weight DenseReluDense.wi.weight DenseReluDense.wo.weight intermediate.dense.weight output.dense.weight""",
+        feed_forward.router.weight DenseReluDense.wi.weight DenseReluDense.wo.weight
+        intermediate.dense.weight output.dense.weight""",
     "expert": """
         mlp.experts.#.gate_proj.weight mlp.experts.#.up_proj.weight mlp.experts.#.down_proj.weight
         block_sparse_moe.experts.#.w#.weight mlp.experts.gate_up_proj mlp.experts.down_proj

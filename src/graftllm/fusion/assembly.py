@@ -36,8 +36,8 @@ def fuse_packs(
         device: `auto` takes a GPU when there is one.
 
     Raises:
-        FusionError: a grafted model with other packs is there, a name is reserved, a pack is for another base, adds vocabulary rows or has no prompts, a rule
-            names no pack, or there are options but no rows.
+        FusionError: a grafted model with other packs is there, a name is reserved, a pack is for another base, adds
+            vocabulary rows or has no prompts, a rule names no pack, or there are options but no rows.
         PackError: a pack is damaged or was made for another base.
     """
     check_names(packs)

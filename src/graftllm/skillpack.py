@@ -122,6 +122,15 @@ class SkillPack:
         refinement = self._checked("exact_layers", name, on_top.nbytes, on_top.payload_digest)
         return EncodedTensor(entry.how, payload, ExactLayer(on_top.weight, on_top.how, refinement))
 
+    def check_payloads(self) -> None:
+        """Compare every payload with its digest; nothing is decoded.
+
+        Raises:
+            PackError: one is damaged.
+        """
+        for name in self:
+            self.encoded(name)
+
     def restore(self, name: str, base: Tensor) -> Tensor:
         """Return the tuned value of one parameter from the base's (on CPU), in the tuned shape and dtype.
 

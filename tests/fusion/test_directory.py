@@ -29,6 +29,20 @@ def _fail(*_: object) -> None:
     raise OSError("not on this file system")
 
 
+def test_a_damaged_pack_comes_to_no_shelf(home: Path, grafted: Path, tmp_path: Path) -> None:
+    content = bytearray((home / "three.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "bad.safetensors").write_bytes(content)
+    before = _contents(grafted)
+    for change in (
+        lambda packs: add_packs(grafted, packs),
+        lambda packs: write_grafted(tmp_path / "new", str(home / "base"), packs),
+    ):
+        with pytest.raises(PackError, match="bad.safetensors: .* does not match its digest"):
+            change({"bad": tmp_path / "bad.safetensors"})
+    assert _contents(grafted) == before and not (tmp_path / "new").exists()
+
+
 def test_adding_touches_nothing_but_the_manifest(home: Path, grafted: Path) -> None:
     before = _contents(grafted)
     add_packs(grafted, {"three": home / "three.safetensors"})

@@ -195,7 +195,7 @@ def check_new(directory: Path, manifest: Manifest, names: Collection[str]) -> No
 
 
 def open_fitting(packs: Mapping[str, Path], base: Checkpoint) -> dict[str, SkillPack]:
-    """Open packs that are to come to a shelf, by name; headers alone are read.
+    """Open packs that are to come to a shelf, by name, and compare every payload with its digest.
 
     Raises:
         FusionError: one adds vocabulary rows.
@@ -211,6 +211,7 @@ def open_fitting(packs: Mapping[str, Path], base: Checkpoint) -> dict[str, Skill
                     f"{entry.tuned_spec.shape[0]:,}: a grafted model has no room for added vocabulary. Write a "
                     "checkpoint with `graftllm apply` and use that instead."
                 )
+        pack.check_payloads()
     return opened
 
 

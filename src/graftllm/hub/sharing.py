@@ -216,8 +216,7 @@ def _check_pack(pack: SkillPack, base: Checkpoint | None) -> None:
                 f"{pack.source}: made for the base {known.name} ({known.fingerprint[:12]}), but {base.path} is "
                 f"{base.fingerprint[:12]}. Give that base, or leave --base out."
             )
-    for name in pack:
-        pack.encoded(name)
+    pack.check_payloads()
 
 
 def _files(manifest: Manifest) -> list[str]:

@@ -215,6 +215,16 @@ def test_a_truncated_shard_is_refused(base: Checkpoint, tmp_path: Path, size: in
         Checkpoint.open(tmp_path / "cut")
 
 
+@pytest.mark.parametrize("own", ["notes.txt", "eval_results.json"])
+def test_a_checkpoint_with_files_of_ones_own_is_not_replaced(base: Checkpoint, tmp_path: Path, own: str) -> None:
+    for _ in range(2):
+        write_checkpoint(base, tmp_path / "out", base.tensor)
+    (tmp_path / "out" / own).write_text("mine")
+    with pytest.raises(StorageError, match=f"found {own} as well, which would be lost; choose another place"):
+        write_checkpoint(base, tmp_path / "out", base.tensor)
+    assert (tmp_path / "out" / own).read_text() == "mine"
+
+
 def test_a_trainers_directory_is_not_replaced_by_a_checkpoint(base: Checkpoint, tmp_path: Path) -> None:
     write_checkpoint(base, tmp_path / "out", base.tensor)
     write_checkpoint(base, tmp_path / "out", base.tensor)  # what it wrote itself it may replace

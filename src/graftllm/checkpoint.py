@@ -38,6 +38,10 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _FOREIGN = (".bin", ".pt", ".pth", ".gguf", ".h5")
 WRITTEN = tuple(f"*{suffix}" for suffix in CHECKPOINT_FILES)
+_USUAL = (  # names in a checkpoint; one that holds others, such as a user's notes, is not replaced
+    "*.safetensors", INDEX, "*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+    "merges.txt", "chat_template.*", "*.model", "*.tiktoken", "*.jinja",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,8 @@ def write_checkpoint(
         config: what `config.json` says otherwise, by dotted key.
     """
     specs = like.specs if specs is None else specs
-    with whole_directory(out, over=["config.json"], holds=WRITTEN, beside=[like.path]) as partial:
+    usual = (*_USUAL, *(file.name for file in like.companions))
+    with whole_directory(out, over=["config.json"], holds=usual, beside=[like.path]) as partial:
         copy_companions(like, partial)
         dtypes = [str(_main_dtype(found)).removeprefix("torch.") for found in (like.specs, specs)]
         if config or dtypes[0] != dtypes[1]:

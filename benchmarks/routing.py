@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 from graftllm.evaluation.routes import unknown_accepted
 from graftllm.fusion.features import WIDEST, prompt_features
-from graftllm.fusion.routing import BASE, Router, train_router
+from graftllm.fusion.routes import BASE
+from graftllm.fusion.routing import Router, train_router
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.recipe import RouterOptions
 from graftllm.records import Message, read_prompts

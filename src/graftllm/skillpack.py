@@ -21,10 +21,9 @@ from graftllm.errors import HubError, PackError, first_line
 from graftllm.header import Header
 from graftllm.packfile import Run, opening, places, read_header
 from graftllm.storage import whole_file
-from graftllm.tensors import DTYPE_NAMES, TensorSpec, digest
+from graftllm.tensors import DTYPE_NAMES, TensorSpec, digest, is_finite
 
 Layer = Literal["lossy", "exact"]
-_BLOCK = 1 << 22  # values that are checked at a time
 PACK_FILE = "skillpack.safetensors"  # the name of a pack in a repository on the Hub
 
 
@@ -173,7 +172,7 @@ class SkillPack:
             return None
         try:
             found = self.encoded(name).factors((entry.shape[0], entry.shape[1]))
-            if found is not None and not all(map(_is_finite, found)):
+            if found is not None and not all(map(is_finite, found)):
                 raise ValueError("expected finite values, found others")
             return found
         except ValueError as error:
@@ -254,18 +253,13 @@ class SkillPack:
         entry = self.header.tensors[name]
         try:
             value = decode(self.encoded(name), align(base, entry.tuned_spec))
-            if entry.operator not in ("exact", "unchanged") and not _is_finite(value):
+            if entry.operator not in ("exact", "unchanged") and not is_finite(value):
                 raise ValueError("expected finite values, found others")
         except ValueError as error:
             raise PackError(
                 f"{self.source}: the payload of {name!r} cannot be decoded ({error}). The file is damaged."
             ) from error
         return value
-
-
-def _is_finite(value: Tensor) -> bool:
-    parts = (part.float() for part in value.reshape(-1).split(_BLOCK))
-    return all(bool(part.sum().isfinite()) or bool(part.isfinite().all()) for part in parts)  # large sums overflow
 
 
 def _downloaded(source: Repository) -> Path:

@@ -13,7 +13,8 @@ from graftllm.fusion.directory import add_packs, remove_pack, set_rules, write_g
 from graftllm.fusion.fitting import fit_router
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.manifest import MANIFEST, read_manifest
-from graftllm.fusion.routing import BASE, Router
+from graftllm.fusion.routes import BASE
+from graftllm.fusion.routing import Router
 from graftllm.fusion.rules import Rule
 from graftllm.pipeline.learning import Learned, learn
 from graftllm.pipeline.work import Work, open_work

@@ -20,7 +20,7 @@ from graftllm.evaluation.tasks import BY_TASK, check_unpacked
 from graftllm.fusion.beside import mixed
 from graftllm.fusion.grafted import Conversation, GraftedModel
 from graftllm.fusion.manifest import AUTO, MANIFEST
-from graftllm.fusion.routing import BASE
+from graftllm.fusion.routes import BASE
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.records import Message
 

@@ -15,7 +15,8 @@ from graftllm.evaluation.scores import Score
 from graftllm.evaluation.tables import Grid
 from graftllm.evaluation.tasks import read_tasks
 from graftllm.fusion.grafted import GraftedModel
-from graftllm.fusion.routing import BASE, Router
+from graftllm.fusion.routes import BASE
+from graftllm.fusion.routing import Router
 from graftllm.storage import check_picture, whole_file
 
 COVERAGES = (1.0, 0.99, 0.95, 0.9, 0.8, 0.5)

@@ -10,7 +10,7 @@ from graftllm.errors import FusionError
 from graftllm.evaluation.scores import Evaluation, evaluate
 from graftllm.fusion.grafted import GraftedModel, Wanted
 from graftllm.fusion.manifest import AUTO, MANIFEST
-from graftllm.fusion.routing import BASE
+from graftllm.fusion.routes import BASE
 from graftllm.generation import GREEDY, generate
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.recipe import SamplingOptions

@@ -8,7 +8,7 @@ from graftllm.errors import FusionError
 from graftllm.fusion.directory import add_packs, check_fusable, check_new, open_fitting, write_grafted
 from graftllm.fusion.manifest import MANIFEST, Manifest, open_base, open_router, read_manifest, sha256_of
 from graftllm.fusion.names import check_names
-from graftllm.fusion.routing import BASE
+from graftllm.fusion.routes import BASE
 from graftllm.fusion.rules import Rule
 from graftllm.recipe import RouterOptions
 from graftllm.records import Prompt, read_prompts

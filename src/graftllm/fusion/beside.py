@@ -18,7 +18,7 @@ from graftllm.errors import FusionError
 from graftllm.fusion.branches import kept_branches
 from graftllm.fusion.grafting import is_plugged, running_beside
 from graftllm.fusion.names import unknown_pack
-from graftllm.fusion.routing import BASE
+from graftllm.fusion.routes import BASE
 from graftllm.fusion.shelf import Shelf
 from graftllm.fusion.stacks import Batch, Mix, Stacked, embedded, multiplied, normed, refused, takes_rows
 from graftllm.skillpack import SkillPack

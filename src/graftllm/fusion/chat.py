@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from graftllm.errors import FusionError
 from graftllm.fusion.grafted import GraftedModel, Wanted
 from graftllm.fusion.manifest import AUTO
-from graftllm.fusion.routing import BASE, Route
+from graftllm.fusion.routes import BASE, Route
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Message
 

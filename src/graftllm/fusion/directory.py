@@ -30,13 +30,14 @@ from graftllm.fusion.manifest import (
     sha256_of,
 )
 from graftllm.fusion.names import check_names, unknown_pack
-from graftllm.fusion.routing import BASE, Router
+from graftllm.fusion.routes import BASE
+from graftllm.fusion.routing import Router
 from graftllm.fusion.rules import Rule
 from graftllm.skillpack import SkillPack
 from graftllm.storage import check_apart, only_writer, whole_directory, whole_file, write_text, writing
 
 _PASSING = ".router.safetensors"  # a router's name until its bytes, and with them its hash, are known
-_HOLDS = ("packs/*.safetensors", "router-*.safetensors", _PASSING, ".*.partial", "packs/.*.partial")
+HOLDS = ("packs/*.safetensors", "router-*.safetensors", _PASSING, ".*.partial", "packs/.*.partial")
 
 
 def write_grafted(
@@ -64,7 +65,7 @@ def write_grafted(
         packs={},
     )
     held = only_writer(out) if out.is_dir() else nullcontext()  # against changes of the one that is replaced
-    with held, whole_directory(out, over=[MANIFEST], holds=_HOLDS, beside=[checkpoint.path]) as partial:
+    with held, whole_directory(out, over=[MANIFEST], holds=HOLDS, beside=[checkpoint.path]) as partial:
         manifest = _with_packs(partial, manifest, packs, checkpoint)
         manifest = _with_rules(out, _with_router(partial, manifest, router), rules)
         write_text(partial / MANIFEST, manifest.model_dump_json(indent=1))

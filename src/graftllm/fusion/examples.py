@@ -3,11 +3,13 @@
 Some of the prompts' features, one byte a number. Nothing here knows layers, texts or packs.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from graftllm.recipe import RouterOptions
 from graftllm.threads import one_thread
 
 WIDEST = 512  # numbers of a prompt's features; longer vectors are folded
@@ -54,6 +56,26 @@ def keep_examples(features: Tensor, count: int, drawn: int, *, seed: int) -> Exa
             rows = rows[_covering(rows, count, drawn)]
     scales = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
     return Examples((rows / scales).round().to(torch.int8), scales)
+
+
+def keep_asked(features: Tensor, options: RouterOptions, *, seed: int) -> Examples:
+    """Keep what a router knows of the prompts that ask for a pack."""
+    return keep_examples(features, options.samples, options.samples // 2, seed=seed)
+
+
+def keep_general(features: Tensor, options: RouterOptions, *, seed: int) -> Examples:
+    """Keep what a router knows of general prompts: twice as many, so that there is room for a sample and rare kinds."""
+    return keep_examples(features, 2 * options.samples, _drawn(options), seed=seed)
+
+
+def sampled(options: RouterOptions, count: int) -> int:
+    """Return how many of `count` general examples, the first, are a sample of all general prompts."""
+    return count if count < 2 * options.samples else _drawn(options)
+
+
+def _drawn(options: RouterOptions) -> int:
+    """Return how many of the general prompts are drawn: half, or so many that one of them may belong to a pack."""
+    return min(2 * options.samples, max(options.samples, math.ceil(2 / options.false_accept) - 1))
 
 
 def _covering(rows: Tensor, count: int, drawn: int) -> list[int]:

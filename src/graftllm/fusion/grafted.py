@@ -18,7 +18,8 @@ from graftllm.fusion.features import prompt_features
 from graftllm.fusion.grafting import Graft, is_quantized
 from graftllm.fusion.manifest import AUTO, open_base, open_shelf
 from graftllm.fusion.names import unknown_pack
-from graftllm.fusion.routing import BASE, Route, Router, ruled
+from graftllm.fusion.routes import BASE, Route, ruled
+from graftllm.fusion.routing import Router
 from graftllm.fusion.rules import Rule, first_fitting
 from graftllm.fusion.shelf import Shelf, kept_replacement
 from graftllm.fusion.turns import Turn

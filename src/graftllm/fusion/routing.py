@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,34 +23,13 @@ from torch import Tensor, nn
 
 from graftllm.errors import FusionError
 from graftllm.fusion.classifier import Calibration, Classifier, classifier_of, judge, new_network, train_classifier
-from graftllm.fusion.examples import WIDEST, Examples, keep_examples
+from graftllm.fusion.examples import WIDEST, Examples, keep_asked, keep_general, sampled
+from graftllm.fusion.routes import BASE, Route, tenths
 from graftllm.recipe import RouterOptions
 from graftllm.tensors import DTYPE_NAMES, TensorSpec, raw_bytes, write_safetensors
 
-BASE = "base"
 _FORMAT = "graftllm/router 3"
 _FEWEST = 8  # prompts of a class, so that each of four folds has two
-_GRAIN = 10  # soft weights are tenths, so that few mixtures have to be decoded
-
-Reason = Literal["router", "unsure", "unknown", "rule"]
-
-
-@dataclass(frozen=True)
-class Route:
-    """Where a prompt goes, and why.
-
-    Attributes:
-        name: a pack's name or `base`.
-        probabilities: of each class, as the classifier sees it.
-        reason: `router` decided; `base` although packs together were more probable, because that was not enough
-            (`unsure`), or because the prompt is unlike the pack's own (`unknown`); or a user's `rule`.
-        weights: packs that answer together; none for the base.
-    """
-
-    name: str
-    probabilities: Mapping[str, float]
-    reason: Reason
-    weights: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -101,7 +80,7 @@ class Router:
         (accepted + 1) / (examples + 1), of the held-out general examples that are a sample, and one more for the fresh
         prompt.
         """
-        found = self.held_out[BASE][: _sampled(self.options, len(self.examples[BASE]))]
+        found = self.held_out[BASE][: sampled(self.options, len(self.examples[BASE]))]
         return (int((found > 0).sum()) + 1) / (len(found) + 1)
 
     def route(self, features: Tensor) -> list[Route]:
@@ -226,30 +205,12 @@ class Router:
             unsure = row[0] < 0.5
             return Route(BASE, probabilities, "unknown" if strange else "unsure" if unsure else "router", {})
         best = sorted(self.packs, key=lambda pack: (pack != name, -probabilities[pack]))[: self.options.soft]
-        return Route(name, probabilities, "router", _tenths({pack: probabilities[pack] for pack in best}))
+        return Route(name, probabilities, "router", tenths({pack: probabilities[pack] for pack in best}))
 
 
 def _allowed(share: float, count: int) -> float:
     """Return the share of so many examples that may move: one of them at least, unless none may."""
     return max(share, 1 / count) if share else 0.0
-
-
-def _tenths(shares: Mapping[str, float]) -> dict[str, float]:
-    """Return shares in tenths that sum to 1, by largest remainders; without those that get none.
-
-    >>> _tenths({"a": 0.5, "b": 0.3, "c": 0.3, "d": 0.01})
-    {'a': 0.4, 'b': 0.3, 'c': 0.3}
-    """
-    exact = {name: _GRAIN * share / sum(shares.values()) for name, share in shares.items()}
-    whole = {name: int(share) for name, share in exact.items()}
-    for name in sorted(exact, key=lambda name: whole[name] - exact[name])[: _GRAIN - sum(whole.values())]:
-        whole[name] += 1
-    return {name: count / _GRAIN for name, count in whole.items() if count}
-
-
-def ruled(name: str) -> Route:
-    """Return the route to a pack, or to `base`, that a user's rule asks for."""
-    return Route(name, {}, "rule", {} if name == BASE else {name: 1.0})
 
 
 def train_router(features: Mapping[str, Tensor], options: RouterOptions, *, seed: int) -> Router:
@@ -276,7 +237,7 @@ def _trained(examples: Mapping[str, Examples], options: RouterOptions, seed: int
     network, calibration, found = train_classifier(
         [kept.features for kept in examples.values()],
         options,
-        sampled=_sampled(options, len(examples[BASE])),
+        sampled=sampled(options, len(examples[BASE])),
         seed=seed,
     )
     held_out = dict(zip(examples, found.split([len(kept) for kept in examples.values()]), strict=True))
@@ -284,20 +245,7 @@ def _trained(examples: Mapping[str, Examples], options: RouterOptions, seed: int
 
 
 def _kept(name: str, features: Tensor, options: RouterOptions, seed: int) -> Examples:
-    """Return what is kept of a class: of the base twice as much, so that there is room for a sample and rare kinds."""
-    if name == BASE:
-        return keep_examples(features, 2 * options.samples, _drawn(options), seed=seed)
-    return keep_examples(features, options.samples, options.samples // 2, seed=seed)
-
-
-def _drawn(options: RouterOptions) -> int:
-    """Return how many of the general prompts are drawn: half, or so many that one of them may belong to a pack."""
-    return min(2 * options.samples, max(options.samples, math.ceil(2 / options.false_accept) - 1))
-
-
-def _sampled(options: RouterOptions, count: int) -> int:
-    """Return how many of the general examples, the first, are a sample of all general prompts; `count` are kept."""
-    return count if count < 2 * options.samples else _drawn(options)
+    return (keep_general if name == BASE else keep_asked)(features, options, seed=seed)
 
 
 def _restored(about: object, state: Mapping[str, Tensor]) -> Router:

@@ -18,6 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from graftllm.checkpoint import Checkpoint
 from graftllm.downloads import Repository, download, hub_errors, repository
 from graftllm.errors import HubError, PackError
+from graftllm.fusion.directory import HOLDS
 from graftllm.fusion.manifest import MANIFEST, Manifest, open_packs, open_router, open_shelf, read_manifest
 from graftllm.hub.modelcard import MARK, grafted_card, pack_card
 from graftllm.packfile import check_place
@@ -27,7 +28,6 @@ from graftllm.storage import check_apart, whole_directory, whole_file, write_tex
 
 _CARD = "README.md"
 _OURS = re.compile(r"packs/\w[\w.-]*\.safetensors|router-[0-9a-f]{12}\.safetensors")
-_HOLDS = ("packs/*.safetensors", "router-*.safetensors", ".router.safetensors", ".*.partial", "packs/.*.partial")
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _pull_directory(pinned: Repository, first: Path, out: Path, base: Path | Non
     if base is not None:
         check_apart(out, [base])
         manifest = manifest.model_copy(update={"base": os.path.relpath(base.resolve(), out.resolve())})
-    with whole_directory(out, over=[MANIFEST], holds=_HOLDS) as partial:
+    with whole_directory(out, over=[MANIFEST], holds=HOLDS) as partial:
         (partial / "packs").mkdir()
         for file in track(_files(manifest), label="pulling"):
             shutil.copyfile(download(pinned, file), partial / file)

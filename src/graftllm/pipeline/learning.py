@@ -21,7 +21,8 @@ from graftllm.fusion.fitting import features_of, fit_router
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.manifest import AUTO, Manifest, open_packs, open_router, read_manifest, sha256_of
 from graftllm.fusion.names import unknown_pack
-from graftllm.fusion.routing import BASE, Router
+from graftllm.fusion.routes import BASE
+from graftllm.fusion.routing import Router
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.pipeline.measuring import answering, measure, measure_source, measure_tuned
 from graftllm.pipeline.packing import pack

@@ -12,7 +12,7 @@ from graftllm.evaluation.scores import Measured
 from graftllm.fusion.directory import write_grafted
 from graftllm.fusion.fitting import fit_router
 from graftllm.fusion.manifest import open_base, open_packs, read_manifest, sha256_of
-from graftllm.fusion.routing import BASE
+from graftllm.fusion.routes import BASE
 from graftllm.header import Card, Provenance
 from graftllm.packer import compress_to
 from graftllm.pipeline.overheads import sign, with_room

@@ -17,7 +17,7 @@ from graftllm.fusion.beside import Mix
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.manifest import AUTO
 from graftllm.fusion.names import unknown_pack
-from graftllm.fusion.routing import BASE, Route
+from graftllm.fusion.routes import BASE, Route
 from graftllm.serving.batch import check_servable
 from graftllm.serving.lanes import Job, Lanes, fail
 from graftllm.serving.metrics import Metrics

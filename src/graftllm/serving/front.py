@@ -18,7 +18,7 @@ from starlette.responses import Response
 from graftllm.errors import ServingError
 from graftllm.fusion.manifest import AUTO
 from graftllm.fusion.names import unknown_pack
-from graftllm.fusion.routing import BASE
+from graftllm.fusion.routes import BASE
 from graftllm.records import Message
 from graftllm.serving.desk import ClientGone, Stream, chosen_headers, leaves, sent, unless_gone
 from graftllm.serving.metrics import Metrics

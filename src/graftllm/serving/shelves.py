@@ -11,7 +11,7 @@ from graftllm.fusion.directory import add_packs, remove_pack
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.manifest import AUTO
 from graftllm.fusion.names import unknown_pack
-from graftllm.fusion.routing import BASE
+from graftllm.fusion.routes import BASE
 from graftllm.packfile import file_bytes
 from graftllm.serving.engine import Engine
 from graftllm.serving.orders import Refused

@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import peft
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from graftllm.checkpoint import Checkpoint, copy_companions
-from graftllm.loading import open_model
+from graftllm.loading import bare_model, open_model
 from graftllm.storage import whole_directory
 
 
@@ -38,10 +38,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> None:
 
 def lora_parameters_per_rank(model: Path) -> int:
     """Return how many numbers a LoRA on every linear layer of `model` takes for each unit of rank."""
-    with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(model, trust_remote_code=False), trust_remote_code=False
-        )
+    bare = bare_model(model)
     with without_foreign_warnings():
         adapted = peft.get_peft_model(bare, lora_settings(1))
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)

@@ -178,6 +178,22 @@ def test_files_of_others_are_not_lost_by_pulling(
     assert {path: path.read_text() for path in Path("mine").rglob("*") if path.is_file()} == contents
 
 
+def test_packs_of_another_grafted_model_are_not_lost_by_pulling(
+    hub: Hub, grafted: Path, pack_file: Path, base_dir: Path, tmp_path: Path
+) -> None:
+    push(grafted, "user/skills", base="org/base")
+    own = tmp_path / "own"
+    write_grafted(own, str(base_dir), {"mine": pack_file, "again": pack_file})
+    before = (own / MANIFEST).read_bytes()
+    hub.asked.clear()
+    with pytest.raises(FusionError, match=r"own: is a grafted model with the pack 'mine' as well, which .* be lost"):
+        pull("user/skills", own)
+    assert (own / MANIFEST).read_bytes() == before and (own / "packs/mine.safetensors").exists()
+    assert not [one for one in hub.asked if one.startswith("GET") and "packs/" in one]
+    remove_pack(own, "mine")
+    pull("user/skills", own)  # what has no other names may be an older state of the same
+
+
 def test_a_cut_download_goes_on_where_it_was(
     hub: Hub, pack_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

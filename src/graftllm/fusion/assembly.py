@@ -1,6 +1,6 @@
 """Putting a grafted model together: packs, rules and a router that is trained on prompts, into a directory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from graftllm.checkpoint import Checkpoint
@@ -45,11 +45,7 @@ def fuse_packs(
     if options is not None and router_data is None:
         raise FusionError("router: expected prompt rows (--router-data) to train it on, found none; give some.")
     check_fusable(out, [*packs.values(), *([] if router_data is None else [router_data])])
-    if (out / MANIFEST).exists() and (lost := sorted(set(read_manifest(out).packs) - set(packs))):
-        raise FusionError(
-            f"{out}: is a grafted model with the pack {lost[0]!r} as well, which would be lost. `graftllm add` puts "
-            "packs beside those that are there; to begin anew, choose another place or take that away."
-        )
+    check_none_lost(out, packs)
     if router_data is not None:
         prompts, checkpoint = _prompts(router_data, packs), Checkpoint.open(base)
         open_fitting(packs, checkpoint)
@@ -57,6 +53,19 @@ def fuse_packs(
 
         router = fit_router(checkpoint.path, prompts, options or RouterOptions(), device=device)
     write_grafted(out, base, packs, router, rules)
+
+
+def check_none_lost(out: Path, names: Collection[str]) -> None:
+    """Check that a grafted model in the place of another one has packs of all its names.
+
+    Raises:
+        FusionError: it lacks one, or what is there has a manifest of another kind.
+    """
+    if (out / MANIFEST).exists() and (lost := sorted(set(read_manifest(out).packs) - set(names))):
+        raise FusionError(
+            f"{out}: is a grafted model with the pack {lost[0]!r} as well, which would be lost. `graftllm add` puts "
+            "packs beside those that are there; to begin anew, choose another place or take that away."
+        )
 
 
 def join_packs(

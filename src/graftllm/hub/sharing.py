@@ -18,6 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from graftllm.checkpoint import Checkpoint
 from graftllm.downloads import Repository, download, hub_errors, repository
 from graftllm.errors import HubError, PackError
+from graftllm.fusion.assembly import check_none_lost
 from graftllm.fusion.directory import HOLDS
 from graftllm.fusion.manifest import MANIFEST, Manifest, open_packs, open_router, open_shelf, read_manifest
 from graftllm.hub.modelcard import MARK, grafted_card, pack_card
@@ -100,7 +101,8 @@ def pull(source: str, out: Path | None = None, *, revision: str | None = None, b
     Raises:
         HubError: the Hub cannot be reached, has nothing of the kind, or what it gave is not what it should be.
         PackError: a pack is damaged, hostile or made for another base.
-        FusionError: a file is not the one that the manifest names, or what is at `out` has a manifest of another kind.
+        FusionError: a file is not the one that the manifest names, or at `out` is a grafted model with other packs, or
+            a manifest of another kind.
         StorageError: at `out` are files that would be lost.
     """
     wanted = repository(source, revision)
@@ -181,8 +183,7 @@ def _pull_directory(pinned: Repository, first: Path, out: Path, base: Path | Non
             f"{pinned}: {MANIFEST} names {(odd or [manifest.base])[0]!r}; expected files below packs/ and a base on "
             "the Hub. It was not made by `graftllm push`."
         )
-    if (out / MANIFEST).exists():
-        read_manifest(out)  # one of another kind stays
+    check_none_lost(out, manifest.packs)
     checkpoint = None if base is None else Checkpoint.open(base)
     if base is not None:
         check_apart(out, [base])

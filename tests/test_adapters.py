@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from graftllm import adapters, cli
+from graftllm.adapter_settings import is_quick, read_settings
 from graftllm.adapters import AdaptedCheckpoint, open_adapter, open_tuned, origin, tuned_model
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression.workspace import packing_key
@@ -171,12 +173,12 @@ _A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 @pytest.mark.parametrize(
     ("breaks", "message"),
     [
-        (lambda d: _with_config(d, peft_type="PREFIX_TUNING"), "expected peft_type LORA .* found PREFIX_TUNING"),
+        (lambda d: _with_config(d, peft_type="IA3"), "expected peft_type LORA .* found IA3. Merge it with PEFT"),
         (lambda d: _with_config(d, trainable_token_indices=[1]), "found the setting trainable_token_indices. Merge it"),
         (lambda d: _with_config(d, target_parameters=["experts"]), "found the setting target_parameters"),
         (lambda d: _with_config(d, some_new_formula={"a": 1}), "found the setting some_new_formula"),
         (lambda d: _with_config(d, init_lora_weights="pissa"), "is 'pissa', which changes the base's own weights"),
-        (lambda d: _with_config(d, alpha_pattern={"q_proj(": 1}), "'q_proj.' is no pattern of names .missing"),
+        (lambda d: _with_config(d, alpha_pattern={"q_[z-a]": 1}), "'q_.z-a.' is no pattern of names .bad char"),
         (lambda d: _with_config(d, r="many"), "not an adapter's config .r: Input should be a valid integer"),
         (lambda d: _with_config(d, r=3), "q_proj.lora_A.weight': expected factors of rank 3, found shapes .4, 32."),
         (lambda d: _with_config(d, use_dora=True), "expected lora_A and lora_B and a magnitude for 'model.layers.0"),
@@ -209,6 +211,55 @@ def test_what_cannot_be_merged_is_refused(
     with pytest.raises(CheckpointError, match=message) as caught:
         open_tuned(directory, base)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "XLORA"])
+def test_an_adapter_that_changes_no_weights_is_told_apart_from_one_to_merge(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "num_virtual_tokens": 8}))
+    with pytest.raises(CheckpointError, match=f"found {kind}, which changes no weights .* Train a LoRA or") as caught:
+        read_settings(tmp_path)
+    assert "merge_and_unload" not in str(caught.value)
+
+
+def test_patterns_of_names_are_those_that_peft_writes_and_people_do() -> None:
+    for pattern in (
+        "q_proj",
+        "model.layers.1.self_attn.q_proj",
+        r"^model\.layers\.10\.mlp",
+        r".*\." + re.escape("up-proj"),
+        r"layers\.\d+\.(?:self_attn|mlp)\..*?_proj$",
+        "layers.[0-9]+.(q_proj|v_proj)",
+        "q_proj|v_proj",
+    ):
+        assert is_quick(pattern), pattern
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "q_proj(",
+        "(" * 100_000,
+        "(.*)*x",
+        "(a|aa)+$",
+        "(.|.)" * 30,
+        ".*.*.*.*x",
+        "a?" * 40,
+        r"(\w+\.?)+$",
+        "(?=a)",
+        ".{1,9}",
+        r"(a)\1",
+        "(a|a)b",
+    ],
+)
+def test_a_pattern_of_names_that_could_be_matched_for_ever_is_refused(tmp_path: Path, pattern: str) -> None:
+    for key in ("rank_pattern", "alpha_pattern"):
+        config = {"peft_type": "LORA", key: {pattern: 4}}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(
+            CheckpointError, match=r"expected patterns of names with at most 3 parts such as \.\* or"
+        ) as e:
+            read_settings(tmp_path)
+        assert "\n" not in str(e.value) and "could take for ever to match" in str(e.value)
 
 
 def test_an_adapter_of_a_tied_embedding_alone_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,19 @@ _HARMLESS = {  # settings that say where an adapter came from, or how it was tra
     "layers_pattern", "megatron_core", "loftq_config", "eva_config", "qalora_group_size", "lora_bias",
     "velora_config", "runtime_config",
 }  # fmt: skip
-
+_NO_WEIGHTS = (  # types that add inputs, or mix by what they read
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT",
+    "XLORA", "POLY",
+)  # fmt: skip
+_MOST_OPEN = 3  # parts of a pattern that fit names in several ways, by whose product matching takes time
+_PART = re.compile(
+    r"""(?P<open>(?:\\[.dw-]|\[[\w-]+]|[\w.])[*+?]\??          # one character again and again
+               |\((?:\?:)?(?P<words>(?:[\w|-]|\\\.)+)\))         # one of some words
+      |(?P<fixed>\\[.dw-]|\[[\w-]+]|[\w.^$|-])
+      |(?P<other>.)""",
+    re.VERBOSE | re.DOTALL,
+)
+_SHOWN = 80  # characters of a pattern in a message
 
 Alpha = Annotated[float, Field(ge=-1e30, le=1e30)]  # what float32 can multiply with
 
@@ -64,10 +76,15 @@ def read_settings(directory: Path) -> AdapterSettings:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise CheckpointError(f"{path}: not an adapter's config ({where}: {first['msg']}); save it again.") from error
+    if config.peft_type in _NO_WEIGHTS:
+        raise CheckpointError(
+            f"{path}: expected peft_type LORA (which rsLoRA and DoRA have, too), found {config.peft_type}, which "
+            "changes no weights of the model: there is nothing to merge, and nothing that a pack could hold. Train a "
+            "LoRA or the whole model on the same rows instead."
+        )
     if config.peft_type != "LORA":
         raise CheckpointError(
-            f"{path}: expected peft_type LORA (which rsLoRA and DoRA have, too), found {config.peft_type}. "
-            "Methods that add tokens or inputs are no change of weights and cannot become a pack; " + MERGE
+            f"{path}: expected peft_type LORA (which rsLoRA and DoRA have, too), found {config.peft_type}. {MERGE}"
         )
     if config.init_lora_weights not in (*_NEUTRAL_STARTS, None):
         raise CheckpointError(
@@ -75,6 +92,11 @@ def read_settings(directory: Path) -> AdapterSettings:
             "training. Save the adapter with path_initial_model_for_weight_conversion, which makes it a plain LoRA."
         )
     for pattern in (*config.rank_pattern, *config.alpha_pattern):
+        if not is_quick(pattern):
+            raise CheckpointError(
+                f"{path}: expected patterns of names with at most {_MOST_OPEN} parts such as .* or (q_proj|v_proj), "
+                f"found {pattern[:_SHOWN]!r}, which could take for ever to match. Write the names out, or else: {MERGE}"
+            )
         try:
             re.compile(pattern)
         except re.error as error:
@@ -85,6 +107,21 @@ def read_settings(directory: Path) -> AdapterSettings:
             f"{path}: expected LoRA, rsLoRA or DoRA on whole matrices, found the setting {odd[0]}. {MERGE}"
         )
     return config
+
+
+def is_quick(pattern: str) -> bool:
+    r"""Return whether any name is soon compared with a pattern, a regular expression of a stranger's.
+
+    >>> is_quick(r"^model\.layers\.[0-9]+\..*\.(q_proj|v_proj)"), is_quick("(a|aa)+"), is_quick("(a|a)b")
+    (True, False, False)
+    """
+    parts = list(_PART.finditer(pattern))
+    words = [part["words"].split("|") for part in parts if part["words"]]
+    return (
+        not any(part["other"] for part in parts)
+        and sum(part["open"] is not None for part in parts) <= _MOST_OPEN
+        and all(len(set(some)) == len(some) for some in words)
+    )
 
 
 def _pattern(patterns: Mapping[str, object], module: str) -> str:

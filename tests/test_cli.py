@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from graftllm import __version__
 from graftllm.checkpoint import Checkpoint
-from graftllm.records import Prompt, write_rows
+from graftllm.records import Message, Prompt, write_rows
 from graftllm.skillpack import SkillPack
 from tests.command import Command
 from tests.conftest import TinyRun
@@ -155,6 +155,28 @@ def test_fuse_eval_and_chat_share_a_directory(graftllm: Command, files: Path, tm
     assert back != base
 
 
+def test_a_prompt_beyond_what_the_model_reads_is_told_in_one_line(
+    graftllm: Command, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = Prompt("long", (Message(role="user", content="a" * 300),), "reverse", "a" * 300)
+    write_rows(tmp_path / "long.jsonl", [long])
+    graftllm("fuse", "--base", files / "base", "--pack", f"back={files}/pack.safetensors", "--out", tmp_path / "g")
+    told = "task row 'long': expected at most 256 tokens of prompt and answer together, as many as "
+    for model, pack in ((files / "base", "auto"), (tmp_path / "g", "back")):
+        shown = graftllm("eval", model, "--task", tmp_path / "long.jsonl", "--pack", pack)
+        assert (shown.code, shown.out) == (1, "")
+        assert told in shown.line and "reads, found 303 in the prompt. Shorten it or leave it out." in shown.line
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{'a' * 300}\n{'a' * 250}\nb\n/new\nb\n"))
+    shown = graftllm("chat", tmp_path / "g", "--pack", "back")
+    assert shown.code == 0, shown.err
+    refused, _, full, _, answer = shown.out.removesuffix("\n").split("\n")
+    assert refused == (
+        "(expected at most 256 tokens of conversation and answer together, as many as the model reads, found 303 with "
+        "this; say less, or start over with /new)"
+    )
+    assert full.startswith("(expected at most 256 tokens") and not answer.startswith("(")
+
+
 def test_eval_of_a_trained_grafted_model_routes(graftllm: Command, tiny_run: TinyRun) -> None:
     task = tiny_run.directory / "zoo" / "prompts" / "double.test.jsonl"
     figures = json.loads(graftllm("eval", tiny_run.directory / "grafted", "--task", task, "--json").out)
@@ -253,6 +275,22 @@ def _broken(files: Path, tmp_path: Path, value: float) -> Path:
                 *("--calibration", "{f}/rows.jsonl"),
             ],
             "rows.jsonl: expected a place apart from",
+        ),
+        (
+            ["eval", "{f}/base", "--lm-eval", "arc_easy", "--router"],
+            "--lm-eval, --router: the router is scored on rows that say where they belong; give --task.",
+        ),
+        (
+            ["eval", "{f}/base", "--task", "{f}/rows.jsonl", "--router", "--pack", "skill"],
+            "--pack skill, --router: a pack is named, or the router asked; leave one of them out.",
+        ),
+        (
+            ["eval", "{f}/base", "--lm-eval", "arc_easy", "--plot", "{t}/p.png"],
+            "--plot: draws what --router finds; give both, or neither.",
+        ),
+        (
+            ["eval", "{f}/base", "--task", "{f}/rows.jsonl", "--chat-template"],
+            "--chat-template: is of --lm-eval; rows (--task) are put into the chat template anyway.",
         ),
         (["eval", "{f}/base", "--task", "{f}/none.jsonl"], "none.jsonl: no such file; expected JSONL rows there."),
         (["rules", "{f}/base", "{f}/none.yaml"], "none.yaml: no such file; expected a list of rules, each with pack,"),

@@ -44,12 +44,18 @@ def evaluate(
     """Score a grafted model, or an ordinary checkpoint, on files of prompts; or its router, with --router."""
     if bool(task) == bool(lm_eval):
         raise FusionError("--task, --lm-eval: expected one of them, to score on; give rows or tasks.")
+    if router and lm_eval:
+        raise FusionError("--lm-eval, --router: the router is scored on rows that say where they belong; give --task.")
+    if router and pack != "auto":
+        raise FusionError(f"--pack {pack}, --router: a pack is named, or the router asked; leave one of them out.")
+    if plot is not None and not router:
+        raise FusionError("--plot: draws what --router finds; give both, or neither.")
+    if chat_template and not lm_eval:
+        raise FusionError("--chat-template: is of --lm-eval; rows (--task) are put into the chat template anyway.")
     if lm_eval:
         _evaluate_harness(dir, lm_eval, pack, device, chat_template=chat_template, as_json=json)
         return
     assert task
-    if plot is not None and not router:
-        raise FusionError("--plot: draws what --router finds; give both, or neither.")
     if router:
         _evaluate_router(dir, task, plot, device, as_json=json)
         return

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graftllm.errors import FusionError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from graftllm.errors import FusionError, RecordError
 from graftllm.evaluation.scores import Evaluation, evaluate
 from graftllm.fusion.grafted import GraftedModel, Wanted
 from graftllm.fusion.manifest import AUTO, MANIFEST
@@ -15,6 +17,7 @@ from graftllm.generation import GREEDY, generate
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Prompt, read_prompts
+from graftllm.rendering import context_length, render
 
 BY_TASK = "by-task"
 
@@ -101,17 +104,20 @@ def evaluate_tasks(
 
     Raises:
         GraftError: the directory, the file or the pack's name cannot be used.
+        RecordError: a prompt leaves no room for an answer in what the model reads.
     """
     prompts = read_tasks(tasks)
     if not (directory / MANIFEST).exists():
         check_unpacked(directory, pack)
         model, tokenizer = load_model(directory, device=device), load_tokenizer(directory)
+        _check_lengths(model, tokenizer, prompts)
 
         def plain(rows: Sequence[Prompt]) -> list[str]:
             return [texts[0] for texts in generate(model, tokenizer, [row.question for row in rows], options)]
 
         return TaskResult(evaluate(plain, prompts, judge), {})
     grafted = GraftedModel.load(directory, device=device)
+    _check_lengths(grafted.model, grafted.tokenizer, prompts)
     wanted: Sequence[Wanted] = [pack] * len(prompts)
     names = [pack] * len(prompts)
     if pack == AUTO:
@@ -124,3 +130,13 @@ def evaluate_tasks(
         return grafted.generate([row.question for row in rows], wanted, options)
 
     return TaskResult(evaluate(routed, prompts, judge), dict(Counter(names)))
+
+
+def _check_lengths(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> None:
+    most = context_length(model)
+    for prompt in prompts if most is not None else ():
+        if (tokens := len(render(tokenizer, prompt.question, answer_next=True))) >= most:
+            raise RecordError(
+                f"task row {prompt.id!r}: expected at most {most} tokens of prompt and answer together, as many as "
+                f"{tokenizer.name_or_path} reads, found {tokens} in the prompt. Shorten it or leave it out."
+            )

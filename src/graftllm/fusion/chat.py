@@ -9,6 +9,7 @@ from graftllm.fusion.manifest import AUTO
 from graftllm.fusion.routes import BASE, Route
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Message
+from graftllm.rendering import context_length, render
 
 
 @dataclass
@@ -49,14 +50,24 @@ class Chat:
             yield from self._answer(line)
 
     def _answer(self, line: str) -> Iterator[str]:
+        asked = [*self.messages, Message(role="user", content=line)]
+        tokens, most = len(render(self.model.tokenizer, asked, answer_next=True)), context_length(self.model.model)
+        if most is not None and tokens >= most:
+            yield (
+                f"(expected at most {most} tokens of conversation and answer together, as many as the model reads, "
+                f"found {tokens} with this; say less, or start over with /new)"
+            )
+            return
+        room = self.options.max_new_tokens if most is None else min(self.options.max_new_tokens, most - tokens)
         route = self.model.route([line])[0] if self.pack == AUTO and not self.messages else None
         if not self.messages:
             self.chosen = self.pack if route is None else route.weights
-        self.messages.append(Message(role="user", content=line))
+        self.messages = asked
         if route is not None:
             yield f"[{_named(route)}] "
         answer = ""
-        for piece in self.model.stream(self.messages, self.chosen, self.options):
+        options = self.options.model_copy(update={"max_new_tokens": room})
+        for piece in self.model.stream(self.messages, self.chosen, options):
             answer += piece
             yield piece
         self.messages.append(Message(role="assistant", content=answer))

@@ -134,7 +134,9 @@ def evaluate_tasks(
 
 def _check_lengths(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> None:
     most = context_length(model)
-    for prompt in prompts if most is not None else ():
+    if most is None:
+        return
+    for prompt in prompts:
         if (tokens := len(render(tokenizer, prompt.question, answer_next=True))) >= most:
             raise RecordError(
                 f"task row {prompt.id!r}: expected at most {most} tokens of prompt and answer together, as many as "

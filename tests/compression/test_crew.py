@@ -1,8 +1,10 @@
 import os
 import signal
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from graftllm.compression.units import carry_out
 from graftllm.compression.workspace import Workspace
 from graftllm.delta import Delta
 from graftllm.devices import memory_bytes
-from graftllm.errors import CheckpointError, CompressionError
+from graftllm.errors import CheckpointError, CompressionError, WorkerError
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt
@@ -128,7 +130,28 @@ def test_a_ray_cluster_gives_the_same_bytes(delta: Delta, tmp_path: Path, monkey
     assert (tmp_path / "here").read_bytes() == (tmp_path / "ray").read_bytes()
 
 
+def test_a_cluster_that_is_not_there_is_told_in_one_line(delta: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="needs graftllm[ray]")
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
+    with pytest.raises(WorkerError, match=r"engine: Ray gives no cluster at nowhere \(Invalid address format") as e:
+        compress(delta, engine="ray")
+    assert "Correct RAY_ADDRESS, start the cluster, or leave it out; or use local." in str(e.value)
+
+
+def test_a_cluster_that_cannot_be_started_is_told_in_one_line(delta: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise RuntimeError("no room in /dev/shm\nand more")
+
+    toy = SimpleNamespace(is_initialized=lambda: False, init=init)
+    monkeypatch.setitem(sys.modules, "ray", toy)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(
+        WorkerError, match=r"Ray gives no cluster here \(no room in /dev/shm\). Try again; or use local"
+    ):
+        compress(delta, engine="ray")
+
+
 def test_without_ray_its_engine_says_how_to_get_it(delta: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(CompressionError, match=r"ray is not installed; pip install 'graftllm\[ray\]'"):
         compress(delta, engine="ray")

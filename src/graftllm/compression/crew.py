@@ -14,7 +14,7 @@ from graftllm.compression.jobs import Job, Unit
 from graftllm.compression.units import carry_out
 from graftllm.delta import Delta
 from graftllm.devices import gpus, memory_bytes, use_own_gpu
-from graftllm.errors import WorkerError
+from graftllm.errors import WorkerError, first_line
 from graftllm.progress import progress
 from graftllm.threads import one_thread
 
@@ -44,7 +44,7 @@ def open_crew(job: Job, workers: int, engine: Engine = "local") -> Iterator[Crew
         engine: `ray` takes the cluster of RAY_ADDRESS; all its machines must see the same files.
 
     Raises:
-        CompressionError: Ray is not installed.
+        WorkerError: Ray is not installed, or gives no cluster.
     """
     if engine == "ray":
         with _ray(job, workers) as crew:
@@ -107,7 +107,7 @@ def _ray(job: Job, workers: int) -> Iterator[Crew]:
         raise WorkerError("engine: ray is not installed; pip install 'graftllm[ray]', or use local.") from error
     started = not ray.is_initialized()
     if started:
-        ray.init(**({} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers, "include_dashboard": False}))
+        _start(ray, workers)
     with_gpu = {"num_gpus": 1} if job.device in ("auto", "cuda") and ray.cluster_resources().get("GPU") else {}
     task, shared = ray.remote(_do_alone).options(**with_gpu), ray.put(job)
 
@@ -129,6 +129,23 @@ def _ray(job: Job, workers: int) -> Iterator[Crew]:
     finally:
         if started:
             ray.shutdown()
+
+
+def _start(ray: Any, workers: int) -> None:
+    """Connect to the cluster of RAY_ADDRESS, or start one here.
+
+    Raises:
+        WorkerError: there is none, or none can be started.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        ray.init(**({"num_cpus": workers, "include_dashboard": False} if address is None else {}))
+    except Exception as error:  # of many kinds, Ray's own and Python's
+        mend = "Correct RAY_ADDRESS, start the cluster, or leave it out" if address else "Try again"
+        raise WorkerError(
+            f"engine: Ray gives no cluster{f' at {address}' if address else ' here'} ({first_line(error)}). {mend}; or "
+            "use local."
+        ) from error
 
 
 def _do_alone(job: Job, unit: Unit) -> None:

@@ -168,9 +168,12 @@ def test_a_misspelt_key_is_told_before_the_one_that_is_missing_for_it(tmp_path: 
         load_recipe(_write(tmp_path, SMALL.replace("skills:", "skils:")))
 
 
-def test_a_key_written_twice_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="key 'name' stands twice"):
+def test_a_key_written_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    line = SMALL.count("\n") + 1
+    with pytest.raises(RecipeError, match=rf"key 'name' stands twice, the second time in line {line}\)"):
         load_recipe(_write(tmp_path, SMALL + "name: other\n"))
+    with pytest.raises(RecipeError, match=rf"key 'steps' stands twice, the second time in line {line + 3}\)"):
+        load_recipe(_write(tmp_path, SMALL + "router:\n  steps: 1\n  soft: 1\n  steps: 2\n"))
 
 
 def test_many_keys_are_read_in_linear_time(tmp_path: Path) -> None:

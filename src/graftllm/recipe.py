@@ -189,15 +189,13 @@ class UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """Return the mapping of `node`."""
-        own = [key for key, _ in node.value if key.tag != _MERGE]
         seen = set()
-        for key in (self.construct_object(key, deep=deep) for key in own):
+        for own in (key for key, _ in node.value if key.tag != _MERGE):
+            key = self.construct_object(own, deep=deep)
             if not isinstance(key, Hashable):
                 continue  # refused below
             if key in seen:
-                raise yaml.YAMLError(
-                    f"key {key!r} stands twice, the second time in line {node.start_mark.line + 1} or below"
-                )
+                raise yaml.YAMLError(f"key {key!r} stands twice, the second time in line {own.start_mark.line + 1}")
             seen.add(key)
         return super().construct_mapping(node, deep)
 

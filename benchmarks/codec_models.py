@@ -82,7 +82,6 @@ def build_subjects(
         reuse: directory of a finished demo with seed 0, to copy instead of training it again.
         device: where they are trained; `auto` takes a GPU when there is one.
     """
-    directory = directory.absolute()  # stages remember paths
     stages = Stages(directory / "stages")
     for seed in seeds:
         if "large" in targets:

@@ -74,7 +74,7 @@ def build_models(
         reuse: directory of a finished demo of this seed.
         device: `auto` takes a GPU when there is one.
     """
-    directory = directory.absolute()  # stages remember paths
+    directory = directory.absolute()  # as the paths of a recipe that was read are
     zoo = SIZES[size]
     work = _open(directory, size, seed, device)
 
@@ -117,7 +117,7 @@ def _open(directory: Path, size: str, seed: int, device: str) -> Work:
 
 def build_target(directory: Path, size: str, *, seed: int, device: str) -> Path:
     """Train the target of a size's zoo alone, and write prompts beside it, unless that is done; return the zoo."""
-    zoo, home = SIZES[size], directory.absolute() / "zoo"  # stages remember paths
+    zoo, home = SIZES[size], directory / "zoo"
     alone = replace(zoo, members=zoo.members[:1])
     build_zoo(home, Stages(home.with_name("stages")), alone, seed=seed, device=device)
     return home

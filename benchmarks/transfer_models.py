@@ -138,7 +138,7 @@ def open_setting(directory: Path, seed: int, *, size: str, reuse: Path | None = 
         reuse: a directory of this seed made by `fusion.py`, whose zoo is copied.
         device: `auto` takes a GPU when there is one.
     """
-    directory = directory.absolute()  # stages remember paths
+    directory = directory.absolute()  # as the paths of a recipe that was read are
     zoo, stages = SIZES[size], Stages(directory / "stages")
     if reuse is not None and not (directory / "zoo").exists():
         with whole_directory(directory / "zoo") as partial:

@@ -21,7 +21,7 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError
 from graftllm.fusion.branches import why_merged_only
-from graftllm.fusion.directory import set_router, set_rules, write_grafted
+from graftllm.fusion.directory import add_packs, remove_pack, set_router, set_rules, write_grafted
 from graftllm.fusion.inventory import take_inventory
 from graftllm.fusion.rules import Rule
 from graftllm.loading import load_model
@@ -67,6 +67,27 @@ def test_the_inventory_tells_what_each_pack_can_do(grafted: Path) -> None:
     assert figures["rules"] == [{"pack": "one", "tag": "TAG"}]
     assert [row[3:5] for row in found.rows()] == [("merged", "yes"), ("merged, beside", "no")]
     assert "router  older than two" in found.sentences()
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_shelf_that_changes_while_it_is_listed_is_listed_as_it_then_is(
+    grafted: Path, monkeypatch: pytest.MonkeyPatch, back: bool
+) -> None:
+    load, spare = SkillPack.load, grafted / "spare.safetensors"
+    shutil.copy(grafted / "packs" / "one.safetensors", spare)
+
+    def changed_first(file: Path) -> SkillPack:
+        monkeypatch.setattr(SkillPack, "load", load)
+        remove_pack(grafted, "two")
+        if back:
+            add_packs(grafted, {"two": spare})
+        return load(file)
+
+    monkeypatch.setattr(SkillPack, "load", changed_first)
+    found = take_inventory(grafted)
+    assert list(found.packs) == (["one", "two"] if back else ["one"])
+    if back:
+        assert found.packs["two"] == found.packs["one"]
 
 
 def _shelved(base: Path, packs: Mapping[str, SkillPack], out: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 from graftllm.downloads import cached, repository
 from graftllm.errors import FusionError, GraftError
 from graftllm.fusion.branches import why_merged_only
-from graftllm.fusion.manifest import Manifest, base_place, read_manifest
+from graftllm.fusion.manifest import Manifest, base_place, unchanged
 from graftllm.fusion.rules import Rule
 from graftllm.loading import bare_model
 from graftllm.skillpack import SkillPack
@@ -95,14 +95,14 @@ _WAYS = {True: "merged, beside", False: "merged", None: "merged, beside?"}
 
 
 def take_inventory(directory: Path) -> Inventory:
-    """Read what a grafted directory consists of.
+    """Read what a grafted directory consists of, as one state of it where another process changes it meanwhile.
 
     Raises:
         FusionError: there is no such directory, or its manifest is not one.
         PackError: a pack is missing or damaged.
     """
-    manifest, beside, unknown = read_manifest(directory), dict[str, bool](), ""
-    packs = {name: SkillPack.load(directory / shelved.file) for name, shelved in manifest.packs.items()}
+    manifest, packs, sizes = unchanged(directory, lambda manifest: _looked_at(directory, manifest))
+    beside, unknown = dict[str, bool](), ""
     try:
         beside = _can_run_beside(directory, manifest, packs)
     except GraftError as error:
@@ -110,7 +110,7 @@ def take_inventory(directory: Path) -> Inventory:
     late = set(manifest.unrouted())
     items = {
         name: Item(
-            file_bytes=(directory / shelved.file).stat().st_size,
+            file_bytes=sizes[name],
             sha256=shelved.sha256,
             description=packs[name].header.card.description,
             beside=beside.get(name),
@@ -120,6 +120,13 @@ def take_inventory(directory: Path) -> Inventory:
     }
     has_router = manifest.router is not None
     return Inventory(directory, manifest.base, manifest.fingerprint, has_router, manifest.rules, items, unknown)
+
+
+def _looked_at(directory: Path, manifest: Manifest) -> tuple[Manifest, dict[str, SkillPack], dict[str, int]]:
+    """Return the packs that a manifest names, and the sizes of their files."""
+    files = {name: directory / shelved.file for name, shelved in manifest.packs.items()}
+    packs = {name: SkillPack.load(file) for name, file in files.items()}
+    return manifest, packs, {name: file.stat().st_size for name, file in files.items()}
 
 
 def _can_run_beside(directory: Path, manifest: Manifest, packs: Mapping[str, SkillPack]) -> dict[str, bool]:

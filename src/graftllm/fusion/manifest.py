@@ -2,9 +2,10 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, StringConstraints, ValidationError
 
@@ -21,6 +22,7 @@ MANIFEST = "manifest.json"
 HASH = 12  # hexadecimal digits of the SHA-256 of a router's file that are in its name
 _LONGEST = 1 << 20  # bytes of a manifest, of some thousand packs; what is wrong in it takes hundreds of times as many
 
+Seen = TypeVar("Seen")
 PackName = Annotated[str, AfterValidator(plain_name)]
 
 
@@ -95,13 +97,29 @@ def open_shelf(directory: Path) -> tuple[Manifest, dict[str, SkillPack], Router 
         FusionError: the directory is no grafted model, or a file is missing, damaged or was changed.
         PackError: a pack is damaged.
     """
+    return unchanged(
+        directory,
+        lambda manifest: (manifest, open_packs(directory, manifest), open_router(directory, manifest)),
+    )
+
+
+def unchanged(directory: Path, look: Callable[[Manifest], Seen]) -> Seen:
+    """Return what a look at the files of a grafted directory gives; one during which it was changed is taken again.
+
+    Raises:
+        FusionError: the directory is no grafted model.
+        GraftError: as `look` raises it.
+    """
     while True:
         manifest = read_manifest(directory)
         try:
-            return manifest, open_packs(directory, manifest), open_router(directory, manifest)
+            seen = look(manifest)
         except (GraftError, OSError):
             if read_manifest(directory) == manifest:
                 raise
+        else:
+            if read_manifest(directory) == manifest:
+                return seen
 
 
 def open_packs(directory: Path, manifest: Manifest) -> dict[str, SkillPack]:

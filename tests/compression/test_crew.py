@@ -130,12 +130,17 @@ def test_a_ray_cluster_gives_the_same_bytes(delta: Delta, tmp_path: Path, monkey
     assert (tmp_path / "here").read_bytes() == (tmp_path / "ray").read_bytes()
 
 
-def test_a_cluster_that_is_not_there_is_told_in_one_line(delta: Delta, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("address", "reason"), [("nowhere", "Invalid address format"), ("127.0.0.1:1", ".*[Cc]onnection refused")]
+)
+def test_a_cluster_that_is_not_there_is_told_in_one_line(
+    delta: Delta, monkeypatch: pytest.MonkeyPatch, address: str, reason: str
+) -> None:
     pytest.importorskip("ray", reason="needs graftllm[ray]")
-    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
-    with pytest.raises(WorkerError, match=r"engine: Ray gives no cluster at nowhere \(Invalid address format") as e:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(WorkerError, match=rf"engine: Ray gives no cluster at {address} \({reason}") as caught:
         compress(delta, engine="ray")
-    assert "Correct RAY_ADDRESS, start the cluster, or leave it out; or use local." in str(e.value)
+    assert "Correct RAY_ADDRESS, start the cluster, or leave it out; or use local." in str(caught.value)
 
 
 def test_a_cluster_that_cannot_be_started_is_told_in_one_line(delta: Delta, monkeypatch: pytest.MonkeyPatch) -> None:

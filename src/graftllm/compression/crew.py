@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from queue import Empty, SimpleQueue
+from socket import create_connection
 from threading import Thread
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from graftllm.threads import one_thread
 Engine = Literal["local", "ray"]
 Crew = Callable[[Sequence[Unit], str], None]  # does units under a progress bar of that label
 _SMALL = 50_000_000  # parameters up to which matrices are so small that threads wait for each other
+_PATIENCE_S = 10  # for a cluster's head to answer
 _WORKER_BYTES = 2 << 30  # of memory, with room to spare
 
 
@@ -138,7 +140,10 @@ def _start(ray: Any, workers: int) -> None:
         WorkerError: there is none, or none can be started.
     """
     address = os.environ.get("RAY_ADDRESS")
+    host, _, port = (address or "").rpartition(":")
     try:
+        if port.isdigit() and "/" not in host:  # where nobody listens, Ray itself asks again and again
+            create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE_S).close()
         ray.init(**({"num_cpus": workers, "include_dashboard": False} if address is None else {}))
     except Exception as error:  # of many kinds, Ray's own and Python's
         mend = "Correct RAY_ADDRESS, start the cluster, or leave it out" if address else "Try again"

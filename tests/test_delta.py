@@ -192,11 +192,11 @@ def test_differences_whose_squares_overflow_are_refused() -> None:
         difference(torch.zeros(2), torch.tensor([1e36, 1.0]), where="here")
 
 
-def test_a_changed_tokenizer_is_noticed(base_dir: Path, base: Checkpoint, tmp_path: Path) -> None:
+def test_a_changed_chat_template_is_noticed(base_dir: Path, base: Checkpoint, tmp_path: Path) -> None:
     other = perturb(base_dir, tmp_path / "other", seed=0)
-    assert not Delta(base, Checkpoint.open(other)).tokenizer_changed()
+    assert not Delta(base, Checkpoint.open(other)).companions()
     (other / "chat_template.jinja").write_text("{{ messages }}")
-    assert Delta(base, Checkpoint.open(other)).tokenizer_changed()
+    assert Delta(base, Checkpoint.open(other)).companions() == {"chat_template.jinja": b"{{ messages }}"}
 
 
 def test_one_of_several_vocabularies_may_grow(base_dir: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import lzma
 import zlib
 from pathlib import Path
 
@@ -36,14 +37,22 @@ def test_the_page_is_enough_to_read_a_pack(
     path = tmp_path / "pack.safetensors"
     if head:
         delta = Delta(*(Checkpoint.open(with_head(one.path, tmp_path / one.name)) for one in (delta.base, delta.tuned)))
+        (delta.tuned.path / "chat_template.jinja").write_text("{{ messages }}")
+        (delta.tuned.path / "generation_config.json").write_text('{"eos_token_id": 5}')
     base = delta.base
     compress(delta, PackOptions(strategy=strategy, budget=budget), calibration=prompts).save(path)
     pack = SkillPack.load(path)
     with safe_open(path, framework="np") as file:
         header = json.loads(zlib.decompress(base64.b85decode(file.metadata()["skillpack"])))
-        payloads, exact_layers = (
-            file.get_tensor(run).tobytes() if run in file.keys() else b"" for run in ("payloads", "exact_layers")
+        payloads, exact_layers, companions = (
+            file.get_tensor(run).tobytes() if run in file.keys() else b""
+            for run in ("payloads", "exact_layers", "companions")
         )
+        for name, one in header["companions"].items():
+            content, companions = lzma.decompress(companions[: one["nbytes"]]), companions[one["nbytes"] :]
+            assert content == (delta.tuned.path / name).read_bytes()
+            assert (one["size"], one["digest"]) == (len(content), hashlib.sha256(content).hexdigest()[:16])
+        assert bool(header["companions"]) == head
         stored = {}
         for name, entry in header["tensors"].items():
             if "same_as" not in entry:
@@ -70,6 +79,7 @@ def test_the_page_is_enough_to_read_a_pack(
                 assert np.allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
     assert not payloads
     assert not exact_layers
+    assert not companions
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (8, 3, 5, 4), (40,), ()])

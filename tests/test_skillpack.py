@@ -415,7 +415,7 @@ def test_a_crowd_of_values_before_the_header_is_refused_unread(
     size = int.from_bytes(data[:8], "little")
     opening = b'{"__metadata__":{' + crowd.encode() + data[8 + len(b'{"__metadata__":{') : 8 + size]
     (tmp_path / "x").write_bytes(len(opening).to_bytes(8, "little") + opening + data[8 + size :])
-    with pytest.raises(PackError, match=r"not a SkillPack \(it lists more than a pack's two tensors\)"):
+    with pytest.raises(PackError, match=r"not a SkillPack \(it lists more than a pack's three tensors\)"):
         SkillPack.load(tmp_path / "x")
 
 

@@ -6,7 +6,6 @@ of PEFT's `merge_and_unload` (arXiv 2106.09685, 2312.03732, 2402.09353), in floa
 
 import math
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,15 +18,12 @@ from torch import Tensor
 
 from graftllm.adapter_settings import CONFIG, MERGE, AdapterSettings, read_settings
 from graftllm.checkpoint import Checkpoint, write_checkpoint
+from graftllm.companions import TOKENIZER, changed_companions
 from graftllm.downloads import download_all, repository
 from graftllm.errors import CheckpointError
 from graftllm.tensors import DTYPES, TensorSpec, open_shard, row_blocks, tensor_specs
 
 WEIGHTS = "adapter_model.safetensors"
-_TOKENIZER = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
-    "merges.txt", "added_tokens.json", "chat_template.jinja",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -303,16 +299,20 @@ class _Reader:
 def _located(path: str | Path) -> Path:
     """Return the directory of a local model, or where the Hub's files of an adapter are."""
     source = repository(str(path))
-    return Path(path) if source is None else download_all(source, (CONFIG, WEIGHTS, *_TOKENIZER))
+    return Path(path) if source is None else download_all(source, (CONFIG, WEIGHTS, *TOKENIZER))
 
 
 def _write_merged(checkpoint: AdaptedCheckpoint, out: Path) -> None:
     """Write the merged checkpoint block by block, with the adapter's tokenizer where it has one."""
     grown = dict(set(_vocabularies(checkpoint.config)) - set(_vocabularies(checkpoint.base.config)))
-    write_checkpoint(checkpoint.base, out, checkpoint.tensor, specs=checkpoint.specs, config=grown)
-    for file in checkpoint.path.iterdir():
-        if file.name in _TOKENIZER:
-            shutil.copyfile(file, out / file.name)
+    write_checkpoint(
+        checkpoint.base,
+        out,
+        checkpoint.tensor,
+        specs=checkpoint.specs,
+        config=grown,
+        companions=changed_companions(checkpoint.base.path, checkpoint.path),
+    )
 
 
 def _check_tied(directory: Path, base: Checkpoint, touched: set[str]) -> None:

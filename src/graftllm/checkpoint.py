@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftllm.companions import Companions, put_companions
 from graftllm.downloads import download_all, repository
 from graftllm.errors import CheckpointError, HubError
 from graftllm.storage import CHECKPOINT_FILES, whole_directory
@@ -189,6 +190,7 @@ def write_checkpoint(
     *,
     specs: Mapping[str, TensorSpec] | None = None,
     config: Mapping[str, Any] | None = None,
+    companions: Companions | None = None,
 ) -> None:
     """Write a checkpoint with the config, tokenizer, shards and names of `like` and other values.
 
@@ -198,11 +200,13 @@ def write_checkpoint(
         tensor: gives the values of one parameter, in the shape and dtype that `specs` has for it.
         specs: shapes and dtypes to write; those of `like` by default.
         config: what `config.json` says otherwise, by dotted key.
+        companions: what stands beside the weights and is not that of `like`.
     """
     specs = like.specs if specs is None else specs
     usual = (*_USUAL, *(file.name for file in like.companions))
     with whole_directory(out, over=["config.json"], holds=usual, beside=[like.path]) as partial:
         copy_companions(like, partial)
+        put_companions(companions or {}, partial)
         dtypes = [str(_main_dtype(found)).removeprefix("torch.") for found in (like.specs, specs)]
         if config or dtypes[0] != dtypes[1]:
             changed = _changed_config(like.config, config or {}, *dtypes)

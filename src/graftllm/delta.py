@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from graftllm.checkpoint import Checkpoint
+from graftllm.companions import Companion, changed_companions
 from graftllm.errors import CheckpointError
 from graftllm.tensors import DTYPES, LARGE, TensorSpec, raw_bytes, row_blocks
 
@@ -23,15 +24,6 @@ _BLOCK = 1 << 20  # bytes that are compared at a time
 LARGEST = 2.0**48  # of a difference: rows of larger ones may have no norm in float32
 _MOST_IDS = 4096  # in a list of token ids
 _PART = 1 << 18  # elements that are subtracted at a time: what they take stays in the cache
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 
 
 @dataclass(frozen=True)
@@ -127,12 +119,13 @@ class Delta(Mapping[str, Tensor]):
         rows = {spec.shape[0] for name, spec in self.tuned.specs.items() if self._grown(name, spec)}
         return {key: value for key, value in found.items() if not key.endswith("vocab_size") or value in rows}
 
-    def tokenizer_changed(self) -> bool:
-        """Return whether a tokenizer file of the tuned model is not the base's; a missing one says nothing."""
-        pairs = [(self.base.path / file, self.tuned.path / file) for file in _TOKENIZER]
-        return any(
-            tuned.exists() and (not base.exists() or base.read_bytes() != tuned.read_bytes()) for base, tuned in pairs
-        )
+    def companions(self) -> dict[Companion, bytes | None]:
+        """Return what stands beside the tuned weights and is not the base's; see `changed_companions`.
+
+        Raises:
+            CheckpointError: as there.
+        """
+        return changed_companions(self.base.path, self.tuned.path)
 
     def _grown(self, name: str, tuned: TensorSpec) -> bool:
         return name in self.base.specs and self.base.specs[name].shape != tuned.shape

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from graftllm.errors import RecipeError
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Message
-from graftllm.rendering import check_length, learned_positions, pad, render
+from graftllm.rendering import check_length, ends_of, learned_positions, pad, render
 from graftllm.stop_texts import stopped_at, up_to_stop
 
 GREEDY = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=256)
@@ -44,6 +44,7 @@ def generate(
     conversations: Sequence[Sequence[Message]],
     options: SamplingOptions = GREEDY,
     *,
+    ends: Sequence[int] | None = None,
     seed: int = 0,
     show: Callable[[int, int], None] = lambda done, total: None,
     around: Callable[[list[int]], AbstractContextManager[Any]] = lambda rows: nullcontext(),
@@ -55,6 +56,7 @@ def generate(
         tokenizer: the model's own.
         conversations: each ends with a user message.
         options: temperature 0 is greedy.
+        ends: tokens that end an answer; by default what model and tokenizer say.
         seed: of the draws; the same batch, model and seed give the same texts.
         show: called with the number of conversations answered so far, and of all.
         around: entered while a batch runs; it is given the number of the conversation in each of the batch's rows.
@@ -62,7 +64,7 @@ def generate(
     Returns:
         Per conversation its `options.samples` texts, without special tokens.
     """
-    found = generate_answers(model, tokenizer, conversations, options, seed=seed, show=show, around=around)
+    found = generate_answers(model, tokenizer, conversations, options, ends=ends, seed=seed, show=show, around=around)
     return [[answer.text for answer in answers] for answers in found]
 
 
@@ -73,6 +75,7 @@ def generate_answers(
     conversations: Sequence[Sequence[Message]],
     options: SamplingOptions = GREEDY,
     *,
+    ends: Sequence[int] | None = None,
     seed: int = 0,
     show: Callable[[int, int], None] = lambda done, total: None,
     around: Callable[[list[int]], AbstractContextManager[Any]] = lambda rows: nullcontext(),
@@ -92,7 +95,7 @@ def generate_answers(
         for start in range(0, len(order), options.batch_size):
             batch = order[start : start + options.batch_size]
             ids, mask = pad([prompts[i] for i in batch], tokenizer, model, "left")
-            config = _generation_config(model, tokenizer, options, ids.shape[1])
+            config = _generation_config(model, tokenizer, options, ids.shape[1], ends)
             with around([i for i in batch for _ in range(options.samples)]):
                 output = cast(Any, model).generate(
                     input_ids=ids,
@@ -117,6 +120,8 @@ def stream(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     options: SamplingOptions = GREEDY,
+    *,
+    ends: Sequence[int] | None = None,
 ) -> Iterator[str]:
     """Yield the answer to one conversation piece by piece as it is generated; closed early, it stops the model.
 
@@ -128,7 +133,7 @@ def stream(
     if options.samples > 1:
         raise RecipeError(f"samples: expected 1 for a stream, which is one answer; found {options.samples}.")
     ids, mask = pad([render(tokenizer, messages, answer_next=True)], tokenizer, model)
-    config = _generation_config(model, tokenizer, options, ids.shape[1])
+    config = _generation_config(model, tokenizer, options, ids.shape[1], ends)
     streamer = TextIteratorStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
     failures: list[BaseException] = []
     stopped = Event()
@@ -159,18 +164,21 @@ def stream(
 
 
 def _generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: SamplingOptions, longest: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    options: SamplingOptions,
+    longest: int,
+    ends: Sequence[int] | None,
 ) -> GenerationConfig:
     positions = learned_positions(model)
     check_length(longest + 1, positions, tokenizer)
-    eos = cast(Any, model.generation_config).eos_token_id
     sampled = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
     return GenerationConfig(
         max_new_tokens=options.max_new_tokens
         if positions is None
         else min(options.max_new_tokens, positions - longest),
         num_return_sequences=options.samples,
-        eos_token_id=eos if eos is not None else tokenizer.eos_token_id,
+        eos_token_id=list(ends_of(model, tokenizer) if ends is None else ends) or None,
         pad_token_id=tokenizer.pad_token_id,
         stop_strings=list(options.stop) or None,
         repetition_penalty=options.repetition_penalty,
@@ -190,7 +198,7 @@ def _length(tokens: Sequence[int], config: GenerationConfig) -> tuple[int, bool]
 
     They count up to that one, with it, or to the padding behind them.
     """
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = config.eos_token_id or []
     for place, token in enumerate(tokens):
         if token in ends:
             return place + 1, True

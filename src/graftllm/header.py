@@ -11,6 +11,7 @@ from pydantic import (
     model_validator,
 )
 
+from graftllm.companions import LARGEST, Companion
 from graftllm.compression.encoded import Operator, Refinement
 from graftllm.compression.roles import Role
 from graftllm.packing_options import PackOptions
@@ -154,6 +155,14 @@ class TensorEntry(Part):
 Setting = int | tuple[int, ...] | None
 
 
+class StoredCompanion(Part):
+    """A file that stands beside the tuned weights: its size, that of what is stored, and the file's digest."""
+
+    size: int = Field(ge=0, le=LARGEST)
+    nbytes: int = Field(ge=0)
+    digest: str
+
+
 class Header(Part):
     """Everything but the payloads. See docs/skillpack-format.md."""
 
@@ -165,8 +174,13 @@ class Header(Part):
     options: PackOptions
     calibration_tokens: int
     config: dict[str, Setting] = {}  # what the tuned config.json says otherwise, by dotted key
-    tokenizer_changed: bool = False
+    companions: dict[Companion, StoredCompanion | None] = {}
     tensors: dict[str, TensorEntry]
+
+    @property
+    def companion_bytes(self) -> int:
+        """How many bytes of the file are companions of the tuned weights."""
+        return sum(one.nbytes for one in self.companions.values() if one is not None)
 
     @model_validator(mode="after")
     def _repeated_tensors_are_alike(self) -> "Header":

@@ -4,13 +4,15 @@ What runs a model is imported where it is needed: transformers takes seconds, an
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
+from graftllm.companions import Companion, companion_digest, compressed
 from graftllm.compression.crew import Crew, Engine, default_workers, open_crew
 from graftllm.compression.filling import Budget
 from graftllm.compression.jobs import Compressed, Job
@@ -22,7 +24,7 @@ from graftllm.compression.workspace import Workspace, open_workspace, packing_ke
 from graftllm.delta import Delta
 from graftllm.devices import resolve_device
 from graftllm.errors import BudgetError, CheckpointError, CompressionError, RecordError, WorkerError
-from graftllm.header import BaseInfo, Card, Header, TensorEntry
+from graftllm.header import BaseInfo, Card, Header, StoredCompanion, TensorEntry
 from graftllm.packfile import Run, check_place, file_bytes, opening
 from graftllm.packing_options import PackOptions, budget_bytes
 from graftllm.records import Prompt
@@ -160,10 +162,31 @@ def _within_budget(
 ) -> SkillPack:
     """Return a pack of the size or the divergence that the options ask for."""
     delta, options = job.delta, job.options
-    calibration = job.measures().calibration
+    calibration, own = job.measures().calibration, delta.companions()
+    companions: dict[Companion, bytes] = {name: compressed(one) for name, one in own.items() if one is not None}
+    header = Header(
+        card=card,
+        base=BaseInfo(
+            name=delta.base.name,
+            architecture=delta.base.architecture,
+            fingerprint="0" * 64,
+            parameters=delta.base.parameters,
+        ),
+        tuned_bytes=delta.tuned.nbytes,
+        options=options,
+        calibration_tokens=calibration.tokens if calibration else 0,
+        config=delta.config_changes(),
+        companions={
+            name: None
+            if one is None
+            else StoredCompanion(size=len(one), nbytes=len(companions[name]), digest=companion_digest(one))
+            for name, one in own.items()
+        },
+        tensors={},
+    )
 
     def build(budget: int | None, refined: bool = False) -> SkillPack:
-        return _build(job, crew, budget, card=card, calibration=calibration, rows=rows, refined=refined)
+        return _build(job, crew, budget, header, companions, calibration=calibration, rows=rows, refined=refined)
 
     size, target = None, options.divergence
     if target is not None:
@@ -245,29 +268,18 @@ def _build(
     job: Job,
     crew: Crew,
     budget: int | None,
+    header: Header,
+    companions: Mapping[Companion, bytes],
     *,
-    card: Card,
     calibration: Calibration | None,
     rows: Sequence[Prompt],
     refined: bool,
 ) -> SkillPack:
-    """Return a pack whose file takes at most `budget` bytes, and `refined` an exact layer more."""
+    """Return a pack whose file takes at most `budget` bytes, and `refined` an exact layer more.
+
+    `header` is that of a pack without tensors, and `companions` what the file stores of those.
+    """
     delta, options = job.delta, job.options
-    header = Header(
-        card=card,
-        base=BaseInfo(
-            name=delta.base.name,
-            architecture=delta.base.architecture,
-            fingerprint="0" * 64,
-            parameters=delta.base.parameters,
-        ),
-        tuned_bytes=delta.tuned.nbytes,
-        options=options,
-        calibration_tokens=calibration.tokens if calibration else 0,
-        config=delta.config_changes(),
-        tokenizer_changed=delta.tokenizer_changed(),
-        tensors={},
-    )
 
     def entry(name: str, part: Compressed) -> TensorEntry:
         tuned = delta.tuned.specs[part.name]
@@ -297,7 +309,7 @@ def _build(
         return header.model_copy(update={"base": base, "tensors": entries})
 
     def beside(coded: Sequence[Compressed]) -> int:
-        return len(opening(described(coded)))
+        return len(opening(described(coded))) + header.companion_bytes
 
     room = budget
     if room is not None and options.distill:
@@ -318,6 +330,8 @@ def _build(
     parts = {part.name: part for part in coded}
 
     def payload(run: Run, name: str) -> np.ndarray:
+        if run == "companions":
+            return np.frombuffer(companions[cast(Companion, name)], np.uint8)
         return parts[name].payload if run == "payloads" else parts[name].refinement
 
     return SkillPack(whole, "an unsaved pack", payload)

@@ -27,7 +27,7 @@ _CONTAINERS = 16  # bytes of JSON for each object or list, and
 _MARKS = 5  # for each comma or colon, at least; headers of the shortest names have a third more
 _NAMES, _OUTSIDE = 64, 4096  # strings, and bytes outside of them, before the payloads; a pack has fewer than 20 and 200
 _LONGEST = 4096  # members of an object or list, but for `tensors`
-Run = Literal["payloads", "exact_layers"]  # the tensors of the file
+Run = Literal["payloads", "exact_layers", "companions"]  # the tensors of the file
 _STRING = re.compile(rb'"(?:[^"\\]+|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 
 
@@ -70,7 +70,7 @@ def read_header(path: Path) -> Header:
             f"found a length of {size:,}. The file is truncated or not a SkillPack."
         )
     if not simple:
-        raise PackError(f"{path}: a safetensors file, but not a SkillPack (it lists more than a pack's two tensors).")
+        raise PackError(f"{path}: a safetensors file, but not a SkillPack (it lists more than a pack's three tensors).")
     try:
         with safe_open(path, framework="np") as file:
             about = file.metadata() or {}
@@ -176,7 +176,7 @@ def _is_immense(part: object) -> bool:
 
 
 def places(header: Header) -> dict[Run, dict[str, slice]]:
-    """Return where the file has each parameter's payload, and its exact layer, in the run of bytes of all of them.
+    """Return where the file has each parameter's payload, exact layer or companion, in the run of bytes of all of them.
 
     What repeats another parameter has none.
     """
@@ -184,6 +184,7 @@ def places(header: Header) -> dict[Run, dict[str, slice]]:
     sizes: dict[Run, dict[str, int]] = {
         "payloads": {name: entry.nbytes for name, entry in own.items()},
         "exact_layers": {name: entry.refinement.nbytes for name, entry in own.items() if entry.refinement},
+        "companions": {name: one.nbytes for name, one in header.companions.items() if one is not None},
     }
     ends = {run: accumulate(parts.values()) for run, parts in sizes.items()}
     return {
@@ -193,7 +194,7 @@ def places(header: Header) -> dict[Run, dict[str, slice]]:
 
 
 def layout(header: Header) -> dict[str, TensorSpec]:
-    """Return the file's tensors: all payloads, then all exact layers; what would be empty is not there."""
+    """Return the file's tensors: all payloads, all exact layers, all companions; what would be empty is not there."""
     lengths = {run: max((part.stop for part in parts.values()), default=0) for run, parts in places(header).items()}
     return {run: TensorSpec("U8", (length,)) for run, length in lengths.items() if length}
 
@@ -205,7 +206,8 @@ def opening(header: Header) -> bytes:
 
 def file_bytes(header: Header) -> int:
     """Return how many bytes the file with this header has."""
-    return len(opening(header)) + sum(entry.stored_bytes for entry in header.tensors.values())
+    stored = sum(entry.stored_bytes for entry in header.tensors.values())
+    return len(opening(header)) + stored + header.companion_bytes
 
 
 def metadata(header: Header) -> dict[str, str]:

@@ -149,6 +149,13 @@ def context_length(model: PreTrainedModel) -> int | None:
     return most if most is not None and most > 0 else None  # XLNet says -1
 
 
+def ends_of(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the tokens that end an answer: those of the model's generation config, else the tokenizer's."""
+    ends: Any = None if model is None else cast(Any, model.generation_config).eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+
+
 def check_length(tokens: int, positions: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse rows that a model has no positions for; `positions` is None for one that has for all.
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from graftllm.checkpoint import Checkpoint
+from graftllm.companions import Companion, companion_digest, decompressed
 from graftllm.compression.encoded import EncodedTensor, ExactLayer, payload_digest
 from graftllm.delta import align
 from graftllm.downloads import Repository, download, repository
@@ -121,14 +122,38 @@ class SkillPack:
         refinement = self._checked("exact_layers", name, on_top.nbytes, on_top.payload_digest)
         return EncodedTensor(entry.how, payload, ExactLayer(on_top.weight, on_top.how, refinement))
 
+    def companions(self) -> dict[Companion, bytes | None]:
+        """Return what stands beside the tuned weights and is not the base's, by file name; None for what has to go.
+
+        Raises:
+            PackError: one is damaged.
+        """
+        found: dict[Companion, bytes | None] = {}
+        for name, one in self.header.companions.items():
+            if one is None:
+                found[name] = None
+                continue
+            try:
+                content = decompressed(self._stored("companions", name, one.nbytes).tobytes(), one.size)
+            except ValueError as error:
+                raise PackError(f"{self.source}: {name} cannot be read ({error}). The file is damaged.") from error
+            if companion_digest(content) != one.digest:
+                raise PackError(
+                    f"{self.source}: {name} does not match its digest {one.digest}. "
+                    "The file is damaged; copy or download it again."
+                )
+            found[name] = content
+        return found
+
     def check_payloads(self) -> None:
-        """Compare every payload with its digest; nothing is decoded.
+        """Compare all that is stored with its digests; no delta is decoded.
 
         Raises:
             PackError: one is damaged.
         """
         for name in self:
             self.encoded(name)
+        self.companions()
 
     def restore(self, name: str, base: Tensor) -> Tensor:
         """Return the tuned value of one parameter from the base's (on CPU), in the tuned shape and dtype.
@@ -225,7 +250,7 @@ class SkillPack:
         return totals
 
     def _stored(self, run: Run, name: str, nbytes: int) -> np.ndarray:
-        stored = self.header.tensors[name].same_as or name
+        stored = name if run == "companions" else self.header.tensors[name].same_as or name
         return self._payload(run, stored) if nbytes else np.empty(0, np.uint8)
 
     def _checked(self, run: Run, name: str, nbytes: int, expected: str) -> np.ndarray:

@@ -3,7 +3,9 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
 
+from graftllm.compression.factored import Factored
 from graftllm.compression.roles import Role
 from graftllm.delta import Delta
 from graftllm.errors import StorageError
@@ -32,6 +34,17 @@ def test_a_picture_needs_no_payload_of_other_operators(tmp_path: Path) -> None:
 
 def test_a_pack_of_nothing_can_be_drawn(delta: Delta, tmp_path: Path) -> None:
     draw_portrait(compress(Delta(delta.base, delta.base), PackOptions(strategy="exact")), tmp_path / "picture.png")
+
+
+def test_factors_far_larger_than_their_bytes_are_told_and_not_read(tmp_path: Path) -> None:
+    header = header_of(["a", "b"])
+    large = {"shape": (1 << 14, 1 << 14), "how": Factored(rank=1 << 10, step=1.0)}
+    header = header.model_copy(update={"tensors": {"a": header.tensors["a"].model_copy(update=large)}})
+    with rc_context({"svg.fonttype": "none"}):
+        draw_portrait(SkillPack(header, "toy", unread), tmp_path / "picture.svg")
+    drawn = (tmp_path / "picture.svg").read_text()
+    assert "Directions of the factors; 1 left out, far larger than their bytes" in drawn
+    assert "no other tensor is stored as factors" in drawn
 
 
 def test_unknown_kinds_of_pictures_are_refused(delta: Delta, tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ from graftllm.exporting.adapter import LEGAL_RANKS, export_adapter, legal_rank
 from graftllm.exporting.launch import export_shelf
 from graftllm.fusion.directory import write_grafted
 from graftllm.fusion.grafting import plug
-from graftllm.loading import load_model
+from graftllm.loading import load_model, load_tokenizer
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
 from tests.architectures import save_base
-from tests.models import perturb, save_llama
+from tests.models import perturb, save_llama, with_vocabulary
 
 # PEFT 0.21 asks transformers by a name that 5.23 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -86,6 +86,30 @@ def test_an_export_spares_what_it_reads(home: Path, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="expected a place apart from .*thin.safetensors, which is read"):
         export_adapter(tmp_path / "thin.safetensors", home / "base", tmp_path)
     assert (tmp_path / "thin.safetensors").exists()
+
+
+def test_a_tokenizer_of_the_packs_own_stands_beside_the_adapter(home: Path, tmp_path: Path) -> None:
+    tuned = shutil.copytree(home / "layers", tmp_path / "layers")
+    (tuned / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    pack = _pack(home / "base", tuned, tmp_path / "own.safetensors", PackOptions(servable=4))
+    for _ in range(2):  # what is there is replaced
+        export_adapter(pack, home / "base", tmp_path / "out")
+    assert load_tokenizer(tmp_path / "out").chat_template == "{{ messages[0].content }}"
+    assert load_tokenizer(tmp_path / "out").get_vocab() == load_tokenizer(home / "base").get_vocab()
+    export_adapter(home / "thin.safetensors", home / "base", tmp_path / "plain")
+    assert {file.name for file in (tmp_path / "plain").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+
+
+def test_added_vocabulary_rows_are_no_adapters(home: Path, tmp_path: Path) -> None:
+    wide = with_vocabulary(home / "base", tmp_path / "wide", 80)
+    pack = _pack(home / "base", wide, tmp_path / "wide.safetensors", PackOptions(strategy="exact"))
+    told = r"wide.safetensors: adds vocabulary rows to 'model.embed_tokens.weight', which no adapter holds; write a"
+    with pytest.raises(ServingError, match=told):
+        export_adapter(pack, home / "base", tmp_path / "out", allow_drop=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_alpha_is_the_rank_of_every_module_and_patterns_are_anchored(home: Path, tmp_path: Path) -> None:

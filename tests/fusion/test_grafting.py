@@ -294,31 +294,25 @@ def _resized(place: Path, rows: int) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("rows", [73, 76])
-def test_added_vocabulary_rows_need_room_in_a_live_model(grown: Delta, rows: int) -> None:
-    pack, model = compress(grown, PackOptions(strategy="exact")), _resized(grown.base.path, rows)
-    before = _digests(model)
-    told = (
-        "adds rows to the vocabulary, 80 of 'model.embed_tokens.weight', and the live model has "
-        rf"{rows}. Call model.resize_token_embeddings\(80\) first.$"
-    )
-    with pytest.raises(FusionError, match=told):
-        plug(model, pack)
+def test_a_pack_that_adds_vocabulary_rows_does_not_run_beside_the_weights(grown: Delta) -> None:
+    pack, model = compress(grown, PackOptions(strategy="exact")), _resized(grown.base.path, 73)
     with pytest.raises(FusionError, match=r"'model.embed_tokens.weight', to which it adds vocabulary rows; this can"):
         decode_branches(model, pack)
-    assert _digests(model) == before
 
 
+@pytest.mark.parametrize("rows", [73, 76, 80])
 @pytest.mark.parametrize("strategy", ["exact", "auto", "paper"])
-def test_added_vocabulary_rows_plug_into_a_model_that_was_resized(
-    grown: Delta, tmp_path: Path, strategy: Strategy
+def test_added_vocabulary_rows_plug_into_a_live_model_with_room_or_without(
+    grown: Delta, tmp_path: Path, strategy: Strategy, rows: int
 ) -> None:
-    pack, model = compress(grown, PackOptions(strategy=strategy)), _resized(grown.base.path, 80)
+    pack, model = compress(grown, PackOptions(strategy=strategy)), _resized(grown.base.path, rows)
     apply_packs(Checkpoint.open(grown.base.path), [(pack, 1.0)], tmp_path / "applied")
-    before = _digests(model)
+    before, ids = _digests(model), torch.tensor([[1, 2, 3]])
     with plug(model, pack):
         assert _digests(model) == _digests(AutoModelForCausalLM.from_pretrained(tmp_path / "applied", dtype="auto"))
+        assert model(input_ids=ids, labels=ids).logits.shape[-1] == model.config.vocab_size == 80
     assert _digests(model) == before
+    assert model(input_ids=ids, labels=ids).logits.shape[-1] == model.config.vocab_size == rows
 
 
 def test_rows_that_no_pack_knows_stay_as_they_are(base: Checkpoint, lossy: SkillPack, grown: Delta) -> None:

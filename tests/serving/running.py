@@ -14,10 +14,12 @@ import uvicorn
 from openai import OpenAI
 from transformers import PreTrainedTokenizerBase
 
+from graftllm.fusion.routes import BASE
+from graftllm.fusion.voices import Voice
 from graftllm.records import Message
-from graftllm.rendering import render
+from graftllm.rendering import ends_of, render
 from graftllm.serving.engine import Engine
-from graftllm.serving.orders import Chosen, Ended, Event, Failed, Order, Piece
+from graftllm.serving.orders import Chosen, Ended, Event, Failed, Order, Piece, Reading
 
 PATIENCE_S = 120
 
@@ -75,7 +77,8 @@ def posted(address: str, path: str, body: dict[str, Any], *, buffer: int | None 
 
 def order(tokenizer: PreTrainedTokenizerBase, question: str, pack: str, **wanted: Any) -> Order:
     messages = [Message(role="user", content=question)]
-    return Order(messages, render(tokenizer, messages, answer_next=True), pack, **wanted)
+    reading = Reading(render(tokenizer, messages, answer_next=True), Voice(tokenizer, ends_of(None, tokenizer)))
+    return Order(messages, {BASE: reading}, pack, **wanted)
 
 
 class Asked:

@@ -1,4 +1,3 @@
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,15 +5,15 @@ import pytest
 
 from graftllm.checkpoint import Checkpoint, copy_companions
 from graftllm.delta import Delta
-from graftllm.errors import FusionError, RecipeError, TrainingError
-from graftllm.fusion import assembly, fitting
+from graftllm.errors import TrainingError
 from graftllm.fusion.applying import apply_packs
+from graftllm.fusion.directory import write_grafted
+from graftllm.fusion.grafted import GraftedModel
+from graftllm.fusion.rules import Rule
 from graftllm.generation import generate
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions, Strategy
-from graftllm.pipeline.learning import learn
-from graftllm.pipeline.river import run
 from graftllm.pipeline.transfer import tune
 from graftllm.pipeline.work import Work
 from graftllm.recipe import Recipe
@@ -61,38 +60,41 @@ def test_a_fine_tune_has_a_token_and_an_embedding_row_for_each(base: Checkpoint,
     assert _answers(tuned.path, tuned.path) == ["alfa alfa", "bravo bravo"]
     delta = Delta(base, tuned)
     assert delta.config_changes() == {"vocab_size": known + 2}
-    assert delta.tokenizer_changed()
+    assert delta.companions()["tokenizer.json"] == (tuned.path / "tokenizer.json").read_bytes()
     changed = {key for key, value in base.config.items() if tuned.config[key] != value}
     assert changed <= {"vocab_size", "transformers_version"}
 
 
 @pytest.mark.parametrize("strategy", ["exact", "auto", "paper"])
-def test_a_pack_of_it_applies_and_answers_with_the_tuned_tokenizer(
+def test_a_pack_of_it_applies_with_the_tuned_tokenizer(
     base: Checkpoint, tuned: Checkpoint, tmp_path: Path, strategy: Strategy
 ) -> None:
     compress(Delta(base, tuned), PackOptions(strategy=strategy), calibration=ROWS).save(tmp_path / "p.safetensors")
     pack = SkillPack.load(tmp_path / "p.safetensors")
-    assert pack.header.tokenizer_changed
     apply_packs(base, [(pack, 1.0)], tmp_path / "out")
     assert Checkpoint.open(tmp_path / "out").specs == tuned.specs
-    assert _answers(tmp_path / "out", tuned.path) == ["alfa alfa", "bravo bravo"]
+    assert _answers(tmp_path / "out", tmp_path / "out") == ["alfa alfa", "bravo bravo"]
 
 
-def test_a_pack_of_it_is_refused_by_a_grafted_model_before_a_router_learns(
-    base: Checkpoint, tuned: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_grafted_model_answers_with_them_and_has_its_own_rows_afterwards(
+    base: Checkpoint, tuned: Checkpoint, tmp_path: Path
 ) -> None:
     compress(Delta(base, tuned), PackOptions(strategy="exact")).save(tmp_path / "p.safetensors")
-    write_rows(tmp_path / "rows.jsonl", [replace(row, task="say") for row in ROWS])
-    monkeypatch.delattr(fitting, "fit_router")
-    known = base.specs["model.embed_tokens.weight"].shape[0]
-    told = (
-        f"p.safetensors: expected {known} rows of 'model.embed_tokens.weight', as the base has, found {known + 2}: a "
-        "grafted model has no room for added vocabulary. Write a checkpoint with `graftllm apply` and use that instead."
-    )
-    with pytest.raises(FusionError, match=f"{re.escape(told)}$"):
-        packs = {"say": tmp_path / "p.safetensors"}
-        assembly.fuse_packs(tmp_path / "g", str(base.path), packs, router_data=tmp_path / "rows.jsonl")
-    assert not (tmp_path / "g").exists()
+    rule = Rule(pack="say", pattern="^say")
+    write_grafted(tmp_path / "g", str(base.path), {"say": tmp_path / "p.safetensors"}, rules=[rule])
+    grafted = GraftedModel.load(tmp_path / "g", device="cpu")
+    questions, known = [row.question for row in ROWS[:2]], base.specs["model.embed_tokens.weight"].shape[0]
+    before = grafted.generate(questions, "base")
+    assert grafted.generate(questions, "say") == ["alfa alfa", "bravo bravo"]
+    assert grafted.generate(questions, ["say", "base"]) == ["alfa alfa", before[1]]
+    assert "".join(grafted.stream(questions[0], "say")) == "alfa alfa"
+    assert grafted.generate(questions[:1]) == ["alfa alfa"]
+    with grafted.using("say") as model:
+        assert model.get_output_embeddings().out_features == model.config.vocab_size == known + 2
+    assert model.get_input_embeddings().weight.shape[0] == model.get_input_embeddings().num_embeddings == known
+    assert model.get_output_embeddings().out_features == model.config.vocab_size == known
+    assert model.get_input_embeddings().weight.equal(load_model(base.path, device="cpu").get_input_embeddings().weight)
+    assert grafted.generate(questions, "base") == before
 
 
 def test_tokens_that_are_there_already_add_no_row(tuned: Checkpoint, tmp_path: Path) -> None:
@@ -151,18 +153,6 @@ def test_a_recipe_names_them_for_a_skill(base: Checkpoint, tmp_path: Path) -> No
     adapter = work.tuned("say").with_name("lora")
     tune(work, "say", base.path, adapter, name="lora", lora_rank=2)  # learns the words by their letters
     assert (adapter / "adapter_model.safetensors").exists()
-
-
-def test_a_run_for_a_grafted_model_refuses_them_at_once(base: Checkpoint, tmp_path: Path) -> None:
-    work = _work(base, tmp_path)
-    told = (
-        "skills.say.added_tokens: a grafted model answers with the target's tokenizer and has no room for more tokens. "
-        "Leave them out; or take `graftllm train`, and then `pack` and `apply`, which have."
-    )
-    for start in (lambda: run(work), lambda: learn(work, tmp_path / "grafted")):
-        with pytest.raises(RecipeError, match=f"^{re.escape(told)}$"):
-            start()
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_recipe_for_loras_refuses_them(base: Checkpoint, tmp_path: Path) -> None:

@@ -184,8 +184,8 @@ def strengths(pack: SkillPack, name: str) -> Tensor | None:
     else:
         turned = isinstance(operator, Factored) and operator.transposed
     try:
-        if operator.rank * (rows + columns) > _MOST_VALUES:  # no base vouches for the shape
-            raise ValueError(f"expected factors of at most {_MOST_VALUES:,} values, found rank {operator.rank}")
+        if (found := factor_values(entry)) > (most := _most_values(entry)):  # no base vouches for the shape
+            raise ValueError(f"expected factors of at most {most:,} values in {entry.nbytes:,} bytes, found {found:,}")
         left, right = operator.factors(payload, (columns, rows) if turned else (rows, columns))
     except ValueError as error:
         raise PackError(
@@ -194,4 +194,21 @@ def strengths(pack: SkillPack, name: str) -> Tensor | None:
     return (left.norm(dim=0) * right.norm(dim=1)).sort(descending=True).values
 
 
+def factor_values(entry: TensorEntry) -> int:
+    """Return how many values the factors of a parameter have; 0 where the operator stores none."""
+    operator = entry.how.strong if isinstance(entry.how, Hybrid) else entry.how
+    return operator.rank * sum(matrix_shape(entry.tuned_spec.shape)) if isinstance(operator, LowRank | Factored) else 0
+
+
+def out_of_proportion(entry: TensorEntry) -> bool:
+    """Return whether the factors of a parameter would take far more memory than their bytes suggest."""
+    return factor_values(entry) > _most_values(entry)
+
+
+def _most_values(entry: TensorEntry) -> int:
+    return min(_MOST_VALUES, max(_FEW_VALUES, _VALUES_PER_BYTE * entry.nbytes))
+
+
 _MOST_VALUES = 1 << 28
+_FEW_VALUES = 1 << 22  # that are decoded from however few bytes
+_VALUES_PER_BYTE = 64  # real factors have a few

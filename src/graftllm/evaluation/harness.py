@@ -151,7 +151,12 @@ def _answering(directory: Path, pack: str, device: str) -> _Answering:
     grafted = GraftedModel.load(directory, device=device)
     if pack != AUTO:
         mixed(pack, grafted.packs, also=(BASE, AUTO))  # refuses an unknown one before anything is downloaded
-    return _Answering(grafted.model, grafted.tokenizer, grafted, pack)
+    elif own := grafted.voices.own:
+        raise FusionError(
+            f"--lm-eval: {own[0]!r} has a tokenizer or chat template of its own, and the harness knows one for all "
+            "requests; name a pack (--pack) instead of auto."
+        )
+    return _Answering(grafted.model, grafted.voices[pack].tokenizer, grafted, pack)
 
 
 def _wrapped(wrapper: Any, answering: _Answering) -> Any:

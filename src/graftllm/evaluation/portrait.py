@@ -11,7 +11,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
-from graftllm.evaluation.anatomy import OTHER, Portion, by_layer, by_role, portion, strengths
+from graftllm.evaluation.anatomy import (
+    OTHER,
+    Portion,
+    by_layer,
+    by_role,
+    factor_values,
+    out_of_proportion,
+    portion,
+    strengths,
+)
 from graftllm.evaluation.tables import printable
 from graftllm.header import Header
 from graftllm.progress import track
@@ -137,13 +146,23 @@ def _draw_sizes(axes: Axes, header: Header) -> None:
 def _draw_directions(axes: Axes, pack: SkillPack) -> None:
     """Draw how strong the stored directions of some tensors of each role are, relative to the strongest."""
     names: dict[str, list[str]] = {}
+    large = 0
     for name, entry in pack.header.tensors.items():
-        if entry.how.operator in ("lowrank", "factored", "hybrid"):
+        if out_of_proportion(entry):
+            large += 1
+        elif factor_values(entry):
             names.setdefault(entry.role, []).append(name)
     some = {name: role for role, members in names.items() for name in _evenly(members)}
-    axes.set(title="Directions of the factors", xlabel="direction, strongest first", ylabel="strength / strongest")
+    title = "Directions of the factors" + (f"; {large} left out, far larger than their bytes" if large else "")
+    axes.set(title=title, xlabel="direction, strongest first", ylabel="strength / strongest")
     if not some:
-        axes.text(0.5, 0.5, "no tensor is stored as factors", ha="center", transform=axes.transAxes)
+        axes.text(
+            0.5,
+            0.5,
+            f"no{' other' if large else ''} tensor is stored as factors",
+            ha="center",
+            transform=axes.transAxes,
+        )
         axes.set(xticks=[], yticks=[])
         return
     for name in track(list(some), label="reading directions"):

@@ -128,13 +128,19 @@ def pack_lines(header: Header, file_bytes: int) -> list[str]:
         "scores": ", ".join(f"{key} {value:.3f}" for key, value in card.scores.items()) or "not recorded",
         "license": card.license or "not recorded",
         "config": ", ".join(f"{key} {value}" for key, value in header.config.items()),
-        "tokenizer": "not the base's; `apply` writes the base's, so copy the tuned model's over it"
-        if header.tokenizer_changed
-        else "",
+        "own files": _own_files(header),
         "unseen": f"{unseen:,} matrices or stacks of experts that not all saw a calibration token" if unseen else "",
     }
     lines = [f"{card.name or 'unnamed'}: {card.description or 'no description'}"]
     return [printable(line) for line in lines + [f"{key:<12} {fact}" for key, fact in facts.items() if fact]]
+
+
+def _own_files(header: Header) -> str:
+    """Return which files beside the tuned weights come along, and what they take."""
+    names = ", ".join(name for name, one in header.companions.items() if one is not None)
+    gone = ", ".join(name for name, one in header.companions.items() if one is None)
+    told = f"{names}, {header.companion_bytes:,} bytes" if names else ""
+    return f"{told}; without the base's {gone}" if gone else told
 
 
 def role_grid(header: Header) -> Grid:

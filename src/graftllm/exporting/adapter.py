@@ -22,9 +22,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from graftllm.checkpoint import Checkpoint
+from graftllm.companions import TOKENIZER
 from graftllm.errors import ServingError
 from graftllm.exporting.divergence import divergence, read_logits, written_texts
 from graftllm.fusion.grafting import decode, touched_bindings
+from graftllm.fusion.voices import Voices
 from graftllm.live import named_values
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.records import read_prompts
@@ -34,7 +36,7 @@ from graftllm.storage import check_apart, whole_directory, write_text
 from graftllm.tensors import DTYPES
 
 LEGAL_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
-FILES = ("adapter_config.json", "adapter_model.safetensors")  # of an adapter
+FILES = ("adapter_config.json", "adapter_model.safetensors", *TOKENIZER)  # of an adapter
 _ROWS = 64
 
 
@@ -113,14 +115,15 @@ def export_adapter(
     Args:
         pack: a SkillPack file.
         base: its base's checkpoint directory.
-        out: adapter directory; appears whole or not at all.
+        out: adapter directory; appears whole or not at all, with the pack's tokenizer where that has its own.
         max_rank: raised to the next one that vLLM takes.
         allow_drop: write the adapter also where it lacks something of the pack.
         prompts: JSONL rows to measure on; without them the packed model writes its own texts.
         device: `auto` takes a GPU when there is one.
 
     Raises:
-        ServingError: something of the pack cannot travel and `allow_drop` is not given; or the rank is too large.
+        ServingError: something of the pack cannot travel and `allow_drop` is not given, it adds vocabulary rows, or the
+            rank is too large.
         PackError: the pack is damaged or was made for another base.
         CheckpointError: the base cannot be loaded.
     """
@@ -128,7 +131,13 @@ def export_adapter(
     checkpoint, opened = Checkpoint.open(base), SkillPack.load(pack)
     check_apart(out, [pack, checkpoint.path, *([] if prompts is None else [prompts])])
     opened.check_base(checkpoint)
-    model, tokenizer = load_model(checkpoint.path, device=device), load_tokenizer(checkpoint.path)
+    if grown := next((name for name, one in opened.header.tensors.items() if one.tuned_spec.shape != one.shape), None):
+        raise ServingError(
+            f"{pack}: adds vocabulary rows to {grown!r}, which no adapter holds; write a checkpoint with `graftllm "
+            "apply` and serve that."
+        )
+    model, words = load_model(checkpoint.path, device=device), load_tokenizer(checkpoint.path)
+    tokenizer = Voices(model, words, {opened.source: opened})[opened.source].tokenizer
     full = decode(model, opened).values
     places, dropped = _places(model, opened)
     with _holding(model, full):
@@ -149,6 +158,8 @@ def export_adapter(
     if not factors:
         raise ServingError(f"{pack}: touches no matrix of a linear layer, so there is nothing an adapter could hold.")
     with whole_directory(out, over=FILES[:1], holds=FILES) as partial:
+        if tokenizer is not words:  # engines look for it beside the adapter
+            tokenizer.save_pretrained(partial)
         rank = _write(partial, model, factors, checkpoint)
         losses = _losses(model, full, places, dropped, factors, texts, reference)
         adapted = _adapted(model, partial)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from graftllm.checkpoint import Checkpoint, write_checkpoint
+from graftllm.companions import agreed_companions
 from graftllm.compression.matrix import CACHED
 from graftllm.delta import align
 from graftllm.errors import FusionError
@@ -37,8 +38,8 @@ _BLOCK = 1 << 26
 def apply_packs(base: Checkpoint, packs: Sequence[Weighted], out: str | Path) -> None:
     """Write base + weighted packs as a checkpoint, with the base's config, tokenizer and shards.
 
-    Where the tuned models had more vocabulary rows or another dtype, the checkpoint has them too, and the token ids on
-    which they agree. The tokenizer stays the base's; a pack's header says whether the tuned one was another.
+    Where the tuned models had more vocabulary rows or another dtype, the checkpoint has them too, and the token ids,
+    tokenizer, chat template and generation config on which they agree.
     One exact pack of weight 1 gives the tuned checkpoint's weights bit for bit.
 
     Raises:
@@ -53,6 +54,7 @@ def apply_packs(base: Checkpoint, packs: Sequence[Weighted], out: str | Path) ->
         pack.check_base(base)
     specs = {name: agreed_spec(name, packs) for name in base.specs}
     config = agreed_config([pack.header.config for pack, _ in packs])
+    companions = agreed_companions([pack.companions() for pack, _ in packs])
     with progress("applying") as show:
         done = 0
 
@@ -64,7 +66,7 @@ def apply_packs(base: Checkpoint, packs: Sequence[Weighted], out: str | Path) ->
             show(done := done + 1, len(base.specs))
             return in_range(name, combined(name, value, packs, dtype=DTYPES[specs[name].dtype]), lambda: value)
 
-        write_checkpoint(base, Path(out), tensor, specs=specs, config=config)
+        write_checkpoint(base, Path(out), tensor, specs=specs, config=config, companions=companions)
 
 
 def in_range(name: str, value: Tensor, base: Callable[[], Tensor]) -> Tensor:

@@ -53,7 +53,7 @@ def write_grafted(
         rules: prompts that go to a pack whatever the router says.
 
     Raises:
-        FusionError: a name is reserved, a pack is for another base or adds vocabulary rows, or a rule names no pack.
+        FusionError: a name is reserved, a pack is for another base, or a rule names no pack.
         PackError: a pack is damaged or was made for another base.
         StorageError: another process writes there now, or nobody can.
     """
@@ -102,8 +102,8 @@ def add_packs(
         The new manifest.
 
     Raises:
-        FusionError: a name is taken or reserved, a pack is for another base or adds vocabulary rows, the directory has
-            got another router since `taught`, or this is no grafted model.
+        FusionError: a name is taken or reserved, a pack is for another base, the directory has got another router since
+            `taught`, or this is no grafted model.
         PackError: a pack is damaged or was made for another base.
         StorageError: another process changes the directory now, or it cannot be written.
     """
@@ -199,19 +199,11 @@ def open_fitting(packs: Mapping[str, Path], base: Checkpoint) -> dict[str, Skill
     """Open packs that are to come to a shelf, by name, and compare every payload with its digest.
 
     Raises:
-        FusionError: one adds vocabulary rows.
         PackError: one is damaged or was made for another base.
     """
     opened = {name: SkillPack.load(path) for name, path in packs.items()}
     for pack in opened.values():
         pack.check_base(base)
-        for tensor, entry in pack.header.tensors.items():
-            if entry.tuned_spec.shape != entry.shape:
-                raise FusionError(
-                    f"{pack.source}: expected {entry.shape[0]:,} rows of {tensor!r}, as the base has, found "
-                    f"{entry.tuned_spec.shape[0]:,}: a grafted model has no room for added vocabulary. Write a "
-                    "checkpoint with `graftllm apply` and use that instead."
-                )
         pack.check_payloads()
     return opened
 

@@ -23,6 +23,7 @@ from graftllm.fusion.routing import Router
 from graftllm.fusion.rules import Rule, first_fitting
 from graftllm.fusion.shelf import Shelf, kept_replacement
 from graftllm.fusion.turns import Turn
+from graftllm.fusion.voices import Voice, Voices
 from graftllm.generation import GREEDY, generate, stream
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.recipe import SamplingOptions
@@ -42,13 +43,14 @@ class GraftedModel:
 
     Attributes:
         model: the live base.
-        tokenizer: the base's.
+        tokenizer: the base's; what a pack is spoken to by is in `voices`.
         packs: by name, memory-mapped; other packs make another GraftedModel.
         router: None where `auto` cannot be asked for.
         rules: prompts that go to a pack whatever the router says.
         unrouted: packs that came, or changed, after the router was trained.
         digests: the SHA-256 of each pack's file, by name, as it was loaded.
         shelf: what is decoded of the packs; by default as large as the base, or 1 GiB for a small one.
+        voices: the tokenizer, chat template and end tokens of the base and of each pack.
     """
 
     model: PreTrainedModel
@@ -69,6 +71,7 @@ class GraftedModel:
         if self.shelf is None:
             weights = sum(value.nbytes for value in self.model.parameters())
             self.shelf = Shelf(max(weights, _SMALL))
+        self.voices = Voices(self.model, self.tokenizer, self.packs)
         self.beside = Beside(self.model, self.packs, self.shelf)
         self._graft, self._mix, self._streaming = Graft(self.model, {}), cast(Mix, ()), False
         self._blocks: list[_Block] = []
@@ -205,25 +208,37 @@ class GraftedModel:
             raise FusionError(f"way: expected one of {', '.join(get_args(Way))}; found {way!r}.")
         messages = [messages_of(conversation) for conversation in several(conversations)]
         mixes = self._chosen(messages, pack)
-        if self._goes_beside(mixes, way):
-            wanted = [dict(mix) for mix in mixes]
-            with self.using(BASE) as model:
-                try:
-                    texts = generate(
-                        model, self.tokenizer, messages, options, seed=seed,
-                        around=lambda rows: self.beside.rows([wanted[i] for i in rows]),
-                    )  # fmt: skip
-                finally:
-                    self._let_go()
-            return [samples[0] for samples in texts]
+        beside = self._goes_beside(mixes, way)
+        groups: dict[tuple[Voice, Mix], list[int]] = {}
+        for i, mix in enumerate(mixes):
+            groups.setdefault((self.voices.of(dict(mix)), () if beside else mix), []).append(i)
         answers = [""] * len(messages)
-        for kind in dict.fromkeys(mixes):
-            mine = [i for i, mix in enumerate(mixes) if mix == kind]
-            with self.using(dict(kind)) as model:
-                texts = generate(model, self.tokenizer, [messages[i] for i in mine], options, seed=seed)
-            for i, samples in zip(mine, texts, strict=True):
-                answers[i] = samples[0]
+        for (voice, merged), mine in groups.items():
+            rows = [dict(mixes[i]) for i in mine] if beside else None
+            texts = self._answered([messages[i] for i in mine], voice, merged, rows, options, seed)
+            for i, text in zip(mine, texts, strict=True):
+                answers[i] = text
         return answers
+
+    def _answered(
+        self,
+        messages: Sequence[Sequence[Message]],
+        voice: Voice,
+        merged: Mix,
+        rows: Sequence[Mapping[str, float]] | None,
+        options: SamplingOptions,
+        seed: int,
+    ) -> list[str]:
+        """Answer conversations of one voice, with packs that are merged or those of each row beside the weights."""
+        with self.using(dict(merged)) as model:
+            try:
+                texts = generate(
+                    model, voice.tokenizer, messages, options, ends=voice.ends, seed=seed,
+                    around=lambda some: nullcontext() if rows is None else self.beside.rows([rows[i] for i in some]),
+                )  # fmt: skip
+            finally:
+                self._let_go()
+        return [samples[0] for samples in texts]
 
     def stream(
         self, conversation: Conversation, pack: Wanted = AUTO, options: SamplingOptions = GREEDY
@@ -234,12 +249,12 @@ class GraftedModel:
             FusionError: the pack's name is unknown, or `auto` is asked for without a router.
         """
         mix = self._chosen([messages_of(conversation)], [pack])[0]
-        beside = self._goes_beside([mix], "auto")
+        beside, voice = self._goes_beside([mix], "auto"), self.voices.of(dict(mix))
         with self.using(BASE if beside else dict(mix)) as model:
             self._streaming = True
             try:
                 with self.beside.rows([dict(mix)]) if beside else nullcontext():
-                    for piece in stream(model, self.tokenizer, messages_of(conversation), options):
+                    for piece in stream(model, voice.tokenizer, messages_of(conversation), options, ends=voice.ends):
                         yield piece
                         self._turn.passed()  # another thread may go on with the stream
             finally:

@@ -7,15 +7,16 @@ and keeps the base's, so unplugging gives the old model back bit for bit.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from graftllm.delta import growable
 from graftllm.errors import FusionError, PackError
-from graftllm.fusion.applying import Empty, Weighted, agreed_spec, check_weights, combined, in_range
+from graftllm.fusion.applying import Empty, Weighted, check_weights, combined, in_range
 from graftllm.fusion.origin import Origin
 from graftllm.live import Binding, bindings, named_values
 from graftllm.skillpack import SkillPack
@@ -43,7 +44,7 @@ class Graft:
             _plugged_in[model] = _plugged_in.get(model, 0) + 1
         try:
             for name, value in values.items():
-                parameters[name].data = value
+                _put(model, parameters[name], value)
         except BaseException:
             self.unplug()
             raise
@@ -52,7 +53,7 @@ class Graft:
         """Give the model its own weights back, bit for bit, where it is now; a second time does nothing."""
         for module, key, value in self._kept:
             here = cast(Tensor, getattr(module, key))
-            here.data = value.to(here)
+            _put(self.model, here, value.to(here))
         if self._kept:
             _plugged_in[self.model] -= 1
         self._kept = []
@@ -64,6 +65,22 @@ class Graft:
     def __exit__(self, *_: object) -> None:
         """Unplug."""
         self.unplug()
+
+
+def _put(model: nn.Module, parameter: Tensor, value: Tensor) -> None:
+    """Give a parameter another value; where that has another number of rows, so does the vocabulary from now on."""
+    before, after = parameter.shape, value.shape
+    parameter.data = value
+    if before == after:
+        return
+    for module in model.modules():
+        if any(own is parameter for own in module._parameters.values()):
+            setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", len(value))
+    config = getattr(model, "config", None)
+    texts = [config, config.get_text_config()] if isinstance(config, PreTrainedConfig) else []
+    for holder in (*texts, *model.modules()):
+        if getattr(holder, "vocab_size", None) == before[0]:
+            cast(Any, holder).vocab_size = after[0]
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -104,8 +121,8 @@ def plug(model: nn.Module, *packs: SkillPack | Weighted, check: bool = True) -> 
 
     Args:
         model: a transformers model of the base, on any devices; in the base's dtype, in a wider one, or in a narrower
-            one if what it was loaded from is still there. It may have more vocabulary rows, and needs those that
-            the packs add (`model.resize_token_embeddings`).
+            one if what it was loaded from is still there. It may have more vocabulary rows, and gets those that the
+            packs add, until they are unplugged.
         packs: packs of the same base; alone with weight 1, or `(pack, weight)`. Their order does not matter.
         check: compare every touched base weight with the pack's digest first.
 
@@ -165,13 +182,8 @@ def _plugged(
         check_whole(name, value, packs[0][0], binding)
     stored = binding.to_stored({name: value if binding.plain else value.cpu() for name, value in values.items()})
     for name, live in stored.items():
-        known, wanted = packs[0][0].header.tensors[name].shape, agreed_spec(name, packs).shape
+        known = packs[0][0].header.tensors[name].shape
         resized = growable(known, tuple(live.shape))
-        if known != wanted and growable(tuple(live.shape), wanted):
-            raise FusionError(
-                f"{source}: adds rows to the vocabulary, {wanted[0]:,} of {name!r}, and the live model has "
-                f"{len(live):,}. Call model.resize_token_embeddings({wanted[0]}) first."
-            )
         base = origin.stored(name, live[: known[0]] if resized else live, packs[0][0])
         if check:
             _check_base(name, base, packs, origin.model)
@@ -180,12 +192,17 @@ def _plugged(
             in_range(name, value, lambda base=base: base)
         stored[name] = torch.cat([value, live[len(value) :].to(value.device)]) if resized else value
     made = binding.to_live(stored)
-    if {name: value.shape for name, value in made.items()} != {name: value.shape for name, value in values.items()}:
+    if made.keys() != values.keys() or not all(_replaces(made[name], value) for name, value in values.items()):
         raise FusionError(
             f"{source}: the live model holds {binding.live[0]!r} in another shape than its base. "
             "Write a checkpoint with `graftllm apply` and load that instead."
         )
     return {name: value.to(like.device) for name, value in made.items()}
+
+
+def _replaces(made: Tensor, live: Tensor) -> bool:
+    """Return whether a value has the shape of a live one, or more rows."""
+    return made.shape == live.shape or growable(tuple(live.shape), tuple(made.shape))
 
 
 def _check_base(name: str, value: Tensor, packs: Sequence[Weighted], model: nn.Module) -> None:

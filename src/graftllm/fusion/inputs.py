@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from graftllm.checkpoint import Checkpoint
+from graftllm.companions import Companions, agreed_companions
 from graftllm.delta import Delta
 from graftllm.downloads import repository
 from graftllm.errors import FusionError
@@ -39,6 +40,14 @@ class Tuned:
     def config(self) -> Mapping[str, Any]:
         """What its `config.json` says otherwise than the base's, by dotted key."""
         return self.origin.header.config if isinstance(self.origin, SkillPack) else self.origin.config_changes()
+
+    def companions(self) -> Companions:
+        """Return what stands beside its weights and is not the base's.
+
+        Raises:
+            PackError: the pack is damaged.
+        """
+        return self.origin.companions()
 
     def spec(self, name: str) -> TensorSpec:
         """Return the shape and dtype that it has of a parameter."""
@@ -100,6 +109,10 @@ class Stacks(Mapping[str, Tensor]):
     def config(self) -> dict[str, Any]:
         """What all tuned models' `config.json` say alike and otherwise than the base's, by dotted key."""
         return agreed_config([one.config for one in self.tuned])
+
+    def companions(self) -> Companions:
+        """Return what stands beside all tuned models' weights alike and is not the base's."""
+        return agreed_companions([one.companions() for one in self.tuned])
 
     def merged(self, name: str, delta: Tensor, stack: Tensor, shares: Tensor) -> Tensor:
         """Return base + merged delta in the tuned dtype, and under it the rows that the base lacks.

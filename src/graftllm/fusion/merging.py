@@ -151,7 +151,8 @@ def _write_checkpoint(stacks: Stacks, merging: Merge | None, task: int, shares: 
             merged = stacks.merged(name, merging(name, stack, task), stack, shares)
             return in_range(name, merged, lambda: stacks.base.tensor(name))
 
-        write_checkpoint(stacks.base, out, tensor, specs=stacks.specs, config=stacks.config)
+        told = {"config": stacks.config, "companions": stacks.companions()}
+        write_checkpoint(stacks.base, out, tensor, specs=stacks.specs, **told)
 
 
 def _seen(stacks: Stacks, one: Tuned, rows: Sequence[Prompt], scratch: Path, device: str) -> Calibration:

@@ -28,7 +28,7 @@ from graftllm.pipeline.measuring import answering, measure, measure_source, meas
 from graftllm.pipeline.packing import pack
 from graftllm.pipeline.preparing import check_inputs, prompts_of, test_of
 from graftllm.pipeline.transfer import score, tune
-from graftllm.pipeline.work import GENERAL, Work, check_target, refuse_added_tokens
+from graftllm.pipeline.work import GENERAL, Work, check_target
 from graftllm.records import read_prompts
 from graftllm.stages import Stamp
 from graftllm.storage import write_text
@@ -103,7 +103,6 @@ def learn(work: Work, into: Path, *, on: Sequence[str] = ()) -> Learned:
             has another pack of a skill than the recipe makes now.
         GraftError: something else cannot be used; see the message.
     """
-    refuse_added_tokens(work.recipe)
     manifest = read_manifest(into)
     if manifest.fingerprint != work.target.fingerprint:
         raise RecipeError(

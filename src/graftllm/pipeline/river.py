@@ -23,7 +23,7 @@ from graftllm.pipeline.measuring import (
 from graftllm.pipeline.packing import fuse, pack, verify
 from graftllm.pipeline.preparing import check_inputs
 from graftllm.pipeline.transfer import train
-from graftllm.pipeline.work import GENERAL, Work, refuse_added_tokens
+from graftllm.pipeline.work import GENERAL, Work
 from graftllm.recipe import dump_recipe
 from graftllm.storage import write_text
 
@@ -35,7 +35,6 @@ def run(work: Work) -> Report:
         GraftError: something in the recipe, the models or the data cannot be used; see the message.
     """
     recipe = work.recipe
-    refuse_added_tokens(recipe)
     check_inputs(work)
     _keep_recipe(work)
     trained = {name: train(work, name) for name in recipe.skills}

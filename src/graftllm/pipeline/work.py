@@ -80,19 +80,6 @@ def open_work(recipe: Path, directory: Path | None = None, *, device: str = "aut
     return Work(loaded, where, Stages(where / "stages"), device, recipe)
 
 
-def refuse_added_tokens(recipe: Recipe) -> None:
-    """Stop before a run whose packs could not be plugged.
-
-    Raises:
-        RecipeError: a skill adds tokens, which a grafted model has no room for.
-    """
-    if added := [name for name, skill in recipe.skills.items() if skill.added_tokens]:
-        raise RecipeError(
-            f"skills.{added[0]}.added_tokens: a grafted model answers with the target's tokenizer and has no room for "
-            "more tokens. Leave them out; or take `graftllm train`, and then `pack` and `apply`, which have."
-        )
-
-
 def check_target(work: Work) -> None:
     """Stop before sources are asked for rows that the target cannot be trained on.
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -10,15 +10,16 @@ from typing import Any, TypeVar, cast
 
 from fastapi import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from transformers import PreTrainedTokenizerBase
 
-from graftllm.errors import GraftError, RecordError
+from graftllm.errors import GraftError, PackError, RecordError
 from graftllm.fusion.manifest import AUTO
+from graftllm.fusion.routes import BASE
+from graftllm.fusion.voices import Voice, Voices
 from graftllm.records import Message
 from graftllm.rendering import render
 from graftllm.serving.engine import Engine
 from graftllm.serving.lanes import Job
-from graftllm.serving.orders import Chosen, Ended, Event, Failed, Order, Piece, Refused
+from graftllm.serving.orders import Chosen, Ended, Event, Failed, Order, Piece, Reading, Refused
 from graftllm.serving.protocol import Answer, ChatRequest, Choice, CompletionRequest, error_body
 
 _DONE = "data: [DONE]\n\n"
@@ -33,9 +34,12 @@ class ClientGone(Exception):
 class Desk:
     """Answers requests with an engine."""
 
-    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase, max_context: int) -> None:
-        """Serve prompts and answers of at most `max_context` tokens together."""
-        self._engine, self._tokenizer, self._max_context = engine, tokenizer, max_context
+    def __init__(self, engine: Engine, voices: Callable[[], Voices], max_context: int) -> None:
+        """Serve prompts and answers of at most `max_context` tokens together.
+
+        `voices` returns those of the packs that there are now.
+        """
+        self._engine, self._voices, self._max_context = engine, voices, max_context
 
     async def answer(self, asked: Asked, request: Request) -> Response:
         """Return the answer to a request, or the stream of it.
@@ -64,7 +68,7 @@ class Desk:
             for number, order in enumerate(orders):
                 jobs.append(self._engine.submit(order, partial(emit, number)))
             chosen = cast(Chosen, await _next(events, gone))
-            count, read = asked.n * len(orders), sum(len(order.ids) for order in orders)
+            count, read = asked.n * len(orders), sum(len(order.reading(chosen.pack).ids) for order in orders)
             answer = Answer(isinstance(asked, ChatRequest), asked.model, read, chosen, [Choice() for _ in range(count)])
             headers = chosen_headers(chosen)
             if asked.stream:
@@ -86,27 +90,40 @@ class Desk:
             raise Refused(f"n: expected at most {most} texts in all, as many as may wait; found {texts}.", param="n")
         if isinstance(asked, ChatRequest):
             messages = [message.plain() for message in asked.messages]
-            return [self._order(asked, messages, self._rendered(messages))]
+            return [self._order(asked, messages, self._read(asked, lambda voice: _rendered(voice, messages)))]
         if len(asked.prompts) > 1 and asked.model == AUTO:
             raise Refused("prompt: auto chooses for one prompt at a time; name a pack, or send one.", param="prompt")
-        return [self._order(asked, *self._continued(prompt)) for prompt in asked.prompts]
+        return [self._continued(asked, prompt) for prompt in asked.prompts]
 
-    def _order(self, asked: Asked, messages: list[Message], ids: list[int]) -> Order:
-        """Return what a request asks for a prompt, as the router sees it and as tokens."""
-        if not ids:
+    def _read(self, asked: Asked, read: Callable[[Voice], list[int]]) -> dict[str, Reading]:
+        """Return the tokens of a prompt in each voice that it may be answered in."""
+        names = [BASE, *self._voices().own] if asked.model == AUTO else [asked.model]
+        spoken = {name: self._voice(name) for name in names}
+        return {name: Reading(read(voice), voice) for name, voice in spoken.items()}
+
+    def _voice(self, name: str) -> Voice:
+        try:
+            return self._voices()[name]
+        except PackError as error:
+            raise Refused(str(error), status=500, code="engine_failed") from error
+
+    def _order(self, asked: Asked, messages: list[Message], readings: Mapping[str, Reading]) -> Order:
+        """Return what a request asks for a prompt, as the router sees it and as packs read it."""
+        lengths = [len(reading.ids) for reading in readings.values()]
+        if not all(lengths):
             raise Refused("prompt: expected at least one token, found none.", param="prompt")
-        room = self._max_context - len(ids)
+        room = self._max_context - max(lengths)
         longest = max(room, 0) if asked.longest is None else asked.longest
         if room < max(longest, 1):
             raise Refused(
                 f"expected prompt and answer to have at most {self._max_context} tokens together, found a prompt of "
-                f"{len(ids)} and {max(longest, 1)} asked for. Shorten the prompt or lower max_tokens.",
+                f"{max(lengths)} and {max(longest, 1)} asked for. Shorten the prompt or lower max_tokens.",
                 param="messages" if isinstance(asked, ChatRequest) else "prompt",
                 code="context_length_exceeded",
             )
         return Order(
             messages=messages,
-            ids=ids,
+            readings=readings,
             pack=asked.model,
             choices=asked.n,
             max_tokens=longest,
@@ -122,19 +139,27 @@ class Desk:
             top_logprobs=asked.alternatives,
         )
 
-    def _continued(self, prompt: str | list[int]) -> tuple[list[Message], list[int]]:
+    def _continued(self, asked: CompletionRequest, prompt: str | list[int]) -> Order:
+        voice = self._voice(asked.model)
         if isinstance(prompt, str):
-            return [Message(role="user", content=prompt)], self._tokenizer(prompt)["input_ids"]
-        vocabulary = len(self._tokenizer)
-        if (bad := next((one for one in prompt if not 0 <= one < vocabulary), None)) is not None:
-            raise Refused(f"prompt: expected tokens from 0 to {vocabulary - 1}, found {bad}.", param="prompt")
-        return [Message(role="user", content=cast(str, self._tokenizer.decode(prompt)))], prompt
+            text = prompt
+        else:
+            vocabulary = len(voice.tokenizer)
+            if (bad := next((one for one in prompt if not 0 <= one < vocabulary), None)) is not None:
+                raise Refused(f"prompt: expected tokens from 0 to {vocabulary - 1}, found {bad}.", param="prompt")
+            text = cast(str, voice.tokenizer.decode(prompt))
 
-    def _rendered(self, messages: list[Message]) -> list[int]:
-        try:
-            return render(self._tokenizer, messages, answer_next=True)
-        except Exception as error:  # templates raise what they like at conversations that they do not know
-            raise Refused(f"messages: the model's chat template refuses them ({error}).", param="messages") from error
+        def read(other: Voice) -> list[int]:
+            return prompt if isinstance(prompt, list) and other is voice else other.tokenizer(text)["input_ids"]
+
+        return self._order(asked, [Message(role="user", content=text)], self._read(asked, read))
+
+
+def _rendered(voice: Voice, messages: list[Message]) -> list[int]:
+    try:
+        return render(voice.tokenizer, messages, answer_next=True)
+    except Exception as error:  # templates raise what they like at conversations that they do not know
+        raise Refused(f"messages: the model's chat template refuses them ({error}).", param="messages") from error
 
 
 class Stream(StreamingResponse):

@@ -61,7 +61,7 @@ class Engine:
         check_servable(grafted.model)
         self.metrics = Metrics()
         self.serves: Mapping[str, str] = {}
-        self._lanes = Lanes(Weights(grafted.model, memory_bytes), grafted.tokenizer, self.metrics, max_batch)
+        self._lanes = Lanes(Weights(grafted.model, memory_bytes), self.metrics, max_batch)
         self.max_queue = max_queue
         self._arrived: deque[tuple[Job, Mix | None]] = deque()
         self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()

@@ -8,16 +8,14 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, cast
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from graftllm.errors import GraftError
 from graftllm.fusion.beside import Mix
 from graftllm.serving.batch import Batch
 from graftllm.serving.metrics import Metrics
-from graftllm.serving.orders import Chosen, Ended, Event, Failed, Order, Piece
+from graftllm.serving.orders import Chosen, Ended, Event, Failed, Order, Piece, Reading
 from graftllm.serving.weights import Weights
 from graftllm.serving.writing import Draw, Text, scored
 
@@ -43,6 +41,7 @@ class Row:
     choice: int
     pack: str
     mix: Mix
+    reading: Reading
     draw: Draw
     text: Text
     count: int = 0
@@ -52,13 +51,12 @@ class Row:
 class Lanes:
     """All rows of an engine."""
 
-    def __init__(self, weights: Weights, tokenizer: PreTrainedTokenizerBase, metrics: Metrics, max_batch: int) -> None:
+    def __init__(self, weights: Weights, metrics: Metrics, max_batch: int) -> None:
         """Start without rows; a lane writes at most `max_batch` at once."""
         self.weights = weights
         self.waiting: list[Row] = []
-        self._tokenizer, self._metrics, self._max_batch = tokenizer, metrics, max_batch
+        self._metrics, self._max_batch = metrics, max_batch
         self._running: dict[Mix, tuple[Batch, list[Row]]] = {}
-        self._ends = _ends(weights, tokenizer)
 
     def __iter__(self) -> Iterator[Row]:
         """Yield every row."""
@@ -79,9 +77,10 @@ class Lanes:
         """Queue a row for each choice of a job, and tell it which pack answers."""
         self._metrics.answered.labels(chosen.pack).inc()
         job.emit(chosen)
+        reading = job.order.reading(chosen.pack)
         for choice in range(job.order.choices):
-            text = Text(self._tokenizer, job.order.stop)
-            self.waiting.append(Row(job, choice, chosen.pack, mix, Draw(job.order, choice), text))
+            draw, text = Draw(job.order, reading.ids, choice), Text(reading.voice.tokenizer, job.order.stop)
+            self.waiting.append(Row(job, choice, chosen.pack, mix, reading, draw, text))
 
     def give_up(self, error: Exception) -> None:
         """Fail all rows."""
@@ -120,7 +119,7 @@ class Lanes:
             if self._lane(row) != lane or row.job.cancelled:
                 continue
             together = [*joining, row]
-            tokens = len(together) * max(len(one.job.order.ids) for one in together)
+            tokens = len(together) * max(len(one.reading.ids) for one in together)
             if len(rows) + len(together) > self._max_batch or (joining and tokens > _PREFILL):
                 break
             try:
@@ -135,7 +134,7 @@ class Lanes:
             return
         self.waiting = [row for row in self.waiting if row not in joining]
         self._running[lane] = batch, [*rows, *joining]
-        prompts = [row.job.order.ids for row in joining]
+        prompts = [row.reading.ids for row in joining]
         logits = self._with_packs(lane, joining, lambda: batch.read(prompts), reading=True)
         self._metrics.read.inc(sum(map(len, prompts)))
         for row in joining:
@@ -168,14 +167,15 @@ class Lanes:
 
     def _whole(self, row: Row, logits: Tensor) -> bool:
         """Add a row's last token to its text, and tell what is new; return whether the text is whole now."""
-        order, ended = row.job.order, row.last in self._ends
+        order, voice = row.job.order, row.reading.voice
+        ended = row.last in voice.ends
         row.count += 1
         text = "" if ended else row.text.add(row.last)
         whole = ended or row.text.stopped or row.count >= order.max_tokens
         text += row.text.finish() if whole else ""
         tokens = ()
         if order.top_logprobs is not None and not ended:
-            tokens = (scored(logits, row.last, order.top_logprobs, self._tokenizer),)
+            tokens = (scored(logits, row.last, order.top_logprobs, voice.tokenizer),)
         if text or tokens:
             row.job.emit(Piece(row.choice, text, tokens))
         if whole:
@@ -202,10 +202,3 @@ def fail(jobs: Iterable[Job], error: Exception) -> None:
         if not job.cancelled:
             job.cancelled = True
             job.emit(Failed(error))
-
-
-def _ends(weights: Weights, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the tokens that end a text."""
-    ends: Any = cast(Any, weights.model.generation_config).eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    return set(ends) if isinstance(ends, list) else set() if ends is None else {ends}

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from graftllm.errors import GraftError
+from graftllm.fusion.routes import BASE
+from graftllm.fusion.voices import Voice
 from graftllm.records import Message
 
 
@@ -23,12 +25,20 @@ class Refused(GraftError):
 
 
 @dataclass(frozen=True)
+class Reading:
+    """A prompt's tokens, and the voice that it is read and answered in."""
+
+    ids: Sequence[int]
+    voice: Voice
+
+
+@dataclass(frozen=True)
 class Order:
     """Texts to be written.
 
     Attributes:
         messages: what the router sees.
-        ids: the prompt's tokens.
+        readings: the prompt as packs read it that have a voice of their own, by name, and as all others do, by `base`.
         pack: a pack's name, `base` or `auto`.
         choices: how many texts.
         max_tokens: longest text.
@@ -45,7 +55,7 @@ class Order:
     """
 
     messages: Sequence[Message]
-    ids: Sequence[int]
+    readings: Mapping[str, Reading]
     pack: str
     choices: int = 1
     max_tokens: int = 16
@@ -59,6 +69,10 @@ class Order:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
+
+    def reading(self, pack: str) -> Reading:
+        """Return the prompt as a pack reads it."""
+        return self.readings[pack if pack in self.readings else BASE]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import secrets
 from collections import Counter
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -20,12 +21,12 @@ _COLDEST = 1e-4  # below it the likeliest token is as good as certain
 class Draw:
     """How one choice's tokens are drawn, whatever else is in the batch."""
 
-    def __init__(self, order: Order, choice: int) -> None:
-        """Seed the choice's own generator."""
+    def __init__(self, order: Order, prompt: Sequence[int], choice: int) -> None:
+        """Seed the choice's own generator; `prompt` is of the tokens that were read."""
         self._order = order
         penalised = (order.repetition_penalty, order.frequency_penalty, order.presence_penalty) != (1, 0, 0)
         self.takes_likeliest = order.temperature == 0 and not penalised
-        self._prompt, self._written = frozenset(order.ids), Counter[int]()
+        self._prompt, self._written = frozenset(prompt), Counter[int]()
         seed = secrets.randbits(62) if order.seed is None else order.seed + choice
         self._generator = torch.Generator().manual_seed(seed % (1 << 63))
 
@@ -79,7 +80,7 @@ def scored(logits: Tensor, token: int, count: int, tokenizer: PreTrainedTokenize
         logits: shape (vocabulary,).
         token: the one that was written.
         count: 0 or more.
-        tokenizer: the model's.
+        tokenizer: of the voice.
     """
     logprobs = torch.log_softmax(logits.float(), dim=0)
     best = logprobs.topk(min(count, len(logprobs)))

@@ -161,11 +161,11 @@ def test_a_prompt_beyond_what_the_model_reads_is_told_in_one_line(
     long = Prompt("long", (Message(role="user", content="a" * 300),), "reverse", "a" * 300)
     write_rows(tmp_path / "long.jsonl", [long])
     graftllm("fuse", "--base", files / "base", "--pack", f"back={files}/pack.safetensors", "--out", tmp_path / "g")
-    told = "task row 'long': expected at most 256 tokens of prompt and answer together, as many as "
+    told = "task row 'long': expected at most 256 tokens of prompt and answer together, as many as the model reads, "
     for model, pack in ((files / "base", "auto"), (tmp_path / "g", "back")):
         shown = graftllm("eval", model, "--task", tmp_path / "long.jsonl", "--pack", pack)
         assert (shown.code, shown.out) == (1, "")
-        assert told in shown.line and "reads, found 303 in the prompt. Shorten it or leave it out." in shown.line
+        assert f"{told}found 303 in the prompt. Shorten it or leave it out." in shown.line
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{'a' * 300}\n{'a' * 250}\nb\n/new\nb\n"))
     shown = graftllm("chat", tmp_path / "g", "--pack", "back")
     assert shown.code == 0, shown.err

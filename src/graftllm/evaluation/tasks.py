@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.errors import FusionError, RecordError
 from graftllm.evaluation.scores import Evaluation, evaluate
+from graftllm.fusion.beside import mixed
 from graftllm.fusion.grafted import GraftedModel, Wanted
 from graftllm.fusion.manifest import AUTO, MANIFEST
 from graftllm.fusion.routes import BASE
@@ -110,14 +111,13 @@ def evaluate_tasks(
     if not (directory / MANIFEST).exists():
         check_unpacked(directory, pack)
         model, tokenizer = load_model(directory, device=device), load_tokenizer(directory)
-        _check_lengths(model, tokenizer, prompts)
+        _check_lengths(model, prompts, [tokenizer] * len(prompts))
 
         def plain(rows: Sequence[Prompt]) -> list[str]:
             return [texts[0] for texts in generate(model, tokenizer, [row.question for row in rows], options)]
 
         return TaskResult(evaluate(plain, prompts, judge), {})
     grafted = GraftedModel.load(directory, device=device)
-    _check_lengths(grafted.model, grafted.tokenizer, prompts)
     wanted: Sequence[Wanted] = [pack] * len(prompts)
     names = [pack] * len(prompts)
     if pack == AUTO:
@@ -125,6 +125,8 @@ def evaluate_tasks(
         wanted, names = [route.weights for route in routes], [route.name for route in routes]
     elif pack == BY_TASK:
         wanted = names = [row.task if row.task in grafted.packs else BASE for row in prompts]
+    mixes = [dict(mixed(one, grafted.packs, also=(BASE, AUTO))) for one in wanted]
+    _check_lengths(grafted.model, prompts, [grafted.voices.of(mix).tokenizer for mix in mixes])
 
     def routed(rows: Sequence[Prompt]) -> list[str]:
         return grafted.generate([row.question for row in rows], wanted, options)
@@ -132,13 +134,16 @@ def evaluate_tasks(
     return TaskResult(evaluate(routed, prompts, judge), dict(Counter(names)))
 
 
-def _check_lengths(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> None:
+def _check_lengths(
+    model: PreTrainedModel, prompts: Sequence[Prompt], tokenizers: Sequence[PreTrainedTokenizerBase]
+) -> None:
+    """Refuse a prompt that leaves no room for an answer; each is read by a tokenizer of its own."""
     most = context_length(model)
     if most is None:
         return
-    for prompt in prompts:
+    for prompt, tokenizer in zip(prompts, tokenizers, strict=True):
         if (tokens := len(render(tokenizer, prompt.question, answer_next=True))) >= most:
             raise RecordError(
-                f"task row {prompt.id!r}: expected at most {most} tokens of prompt and answer together, as many as "
-                f"{tokenizer.name_or_path} reads, found {tokens} in the prompt. Shorten it or leave it out."
+                f"task row {prompt.id!r}: expected at most {most} tokens of prompt and answer together, as many as the "
+                f"model reads, found {tokens} in the prompt. Shorten it or leave it out."
             )

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from graftllm.errors import FusionError
+from graftllm.fusion.beside import mixed
 from graftllm.fusion.grafted import GraftedModel, Wanted
 from graftllm.fusion.manifest import AUTO
 from graftllm.fusion.routes import BASE, Route
@@ -50,18 +51,20 @@ class Chat:
             yield from self._answer(line)
 
     def _answer(self, line: str) -> Iterator[str]:
-        asked = [*self.messages, Message(role="user", content=line)]
-        tokens, most = len(render(self.model.tokenizer, asked, answer_next=True)), context_length(self.model.model)
-        if most is not None and tokens >= most:
-            yield (
-                f"(expected at most {most} tokens of conversation and answer together, as many as the model reads, "
-                f"found {tokens} with this; say less, or start over with /new)"
-            )
-            return
-        room = self.options.max_new_tokens if most is None else min(self.options.max_new_tokens, most - tokens)
         route = self.model.route([line])[0] if self.pack == AUTO and not self.messages else None
         if not self.messages:
             self.chosen = self.pack if route is None else route.weights
+        asked, room = [*self.messages, Message(role="user", content=line)], self.options.max_new_tokens
+        if (most := context_length(self.model.model)) is not None:
+            voice = self.model.voices.of(dict(mixed(self.chosen, self.model.packs, also=(BASE, AUTO))))
+            tokens = len(render(voice.tokenizer, asked, answer_next=True))
+            if tokens >= most:
+                yield (
+                    f"(expected at most {most} tokens of conversation and answer together, as many as the model reads, "
+                    f"found {tokens} with this; say less, or start over with /new)"
+                )
+                return
+            room = min(room, most - tokens)
         self.messages = asked
         if route is not None:
             yield f"[{_named(route)}] "

@@ -22,6 +22,7 @@ from graftllm.pipeline.preparing import prepare, prompts_of
 from graftllm.pipeline.work import GENERAL, Work, open_work
 from graftllm.records import read_pairs, read_prompts, read_responses, write_rows
 from tests.chat_server import ChatServer, chat_server
+from tests.command import Command
 from tests.models import rows, save_llama, save_reward_model
 
 
@@ -169,6 +170,23 @@ def test_a_target_without_a_chat_template_is_refused_before_anything_is_asked(
     with pytest.raises(CheckpointError, match=told):
         transfer.train(_work(tmp_path, content), "reverse")
     assert not server.seen
+
+
+@pytest.mark.parametrize("command", ["sample", "score"])
+def test_commands_that_stop_before_training_look_at_the_target_first(
+    tmp_path: Path, content: dict[str, Any], server: ChatServer, graftllm: Command, command: str
+) -> None:
+    words = [command, tmp_path / "recipe.yaml", "--dir", tmp_path / "run", "--device", "cpu"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content | {"target": "./targte"}))
+    shown = graftllm(*words)
+    assert shown.code == 1 and f"{tmp_path / 'targte'}: expected a checkpoint directory, found no" in shown.line
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "target" / "chat_template.jinja").unlink()
+    shown = graftllm(*words)
+    assert shown.code == 1 and f"{tmp_path / 'target'}: expected a tokenizer with a chat template" in shown.line
+    assert not server.seen
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content | {"target": "org/elsewhere"}))
+    assert graftllm(*words).code == 0  # another machine has it
 
 
 def test_other_pairs_train_the_preference_again_but_not_what_it_starts_from(

@@ -10,7 +10,7 @@ from typing import Any
 from graftllm.checkpoint import Checkpoint
 from graftllm.downloads import repository
 from graftllm.errors import SamplingError
-from graftllm.pipeline.work import GENERAL, Work
+from graftllm.pipeline.work import GENERAL, Work, check_target
 from graftllm.records import read_prompts, write_rows
 from graftllm.sampling.prompts import contamination, load_prompts, without_duplicates
 from graftllm.sampling.rules import check_references
@@ -39,20 +39,29 @@ def digest_of(file: Path) -> str:
 def check_inputs(work: Work) -> None:
     """Prepare all prompts and tests, so that what is wrong with a later skill is found before the first is sampled.
 
+    A target or source that is on the Hub alone is not downloaded for a look.
+
     Raises:
-        CheckpointError: a source on this machine is no whole checkpoint.
+        CheckpointError: the target or a source on this machine is no whole checkpoint, or the target as for
+            `check_target`.
         SamplingError: a row has no reference, and a judge compares with one; or as for `prepare`.
     """
     recipe = work.recipe
+    if _is_here(recipe.target):
+        check_target(work)
     for name, skill in recipe.skills.items():
         for judge in skill.judge:
             _check_references(prompts_of(work, name), judge)
         _check_references(test_of(work, name), skill.tested_by)
         for source in skill.sources:
-            if source.url is None and (Path(source.model).exists() or repository(source.model) is None):
+            if source.url is None and _is_here(source.model):
                 Checkpoint.open(source.model)
     prepare(work, GENERAL)
     _check_references(test_of(work, GENERAL), recipe.general.judge)
+
+
+def _is_here(model: str) -> bool:
+    return Path(model).exists() or repository(model) is None
 
 
 def _check_references(file: Path, judge: JudgeOptions) -> None:

@@ -18,6 +18,7 @@ from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.pipeline import river, transfer
 from graftllm.pipeline.measuring import measure_source
+from graftllm.pipeline.packing import check_budget
 from graftllm.pipeline.preparing import prepare, prompts_of
 from graftllm.pipeline.work import GENERAL, Work, open_work
 from graftllm.records import read_pairs, read_prompts, read_responses, write_rows
@@ -187,6 +188,23 @@ def test_commands_that_stop_before_training_look_at_the_target_first(
     assert not server.seen
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content | {"target": "org/elsewhere"}))
     assert graftllm(*words).code == 0  # another machine has it
+
+
+def test_a_budget_that_no_pack_can_meet_is_told_before_anything_is_asked(
+    tmp_path: Path, content: dict[str, Any], server: ChatServer
+) -> None:
+    with pytest.raises(
+        RecipeError, match=r"pack.budget: 1KB is 1,000 bytes, but the header alone .* at least"
+    ) as caught:
+        river.run(_work(tmp_path, content | {"pack": {"budget": "1KB"}}))
+    assert not server.seen
+    least = int(str(caught.value).rsplit(" at least ", 1)[1].split(".")[0].replace(",", ""))
+    base = Checkpoint.open(tmp_path / "target")
+    nothing = compress(Delta(base, base), PackOptions(budget="1MB"))
+    nothing.save(tmp_path / "nothing.safetensors")
+    assert 0.9 * (size := (tmp_path / "nothing.safetensors").stat().st_size) < least <= size
+    check_budget(_work(tmp_path, content | {"pack": {"budget": str(least)}}))
+    check_budget(_work(tmp_path, content | {"pack": {"budget": "kl=0.01"}}))
 
 
 def test_other_pairs_train_the_preference_again_but_not_what_it_starts_from(

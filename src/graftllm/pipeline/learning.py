@@ -25,7 +25,7 @@ from graftllm.fusion.routes import BASE
 from graftllm.fusion.routing import Router
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.pipeline.measuring import answering, measure, measure_source, measure_tuned
-from graftllm.pipeline.packing import pack
+from graftllm.pipeline.packing import check_budget, pack
 from graftllm.pipeline.preparing import check_inputs, prompts_of, test_of
 from graftllm.pipeline.transfer import score, tune
 from graftllm.pipeline.work import GENERAL, Work, check_target
@@ -117,6 +117,7 @@ def learn(work: Work, into: Path, *, on: Sequence[str] = ()) -> Learned:
     if not new:
         raise RecipeError(f"skills: expected one that {into} has no pack of, found {', '.join(before)} alone; add it.")
     check_inputs(work)
+    check_budget(work)
     tests = [name for name in work.recipe.skills if name in before] + [GENERAL]
     columns = [*tests[:-1], *new, GENERAL]
     rows = {"before": measure(work, "before", [shelf], columns, partial(_routed, work, into))}

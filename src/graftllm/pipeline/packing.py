@@ -1,20 +1,25 @@
 """From tuned checkpoints to a grafted model: pack, verify, fuse."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from graftllm.checkpoint import Checkpoint
+from graftllm.compression.encoded import Unchanged
+from graftllm.compression.roles import role_of
 from graftllm.delta import Delta
-from graftllm.errors import GraftError
+from graftllm.errors import GraftError, RecipeError
 from graftllm.evaluation.fidelity import divergence_on, measure_fidelity
 from graftllm.evaluation.scores import Measured
 from graftllm.fusion.directory import write_grafted
 from graftllm.fusion.fitting import fit_router
 from graftllm.fusion.manifest import open_base, open_packs, read_manifest, sha256_of
 from graftllm.fusion.routes import BASE
-from graftllm.header import Card, Provenance
+from graftllm.header import BaseInfo, Card, Header, Provenance, TensorEntry
 from graftllm.packer import compress_to
+from graftllm.packfile import opening
+from graftllm.packing_options import PackOptions, budget_bytes
 from graftllm.pipeline.overheads import sign, with_room
 from graftllm.pipeline.preparing import prompts_of, test_of
 from graftllm.pipeline.work import GENERAL, Work
@@ -70,6 +75,49 @@ def pack(work: Work, skill: str, trained: Stamp, scores: Mapping[str, Measured])
 
     inputs = [trained, recipe.pack, known, recipe.skills[skill].description]
     return work.stages.run(f"pack.{skill}", inputs, [work.pack(skill)], action)
+
+
+def check_budget(work: Work) -> None:
+    """Stop before a training of which no pack could be as small as the recipe wants it.
+
+    Raises:
+        RecipeError: the budget is below the header's bytes, which are known beforehand.
+    """
+    budget, target = work.recipe.pack.budget, work.target
+    if budget is None or work.recipe.pack.divergence is not None:
+        return
+    if (wanted := budget_bytes(budget, target.nbytes)) < (least := _header_bytes(target, work.recipe.pack)):
+        raise RecipeError(
+            f"pack.budget: {budget} is {wanted:,} bytes, but the header alone of a pack of {target.path}, which tells "
+            f"of {len(target.specs)} parameters, takes at least {least:,}. Raise it."
+        )
+
+
+def _header_bytes(target: Checkpoint, options: PackOptions) -> int:
+    """Return how many bytes a pack's header has at least: with an empty card, and every parameter left as it is."""
+    header = Header(
+        card=Card(),
+        base=BaseInfo(
+            name=target.name, architecture=target.architecture, fingerprint="0" * 64, parameters=target.parameters
+        ),
+        tuned_bytes=target.nbytes,
+        options=options,
+        calibration_tokens=0,
+        tensors={
+            name: TensorEntry(
+                role=role_of(name, spec.shape),
+                dtype=spec.dtype,
+                shape=spec.shape,
+                base_digest=hashlib.sha256(name.encode()).hexdigest()[:16],  # as hard to compress as the real one
+                how=Unchanged(),
+                nbytes=0,
+                payload_digest="0" * 16,
+                error=0,
+            )
+            for name, spec in target.specs.items()
+        },
+    )
+    return len(opening(header))
 
 
 def verify(work: Work, skill: str, packed: Stamp) -> Stamp:

@@ -20,7 +20,7 @@ from graftllm.pipeline.measuring import (
     measure_spectra,
     measure_tuned,
 )
-from graftllm.pipeline.packing import fuse, pack, verify
+from graftllm.pipeline.packing import check_budget, fuse, pack, verify
 from graftllm.pipeline.preparing import check_inputs
 from graftllm.pipeline.transfer import train
 from graftllm.pipeline.work import GENERAL, Work
@@ -36,6 +36,7 @@ def run(work: Work) -> Report:
     """
     recipe = work.recipe
     check_inputs(work)
+    check_budget(work)
     _keep_recipe(work)
     trained = {name: train(work, name) for name in recipe.skills}
     scores = {"base": measure_base(work)}

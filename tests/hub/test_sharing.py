@@ -20,6 +20,7 @@ from graftllm.hub.sharing import pull, push
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.skillpack import PACK_FILE, SkillPack
+from graftllm.storage import only_writer
 from tests.hub.standin import READER, Hub
 from tests.models import save_llama
 
@@ -191,6 +192,8 @@ def test_packs_of_another_grafted_model_are_not_lost_by_pulling(
     assert (own / MANIFEST).read_bytes() == before and (own / "packs/mine.safetensors").exists()
     assert not [one for one in hub.asked if one.startswith("GET") and "packs/" in one]
     remove_pack(own, "mine")
+    with only_writer(own), pytest.raises(StorageError, match="own: another process is writing here now"):
+        pull("user/skills", own)
     pull("user/skills", own)  # what has no other names may be an older state of the same
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from graftllm.hub.modelcard import MARK, grafted_card, pack_card
 from graftllm.packfile import check_place
 from graftllm.progress import track
 from graftllm.skillpack import PACK_FILE, SkillPack
-from graftllm.storage import check_apart, whole_directory, whole_file, write_text
+from graftllm.storage import check_apart, only_writer, whole_directory, whole_file, write_text
 
 _CARD = "README.md"
 _OURS = re.compile(r"packs/\w[\w.-]*\.safetensors|router-[0-9a-f]{12}\.safetensors")
@@ -103,7 +104,7 @@ def pull(source: str, out: Path | None = None, *, revision: str | None = None, b
         PackError: a pack is damaged, hostile or made for another base.
         FusionError: a file is not the one that the manifest names, or at `out` is a grafted model with other packs, or
             a manifest of another kind.
-        StorageError: at `out` are files that would be lost.
+        StorageError: at `out` are files that would be lost, or another process changes what is there now.
     """
     wanted = repository(source, revision)
     if wanted is None:
@@ -183,12 +184,15 @@ def _pull_directory(pinned: Repository, first: Path, out: Path, base: Path | Non
             f"{pinned}: {MANIFEST} names {(odd or [manifest.base])[0]!r}; expected files below packs/ and a base on "
             "the Hub. It was not made by `graftllm push`."
         )
-    check_none_lost(out, manifest.packs)
+    if (out / MANIFEST).exists():
+        read_manifest(out)  # one of another kind stays
     checkpoint = None if base is None else Checkpoint.open(base)
     if base is not None:
         check_apart(out, [base])
         manifest = manifest.model_copy(update={"base": os.path.relpath(base.resolve(), out.resolve())})
-    with whole_directory(out, over=[MANIFEST], holds=HOLDS) as partial:
+    held = only_writer(out) if out.is_dir() else nullcontext()  # against changes of the one that is replaced
+    with held, whole_directory(out, over=[MANIFEST], holds=HOLDS) as partial:
+        check_none_lost(out, manifest.packs)
         (partial / "packs").mkdir()
         for file in track(_files(manifest), label="pulling"):
             shutil.copyfile(download(pinned, file), partial / file)

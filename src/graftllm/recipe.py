@@ -95,6 +95,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _summed_vocabularies_are_one(self) -> "Recipe":
+        if "summed" in self.compare and len({skill.added_tokens for skill in self.skills.values()}) > 1:
+            raise ValueError(
+                "added_tokens: packs of different vocabularies have no sum; give all skills the same, or take `summed` "
+                "out of compare"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _names_are_free(self) -> "Recipe":
         if taken := set(RESERVED) & set(self.skills):
             raise ValueError(f"skills: {sorted(taken)[0]!r} is a reserved name; choose another")

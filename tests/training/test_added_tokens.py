@@ -158,3 +158,11 @@ def test_a_recipe_names_them_for_a_skill(base: Checkpoint, tmp_path: Path) -> No
 def test_a_recipe_for_loras_refuses_them(base: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="added_tokens: a LoRA trains no embedding rows; take `method: full`"):
         _work(base, tmp_path, method="lora", lora={"rank": 2})
+
+
+def test_a_sum_of_packs_of_different_vocabularies_is_refused_before_a_run(base: Checkpoint, tmp_path: Path) -> None:
+    recipe = _work(base, tmp_path).recipe.model_dump(mode="json")
+    recipe["skills"]["other"] = recipe["skills"]["say"] | {"added_tokens": []}
+    Recipe.model_validate(recipe)
+    with pytest.raises(ValueError, match=r"added_tokens: packs of different vocabularies have no sum; give all skills"):
+        Recipe.model_validate(recipe | {"compare": ["summed"]})

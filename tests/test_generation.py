@@ -95,11 +95,11 @@ def test_a_failing_stream_raises_instead_of_waiting(base: Checkpoint, prompts: l
 
 
 def test_tokens_are_counted_to_the_end_of_the_answer_or_to_the_padding() -> None:
-    for ends in (3, [3, 7]):
+    for ends in ([3], [3, 7]):
         config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
         rows = ([5, 6, 3, 0], [5, 0, 6, 0], [5, 6, 8, 9])
         assert [_length(tokens, config) for tokens in rows] == [(3, True), (3, False), (4, False)]
-    assert _length([5, 0, 0], GenerationConfig(eos_token_id=0, pad_token_id=0)) == (2, True)
+    assert _length([5, 0, 0], GenerationConfig(eos_token_id=[0], pad_token_id=0)) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_tokens_are_counted_to_the_end_of_the_answer_or_to_the_padding() -> None
     ],
 )
 def test_an_answer_is_cut_off_when_only_the_limit_ended_it(tokens: list[int], text: str, truncated: bool) -> None:
-    config = GenerationConfig(eos_token_id=3, pad_token_id=0, max_new_tokens=4, stop_strings=[".."])
+    config = GenerationConfig(eos_token_id=[3], pad_token_id=0, max_new_tokens=4, stop_strings=[".."])
     found = _answer(text, tokens, 7, config)
     assert (found.text, found.input_tokens, found.truncated) == (text.removesuffix(".."), 7, truncated)
 

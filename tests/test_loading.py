@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from graftllm.checkpoint import Checkpoint
+from graftllm.checkpoint import Checkpoint, copy_companions
 from graftllm.errors import CheckpointError
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.records import Message
@@ -98,3 +98,18 @@ def test_a_parameter_that_the_checkpoint_lacks_is_not_drawn_at_random(tmp_path: 
         match=r"has no tensor for 'lm_head.weight' of LlamaForCausalLM, which .* config.json names another class",
     ):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"a": "b"}, "merges": []}}'),
+        ("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": 5}'),
+    ],
+)
+def test_a_damaged_tokenizer_is_one_line(base: Checkpoint, tmp_path: Path, name: str, told: str) -> None:
+    copy_companions(base, tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / name).write_text(told)
+    with pytest.raises(CheckpointError, match=r"transformers cannot load its tokenizer \([^\n]+\)\.$"):
+        load_tokenizer(tmp_path)

@@ -1,5 +1,6 @@
 """Checkpoints -> live transformers models and their tokenizers."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -91,11 +92,13 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Pre
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except UNREADABLE as error:
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        with suppress(TemplateError):  # which is told with the conversation that it refuses
+            rendered(tokenizer, [Message(role="user", content="?")], answer_next=True)
+    except Exception as error:  # what reads tokenizer.json raises nothing more special
         raise CheckpointError(f"{path}: transformers cannot load its tokenizer ({first_line(error)}).") from error
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
         _use_template(tokenizer, chat_template)
     return tokenizer

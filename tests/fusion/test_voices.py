@@ -123,7 +123,9 @@ def test_a_generation_config_that_is_none_is_told(base_dir: Path, tmp_path: Path
         _voice_of(base_dir, tmp_path, generation_config__json=told)["x"]
 
 
-@pytest.mark.parametrize("told", ["{", "[]", '{"model": 5}'])
+@pytest.mark.parametrize(
+    "told", ["{", "[]", '{"model": 5}', '{"added_tokens": 5, "model": {"type": "BPE", "vocab": {}}}']
+)
 def test_a_tokenizer_that_does_not_load_is_told(base_dir: Path, tmp_path: Path, told: str) -> None:
     with pytest.raises(PackError, match=r"^an unsaved pack: its tokenizer does not load \("):
         _voice_of(base_dir, tmp_path, tokenizer__json=told)["x"]

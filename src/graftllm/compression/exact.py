@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from torch import Tensor
 
 from graftllm.compression.codes import LARGEST, CodeReader, CodeWriter
-from graftllm.compression.entropy import decode_integers, encode_integers, fold, unfold
+from graftllm.compression.entropy import BLOCK, decoded_blocks, encode_integers, fold, unfold
 from graftllm.compression.factored import Factored
 from graftllm.compression.matrix import matrix_shape
 from graftllm.compression.prediction import predicted
@@ -77,8 +77,11 @@ class Exact(BaseModel):
             return torch.from_numpy(payload.copy()).view(base.dtype).reshape(base.shape)
         if self.coding == "predicted":
             return self._predicted(payload, base)
-        difference = unfold(decode_integers(payload, base.numel(), np.dtype(f"u{base.element_size()}")))
-        return _pattern(_ordered(base) + difference, base)
+        tuned, before = torch.empty(base.shape, dtype=base.dtype), base.reshape(-1)
+        for start, codes in decoded_blocks(payload, base.numel(), np.dtype(f"u{base.element_size()}")):
+            block = before[start : start + len(codes)]
+            tuned.view(-1)[start : start + len(codes)] = _pattern(_ordered(block) + unfold(codes), block)
+        return tuned
 
     def delta(self, payload: np.ndarray, base: Tensor) -> Tensor:
         """Return tuned - base in float32."""
@@ -134,9 +137,30 @@ def encode_exact(base: Tensor, tuned: Tensor) -> tuple[Exact, np.ndarray]:
     found: list[tuple[Exact, np.ndarray]] = [(Exact(coding="raw"), raw_bytes(tuned))]
     if (predicted := _predict(base, tuned)) is not None:
         found.append(predicted)
-    elif tuned.element_size() <= 4:  # wider differences would not fit the coder
-        found.append((Exact(coding="difference"), encode_integers(fold(_ordered(tuned) - _ordered(base)))))
+    least = min(payload.nbytes for _, payload in found)
+    if (steps := _steps(base, tuned, least)) is not None:
+        found.append((Exact(coding="difference"), steps))
     return min(found, key=lambda pair: pair[1].nbytes)
+
+
+def _steps(base: Tensor, tuned: Tensor, most: int) -> np.ndarray | None:
+    """Return the coding `difference`; None where it takes more than `most` bytes, or values are too wide for it."""
+    if tuned.element_size() > 4:
+        return None
+    parts, room = [np.empty(0, np.uint8)], float(most)
+    for before, after in zip(base.reshape(-1).split(BLOCK), tuned.reshape(-1).split(BLOCK), strict=True):
+        steps = fold(_ordered(after) - _ordered(before))
+        if _places_bytes(steps) > room:
+            return None
+        parts.append(encode_integers(steps))
+        room -= parts[-1].nbytes
+    return np.concatenate(parts)
+
+
+def _places_bytes(steps: np.ndarray) -> float:
+    """Return how many bytes it takes to tell which elements changed, if all are as likely to."""
+    share = np.count_nonzero(steps) / max(1, steps.size)
+    return -steps.size / 8 * sum(part * math.log2(part) for part in (share, 1 - share) if part)
 
 
 def _predict(base: Tensor, tuned: Tensor) -> tuple[Exact, np.ndarray] | None:

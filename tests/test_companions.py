@@ -35,7 +35,7 @@ def test_a_pack_holds_what_is_not_the_bases_and_apply_writes_it(pair: Delta, tmp
     compress(pair, PackOptions(strategy="exact")).save(tmp_path / "p.safetensors")
     pack = SkillPack.load(tmp_path / "p.safetensors")
     assert list(pack.companions()) == ["chat_template.jinja", "generation_config.json"]
-    apply_packs(pair.base, [(pack, 1.0)], tmp_path / "out")
+    apply_packs(pair.base, [pack], tmp_path / "out")
     for file in pair.tuned.companions:
         assert file.name == "config.json" or (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
@@ -62,7 +62,7 @@ def test_a_file_of_the_bases_tokenizer_that_the_tuned_one_does_without_goes(pair
     (pair.base.path / "special_tokens_map.json").write_text("{}")
     pack = compress(pair, PackOptions(strategy="exact"))
     assert pack.companions()["special_tokens_map.json"] is None
-    apply_packs(pair.base, [(pack, 1.0)], tmp_path / "out")
+    apply_packs(pair.base, [pack], tmp_path / "out")
     assert not (tmp_path / "out" / "special_tokens_map.json").exists()
 
 

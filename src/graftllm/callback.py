@@ -130,7 +130,7 @@ class SkillPackCallback(TrainerCallback):
             )
         scratch = directory / ".restored"
         try:
-            apply_packs(self.base, [(pack, 1.0)], scratch)
+            apply_packs(self.base, [pack], scratch)
             for file in sorted(scratch.glob("*.safetensors*")):  # shards before their index
                 os.replace(file, directory / file.name)
         finally:

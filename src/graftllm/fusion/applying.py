@@ -4,7 +4,8 @@ theta = theta_base + sum_i w_i * delta_i (arXiv 2505.18502). No model is run, an
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,12 +36,17 @@ class Empty(Protocol):
 _BLOCK = 1 << 26
 
 
-def apply_packs(base: Checkpoint, packs: Sequence[Weighted], out: str | Path) -> None:
+def apply_packs(base: Checkpoint, packs: Iterable[SkillPack | Weighted], out: str | Path) -> None:
     """Write base + weighted packs as a checkpoint, with the base's config, tokenizer and shards.
 
     Where the tuned models had more vocabulary rows or another dtype, the checkpoint has them too, and the token ids,
     tokenizer, chat template and generation config on which they agree.
     One exact pack of weight 1 gives the tuned checkpoint's weights bit for bit.
+
+    Args:
+        base: what the packs were made for.
+        packs: packs; alone with weight 1, or `(pack, weight)`. Their order does not matter.
+        out: checkpoint directory; appears whole or not at all.
 
     Raises:
         FusionError: the packs' tuned models differ in vocabulary or dtype, or a weight is no finite number, or one
@@ -48,7 +54,7 @@ def apply_packs(base: Checkpoint, packs: Sequence[Weighted], out: str | Path) ->
         PackError: a pack is damaged or was made for another base; nothing is then written.
         StorageError: there is no room, or the place cannot be written, or what would be replaced is read.
     """
-    check_weights(packs)
+    packs = with_weights(packs)
     check_apart(Path(out), [base.path, *(place for pack, _ in packs if (place := Path(pack.source)).exists())])
     for pack, _ in packs:
         pack.check_base(base)
@@ -88,15 +94,19 @@ def in_range(name: str, value: Tensor, base: Callable[[], Tensor]) -> Tensor:
     return value
 
 
-def check_weights(packs: Sequence[Weighted]) -> None:
-    """Refuse weights that would leave no numbers in the model.
+def with_weights(packs: Iterable[SkillPack | Weighted]) -> list[Weighted]:
+    """Return packs with their weights; one that is given alone has the weight 1.
 
     Raises:
-        FusionError: one is NaN or infinite.
+        FusionError: what is given is no pack, or a weight is no finite number.
     """
-    for pack, weight in packs:
-        if not math.isfinite(weight):
-            raise FusionError(f"{pack.source}: expected a finite weight, found {weight:g}.")
+    found = [pack if isinstance(pack, tuple) else (pack, 1.0) for pack in packs]
+    for one in found:
+        if len(one) != 2 or not isinstance(one[0], SkillPack) or not isinstance(one[1], Real):
+            raise FusionError(f"packs: expected packs, or (pack, weight) with a number as weight, found {one!r}.")
+        if not math.isfinite(one[1]):
+            raise FusionError(f"{one[0].source}: expected a finite weight, found {one[1]:g}.")
+    return found
 
 
 def combined(

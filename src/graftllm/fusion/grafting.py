@@ -4,9 +4,8 @@ theta = theta_base + sum_i w_i * delta_i (arXiv 2505.18502). Plugging replaces t
 and keeps the base's, so unplugging gives the old model back bit for bit.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -16,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from graftllm.delta import growable
 from graftllm.errors import FusionError, PackError
-from graftllm.fusion.applying import Empty, Weighted, check_weights, combined, in_range
+from graftllm.fusion.applying import Empty, Weighted, combined, in_range, with_weights
 from graftllm.fusion.origin import Origin
 from graftllm.live import Binding, bindings, named_values
 from graftllm.skillpack import SkillPack
@@ -143,8 +142,7 @@ def decode(
 
     `empty` makes the tensors that factors are multiplied into, such as a shelf's.
     """
-    weighted = _weighted(packs)
-    check_weights(weighted)
+    weighted = with_weights(packs)
     parameters, origin, found = named_values(model), Origin(model), {}
     for binding in touched_bindings(model, weighted) if weighted else ():
         values = {name: parameters[name].data for name in binding.live}
@@ -155,15 +153,8 @@ def decode(
 def decoded_bytes(model: nn.Module, *packs: SkillPack | Weighted) -> int:
     """Return how much memory takes what `decode` would give; errors are those of `touched_bindings`."""
     parameters = named_values(model)
-    touched = touched_bindings(model, _weighted(packs)) if packs else []
+    touched = touched_bindings(model, with_weights(packs)) if packs else []
     return sum(parameters[name].nbytes for binding in touched for name in binding.live)
-
-
-def _weighted(packs: Iterable[SkillPack | Weighted]) -> list[Weighted]:
-    found = [pack if isinstance(pack, tuple) else (pack, 1.0) for pack in packs]
-    if odd := [pack for pack in found if len(pack) != 2 or not isinstance(pack[1], Real)]:
-        raise FusionError(f"plug: expected packs, or (pack, weight) with a number as weight, found {odd[0]!r}.")
-    return found
 
 
 def _plugged(

@@ -159,7 +159,7 @@ def _seen(stacks: Stacks, one: Tuned, rows: Sequence[Prompt], scratch: Path, dev
     """Return the second moments of one tuned model's layer inputs on its own rows."""
     if isinstance(one.origin, Delta):
         return collect_moments(one.origin.tuned.path, rows, device=device, spool=scratch)
-    apply_packs(stacks.base, [(one.origin, 1.0)], scratch / "tuned")
+    apply_packs(stacks.base, [one.origin], scratch / "tuned")
     return collect_moments(scratch / "tuned", rows, device=device, spool=scratch)
 
 

@@ -37,7 +37,7 @@ def summed(work: Work, trained: Mapping[str, Stamp], packed: Mapping[str, Stamp]
     out = work.directory / "baselines" / "summed"
 
     def action() -> None:
-        apply_packs(work.target, [(SkillPack.load(work.pack(name)), 1.0) for name in packed], out)
+        apply_packs(work.target, [SkillPack.load(work.pack(name)) for name in packed], out)
 
     stamp = work.stages.run("sum", list(packed.values()), [out], action)
     return {"summed": measure(work, "summed", [stamp], [*packed, GENERAL], partial(answering, work, out))}

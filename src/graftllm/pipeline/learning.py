@@ -161,7 +161,7 @@ def _start(work: Work, into: Path, on: Sequence[str]) -> Path:
 
     def action() -> None:
         packs = open_packs(into, manifest)
-        apply_packs(work.target, [(packs[name], 1.0) for name in on], out)
+        apply_packs(work.target, [packs[name] for name in on], out)
 
     work.stages.run("start", [manifest.packs[name].sha256 for name in on], [out], action)
     return out

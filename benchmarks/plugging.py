@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -84,9 +84,11 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--layers", type=int, help="of the model that is switched; 16 of the large one take 15 GB")
     parser.add_argument("--plot", type=Path, help="picture of the mixed batches to draw")
     given = parser.parse_args()
     size, device = SIZES[given.size], resolve_device(given.device)
+    size = replace(size, switched_layers=given.layers or size.switched_layers)
     with tempfile.TemporaryDirectory() as home:
         found: dict[str, Any] = {"size": given.size, "device": str(device), "threads": torch.get_num_threads()}
         if "batches" in given.parts:

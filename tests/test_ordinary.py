@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def written(request: pytest.FixtureRequest, base: Checkpoint, tmp_path: Path) -> Path:
     """A checkpoint with ten tokens more than its base."""
     with_vocabulary(base.path.parent / "whole", tmp_path / "grown", 80)
+    shutil.copy(base.path / "generation_config.json", tmp_path / "grown")
     tuned = Checkpoint.open(tmp_path / "grown")
     if request.param == "apply":
         apply_packs(base, [(compress(Delta(base, tuned)), 1.0)], tmp_path / "out")

@@ -11,10 +11,12 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.companions import agreed_companions, changed_companions, compressed, decompressed
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError, PackError
+from graftllm.evaluation.fidelity import verify_pack
 from graftllm.fusion.applying import apply_packs
 from graftllm.fusion.inputs import Tuned
 from graftllm.fusion.merging import merge
 from graftllm.fusion.methods.table import METHODS
+from graftllm.header import Header
 from graftllm.packer import compress
 from graftllm.packfile import file_bytes
 from graftllm.packing_options import PackOptions
@@ -34,7 +36,8 @@ def pair(base_dir: Path, tmp_path: Path) -> Delta:
 def test_a_pack_holds_what_is_not_the_bases_and_apply_writes_it(pair: Delta, tmp_path: Path) -> None:
     compress(pair, PackOptions(strategy="exact")).save(tmp_path / "p.safetensors")
     pack = SkillPack.load(tmp_path / "p.safetensors")
-    assert list(pack.companions()) == ["chat_template.jinja", "generation_config.json"]
+    held = {name for name, content in pack.companions().items() if content is not None}
+    assert held == {"chat_template.jinja", "generation_config.json"}
     apply_packs(pair.base, [pack], tmp_path / "out")
     for file in pair.tuned.companions:
         assert file.name == "config.json" or (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
@@ -143,3 +146,21 @@ def test_only_files_that_all_have_alike_are_agreed_on() -> None:
     assert agreed_companions([]) == {}
     assert agreed_companions([{"vocab.txt": b"a"}, {"vocab.txt": b"a"}]) == {"vocab.txt": b"a"}
     assert agreed_companions([{"vocab.txt": b"a"}, {}]) == {}
+
+
+def test_verify_notices_a_damaged_one(pair: Delta, tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    compress(pair, PackOptions(strategy="exact")).save(path)
+    verify_pack(pair.base.path, path, None, None)
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(PackError, match="is damaged"):
+        verify_pack(pair.base.path, path, None, None)
+
+
+def test_many_of_them_are_not_decompressed_at_once(pair: Delta, tmp_path: Path) -> None:
+    pack = compress(pair, PackOptions(strategy="exact"))
+    told = {name: one and one.model_copy(update={"size": 40 << 20}) for name, one in pack.header.companions.items()}
+    with pytest.raises(ValueError, match="expected companions of at most 67,108,864 bytes together, found more"):
+        Header.model_validate(pack.header.model_copy(update={"companions": told}).model_dump())

@@ -27,32 +27,51 @@ Companion = Literal[
 ]
 Companions = Mapping[Companion, bytes | None]  # what each file holds; None where the base's has to go
 GENERATION: Companion = "generation_config.json"
-TOKENIZER = tuple(name for name in get_args(Companion) if name != GENERATION)
-LARGEST = 64 << 20  # bytes of a companion
+_TEMPLATE: Companion = "chat_template.jinja"
+TOKENIZER: tuple[Companion, ...] = tuple(name for name in get_args(Companion) if name != GENERATION)
+LARGEST = 64 << 20  # bytes of all companions of a model
 _WORDS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # one of them makes a tokenizer
-_OF_SAVING = ("transformers_version", "_from_model_config", "name_or_path", "_name_or_path")  # say nothing of a model
+_OF_SAVING = (  # keys that say nothing of a model: who saved it, and what a trainer did last
+    "transformers_version", "_from_model_config", "name_or_path", "_name_or_path", "is_local", "local_files_only",
+    "padding", "truncation",
+)  # fmt: skip
 _MEMORY = 32 << 20  # bytes that decompression may take
 
 
-def changed_companions(base: Path, tuned: Path) -> dict[Companion, bytes | None]:
+def changed_companions(base: Path, tuned: Path, *, ends_changed: bool = False) -> dict[Companion, bytes | None]:
     """Return the companions of a tuned model that are not the base's.
 
-    Where it has a tokenizer, and some file of that differs, the base's others go; one without leaves them as they are.
+    Where its tokenizer differs, it does without all files that it lacks, whichever of them this copy of the base has. A
+    checkpoint without a tokenizer says nothing of it.
 
     Args:
         base: directory of the base model.
         tuned: directory of the tuned model.
+        ends_changed: the tuned `config.json` names other end tokens, which a generation config would hide.
 
     Raises:
-        CheckpointError: one cannot be read, or has more than 64 MiB.
+        CheckpointError: one cannot be read, or all together have more than 64 MiB.
     """
+    names: tuple[Companion, ...] = get_args(Companion)
+    own: dict[Companion, bytes | None] = {name: _read(tuned / name) for name in names}
+    old: dict[Companion, bytes | None] = {name: _read(base / name) for name in names}
     found: dict[Companion, bytes | None] = {}
-    for name in get_args(Companion):
-        if (own := _read(tuned / name)) is not None and not _same(own, _read(base / name)):
-            found[name] = own
-    if found.keys() & set(TOKENIZER) and any((tuned / name).exists() for name in _WORDS):
-        found |= {name: None for name in TOKENIZER if (base / name).exists() and not (tuned / name).exists()}
-    return {name: found[name] for name in get_args(Companion) if name in found}
+    differing: list[Companion] = [
+        name for name in TOKENIZER if own[name] is not None and not _same(name, own[name], old[name])
+    ]
+    if not any(own[name] is not None for name in _WORDS):
+        found = {name: own[name] for name in differing}
+    elif differing or (own[_TEMPLATE] is None and old[_TEMPLATE] is not None):
+        found = {name: own[name] for name in TOKENIZER if name in differing or own[name] is None}
+    if not _same(GENERATION, own[GENERATION], old[GENERATION]) and (own[GENERATION] is not None or ends_changed):
+        found[GENERATION] = own[GENERATION]
+    if sum(len(one) for one in found.values() if one is not None) > LARGEST:
+        largest = max(found, key=lambda name: len(found[name] or b""))
+        raise CheckpointError(
+            f"{tuned / largest}: expected at most {LARGEST:,} bytes of tokenizer and the like, found more; is it what "
+            "its name says?"
+        )
+    return {name: found[name] for name in names if name in found}
 
 
 def put_companions(companions: Companions, directory: Path) -> None:
@@ -108,10 +127,12 @@ def _read(file: Path) -> bytes | None:
     return content
 
 
-def _same(own: bytes, base: bytes | None) -> bool:
-    """Return whether two files say the same of a model; which library saved them is no matter."""
-    if base is None or own == base:
+def _same(name: Companion, own: bytes | None, base: bytes | None) -> bool:
+    """Return whether two files say the same of a model; which library saved them, and when, is no matter."""
+    if own is None or base is None or own == base:
         return own == base
+    if not name.endswith(".json"):
+        return False
     try:
         one, other = json.loads(own), json.loads(base)
     except (ValueError, RecursionError):

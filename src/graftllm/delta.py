@@ -125,7 +125,8 @@ class Delta(Mapping[str, Tensor]):
         Raises:
             CheckpointError: as there.
         """
-        return changed_companions(self.base.path, self.tuned.path)
+        ends = any(key.endswith("eos_token_id") for key in self.config_changes())
+        return changed_companions(self.base.path, self.tuned.path, ends_changed=ends)
 
     def _grown(self, name: str, tuned: TensorSpec) -> bool:
         return name in self.base.specs and self.base.specs[name].shape != tuned.shape

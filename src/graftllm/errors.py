@@ -61,6 +61,11 @@ class ServingError(GraftError):
     """A grafted model cannot be served or exported as asked."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of another library's message, or the error's class where it has none."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def is_failure(error: BaseException) -> bool:
+    """Return whether something went wrong, and nobody asked to end: a panic of a Rust library is no `Exception`."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from graftllm.errors import RecipeError
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Message
-from graftllm.rendering import check_length, ends_of, learned_positions, pad, render
+from graftllm.rendering import check_length, ends_of, learned_positions, pad, padding_token, render
 from graftllm.stop_texts import stopped_at, up_to_stop
 
 GREEDY = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=256)
@@ -179,7 +179,7 @@ def _generation_config(
         else min(options.max_new_tokens, positions - longest),
         num_return_sequences=options.samples,
         eos_token_id=list(ends_of(model, tokenizer) if ends is None else ends) or None,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=padding_token(tokenizer, model),
         stop_strings=list(options.stop) or None,
         repetition_penalty=options.repetition_penalty,
         **(sampled if options.temperature > 0 else {"do_sample": False}),

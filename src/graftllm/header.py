@@ -183,6 +183,12 @@ class Header(Part):
         return sum(one.nbytes for one in self.companions.values() if one is not None)
 
     @model_validator(mode="after")
+    def _companions_are_small(self) -> "Header":
+        if sum(one.size for one in self.companions.values() if one is not None) > LARGEST:
+            raise ValueError(f"expected companions of at most {LARGEST:,} bytes together, found more")
+        return self
+
+    @model_validator(mode="after")
     def _repeated_tensors_are_alike(self) -> "Header":
         for name, entry in self.tensors.items():
             if entry.same_as is None:

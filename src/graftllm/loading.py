@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.devices import resolve_device
-from graftllm.errors import CheckpointError, first_line
+from graftllm.errors import CheckpointError, first_line, is_failure
 from graftllm.records import Message
 from graftllm.rendering import rendered
 from graftllm.transfer_options import is_template
@@ -95,9 +95,12 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Pre
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.decode(tokenizer("?")["input_ids"])
         with suppress(TemplateError):  # which is told with the conversation that it refuses
             rendered(tokenizer, [Message(role="user", content="?")], answer_next=True)
-    except Exception as error:  # what reads tokenizer.json raises nothing more special
+    except BaseException as error:  # what reads tokenizer.json raises nothing more special
+        if not is_failure(error):
+            raise
         raise CheckpointError(f"{path}: transformers cannot load its tokenizer ({first_line(error)}).") from error
     if chat_template is not None:
         _use_template(tokenizer, chat_template)

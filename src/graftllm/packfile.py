@@ -126,7 +126,10 @@ def _parse_header(path: Path, text: bytes) -> Header:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             place = ("tensors", where, *first["loc"]) if where else first["loc"]
             problem = f"{place}: {first['msg']}"
-        raise PackError(f"{path}: the header is not one of format version {VERSION} ({problem}).") from None
+        raise PackError(
+            f"{path}: the header is not one of format version {VERSION} ({problem}). It was made by another graftllm, "
+            "or is damaged: download it or pack the model again."
+        ) from None
     for name, entry in header.tensors.items():
         if entry.dtype not in DTYPES or any(side < 0 for side in entry.shape) or entry.spec.nbytes >= 1 << 48:
             raise PackError(

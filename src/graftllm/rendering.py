@@ -116,7 +116,7 @@ def pad(
             f"{tokenizer.name_or_path}: its token {highest} has no row in the model's embedding of "
             f"{words.num_embeddings:,}; take the tokenizer that the model was trained with, or resize the embedding."
         )
-    filler = cast(int | None, tokenizer.pad_token_id) or 0 if side == "left" else 0
+    filler = padding_token(tokenizer, model) or 0 if side == "left" else 0
     ids = torch.full((len(sequences), longest), filler)
     mask = torch.zeros_like(ids)
     for row, sequence in enumerate(sequences):
@@ -125,6 +125,13 @@ def pad(
         mask[row, start : start + len(sequence)] = 1
     where = model.device if device is None else device
     return ids.to(where), mask.to(where)
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int | None:
+    """Return what rows are filled up with: the tokenizer's pad token, or 0 where the model has no row for that."""
+    token, words = cast(int | None, tokenizer.pad_token_id), input_embedding(model)
+    beyond = token is not None and isinstance(words, nn.Embedding) and token >= words.num_embeddings
+    return 0 if beyond else token
 
 
 def input_embedding(model: PreTrainedModel) -> nn.Module | None:

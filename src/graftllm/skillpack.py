@@ -128,22 +128,35 @@ class SkillPack:
         Raises:
             PackError: one is damaged.
         """
-        found: dict[Companion, bytes | None] = {}
-        for name, one in self.header.companions.items():
-            if one is None:
-                found[name] = None
-                continue
-            try:
-                content = decompressed(self._stored("companions", name, one.nbytes).tobytes(), one.size)
-            except ValueError as error:
-                raise PackError(f"{self.source}: {name} cannot be read ({error}). The file is damaged.") from error
-            if companion_digest(content) != one.digest:
-                raise PackError(
-                    f"{self.source}: {name} does not match its digest {one.digest}. "
-                    "The file is damaged; copy or download it again."
-                )
-            found[name] = content
-        return found
+        return {name: self.companion(name) for name in self.header.companions}
+
+    def companion(self, name: Companion) -> bytes | None:
+        """Return one of the companions; None if the pack has none of that name, or it is one that has to go.
+
+        Raises:
+            PackError: it is damaged.
+        """
+        if (told := self.header.companions.get(name)) is None:
+            return None
+        try:
+            content = decompressed(self._stored("companions", name, told.nbytes).tobytes(), told.size)
+        except ValueError as error:
+            raise PackError(f"{self.source}: {name} cannot be read ({error}). The file is damaged.") from error
+        if companion_digest(content) != told.digest:
+            raise PackError(
+                f"{self.source}: {name} does not match its digest {told.digest}. "
+                "The file is damaged; copy or download it again."
+            )
+        return content
+
+    def check_companions(self) -> None:
+        """Compare the companions with their digests, one at a time.
+
+        Raises:
+            PackError: one is damaged.
+        """
+        for name in self.header.companions:
+            self.companion(name)
 
     def check_payloads(self) -> None:
         """Compare all that is stored with its digests; no delta is decoded.
@@ -153,7 +166,7 @@ class SkillPack:
         """
         for name in self:
             self.encoded(name)
-        self.companions()
+        self.check_companions()
 
     def restore(self, name: str, base: Tensor) -> Tensor:
         """Return the tuned value of one parameter from the base's (on CPU), in the tuned shape and dtype.

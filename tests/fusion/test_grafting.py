@@ -315,6 +315,22 @@ def test_added_vocabulary_rows_plug_into_a_live_model_with_room_or_without(
     assert model(input_ids=ids, labels=ids).logits.shape[-1] == model.config.vocab_size == rows
 
 
+def test_rows_of_two_packs_do_not_meet_in_one_model(grown: Delta, lossy: SkillPack) -> None:
+    pack, model = compress(grown, PackOptions(strategy="exact")), _resized(grown.base.path, 73)
+    before = _digests(model)
+    graft = plug(model, pack)
+    for other in (pack, lossy):
+        with pytest.raises(
+            FusionError, match=r"as packs that are plugged in made it; unplug them first, or plug all in"
+        ):
+            plug(model, other, check=False)
+    graft.unplug()
+    with plug(model, pack), pytest.raises(RuntimeError, match="inside"):
+        raise RuntimeError("inside")
+    assert _digests(model) == before
+    assert model.config.vocab_size == model.get_output_embeddings().out_features == 73
+
+
 def test_rows_that_no_pack_knows_stay_as_they_are(base: Checkpoint, lossy: SkillPack, grown: Delta) -> None:
     model, alone = _resized(base.path, 81), _resized(base.path, 73)
     before = _words(model)

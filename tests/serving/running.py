@@ -14,7 +14,6 @@ import uvicorn
 from openai import OpenAI
 from transformers import PreTrainedTokenizerBase
 
-from graftllm.fusion.routes import BASE
 from graftllm.fusion.voices import Voice
 from graftllm.records import Message
 from graftllm.rendering import ends_of, render
@@ -77,8 +76,9 @@ def posted(address: str, path: str, body: dict[str, Any], *, buffer: int | None 
 
 def order(tokenizer: PreTrainedTokenizerBase, question: str, pack: str, **wanted: Any) -> Order:
     messages = [Message(role="user", content=question)]
-    reading = Reading(render(tokenizer, messages, answer_next=True), Voice(tokenizer, ends_of(None, tokenizer)))
-    return Order(messages, {BASE: reading}, pack, **wanted)
+    voice = Voice(tokenizer, ends_of(None, tokenizer), len(tokenizer))
+    reading = Reading(render(tokenizer, messages, answer_next=True), voice, wanted.pop("max_tokens", 16))
+    return Order(messages, lambda _: reading, pack, **wanted)
 
 
 class Asked:

@@ -1,11 +1,12 @@
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from openai import BadRequestError
+from openai import APIStatusError, BadRequestError
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
@@ -99,3 +100,62 @@ def test_tokens_of_a_longer_vocabulary_are_for_its_pack_alone(spoken: tuple[Graf
             == client.completions.create(model="own", prompt="to own: ab", max_tokens=6, temperature=0).choices
         )
     assert grafted.merged_only("wide") is not None
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Local, str]]:
+    """A server of a good pack and of some whose tokenizers or templates do not do; rules send each what names it."""
+    home = tmp_path_factory.mktemp("odd")
+    base = Checkpoint.open(save_llama(home / "base", dtype=torch.float32))
+    words = json.loads((base.path / "tokenizer.json").read_text())
+    strips = [{"type": "Strip", "content": word, "start": 0, "stop": 9} for word in words["model"]["vocab"]]
+    last = max(words["model"]["vocab"].values())
+    no = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    more = [*words["added_tokens"], {"id": last + 1, "content": "~~", **no}]
+    files = {
+        "good": {},
+        "broken": {"tokenizer.json": "{"},
+        "panics": {"tokenizer.json": json.dumps(words | {"decoder": {"type": "Sequence", "decoders": strips}})},
+        "refuses": {"chat_template.jinja": "{{ raise_exception('never') }}"},
+        "beyond": {"tokenizer.json": json.dumps(words | {"added_tokens": more})},
+    }
+    for seed, (name, own) in enumerate(files.items()):
+        tuned = perturb(base.path, home / name, seed=seed, scale=0.4)
+        for file, content in own.items():
+            (tuned / file).write_text(content)
+        compress(Delta(base, Checkpoint.open(tuned)), PackOptions(servable=4)).save(home / f"{name}.safetensors")
+    rules = [Rule(pack=name, pattern=f"^{name}") for name in files]
+    write_grafted(home / "g", str(base.path), {name: home / f"{name}.safetensors" for name in files}, rules=rules)
+    local = Local(home / "g", device="cpu")
+    with served(build_app(local)) as address:
+        yield local, address
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "status", "told"),
+    [
+        ("broken", "broken", 500, "its tokenizer does not load"),
+        ("panics", "panics", 500, "its tokenizer does not load|its log says where"),
+        ("refuses", "refuses", 400, "refuses a conversation of user .never"),
+        ("beyond", "beyond ~~", 400, "messages: the tokenizer makes it token 73, and the model knows 73"),
+    ],
+)
+def test_what_is_wrong_with_a_packs_tokenizer_is_told_to_those_who_ask_it_alone(
+    odd: tuple[Local, str], name: str, text: str, status: int, told: str
+) -> None:
+    local, address = odd
+
+    def ask(model: str, text: str) -> Any:
+        with client_of(address) as client:
+            turn = [{"role": "user", "content": text}]
+            return client.chat.completions.create(model=model, messages=turn, max_tokens=4, temperature=0)  # type: ignore[arg-type]
+
+    expected = ask("good", "good").choices
+    for model in (name, "auto"):
+        with ThreadPoolExecutor(4) as crowd:
+            others = [crowd.submit(ask, one, "good") for one in ("good", "auto", "good")]
+            with pytest.raises(APIStatusError, match=told) as failed:
+                ask(model, text)
+            assert failed.value.status_code == status
+            assert [other.result().choices for other in others] == [expected] * 3
+    assert local.alive

@@ -137,8 +137,8 @@ class _Filling:
         if left < 0:
             fixed = _payload_bytes(self.fixed)
             raise BudgetError(
-                f"budget: too small by {-left:,} bytes: the header, and {fixed:,} bytes of norms, biases and whole "
-                "numbers, which are kept exactly, take more. Raise it."
+                f"budget: too small by {-left:,} bytes: the header, tokenizer files of the tuned model's own, and "
+                f"{fixed:,} bytes of norms, biases and whole numbers, which are kept exactly, take more. Raise it."
             )
         self.room = max(0, left - _ENTRY * len(self.outlooks))
 

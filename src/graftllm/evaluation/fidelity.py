@@ -231,6 +231,7 @@ def verify_pack(
         raise CheckpointError("--prompts: the answers are compared with those of a tuned model; give --tuned as well.")
     checkpoint, opened = Checkpoint.open(base), SkillPack.load(pack, layer)
     opened.check_base(checkpoint)
+    opened.check_companions()
     if prompts is not None:
         check_language_model(
             checkpoint,

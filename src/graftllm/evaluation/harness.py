@@ -151,7 +151,7 @@ def _answering(directory: Path, pack: str, device: str) -> _Answering:
     grafted = GraftedModel.load(directory, device=device)
     if pack != AUTO:
         mixed(pack, grafted.packs, also=(BASE, AUTO))  # refuses an unknown one before anything is downloaded
-    elif own := grafted.voices.own:
+    elif own := [name for name in grafted.packs if grafted.voices[name].tokenizer is not grafted.tokenizer]:
         raise FusionError(
             f"--lm-eval: {own[0]!r} has a tokenizer or chat template of its own, and the harness knows one for all "
             "requests; name a pack (--pack) instead of auto."

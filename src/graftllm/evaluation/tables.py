@@ -138,9 +138,7 @@ def pack_lines(header: Header, file_bytes: int) -> list[str]:
 def _own_files(header: Header) -> str:
     """Return which files beside the tuned weights come along, and what they take."""
     names = ", ".join(name for name, one in header.companions.items() if one is not None)
-    gone = ", ".join(name for name, one in header.companions.items() if one is None)
-    told = f"{names}, {header.companion_bytes:,} bytes" if names else ""
-    return f"{told}; without the base's {gone}" if gone else told
+    return f"{names or 'none'}, {header.companion_bytes:,} bytes" if header.companions else ""
 
 
 def role_grid(header: Header) -> Grid:

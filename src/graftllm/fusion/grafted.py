@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -174,7 +174,13 @@ class GraftedModel:
             )
         with self.using(BASE) as base:
             features = prompt_features(base, self.tokenizer, messages, layer=self.router.options.layer)
-        return self.router.route(features)
+        return [self._alone(route) for route in self.router.route(features)]
+
+    def _alone(self, route: Route) -> Route:
+        """Return a route; to the strongest pack alone where vocabularies or dtypes differ: such have no sum."""
+        headers = [self.packs[name].header for name in route.weights]
+        specs = [{name: one.tuned_spec for name, one in header.tensors.items()} for header in headers]
+        return route if all(one == specs[0] for one in specs) else replace(route, weights={route.name: 1.0})
 
     def generate(
         self,

@@ -15,12 +15,13 @@ from transformers import PreTrainedConfig
 
 from graftllm.delta import growable
 from graftllm.errors import FusionError, PackError
-from graftllm.fusion.applying import Empty, Weighted, combined, in_range, with_weights
+from graftllm.fusion.applying import Empty, Weighted, agreed_spec, combined, in_range, with_weights
 from graftllm.fusion.origin import Origin
 from graftllm.live import Binding, bindings, named_values
 from graftllm.skillpack import SkillPack
 from graftllm.tensors import DTYPES, TensorSpec
 
+_ROWS = ("num_embeddings", "out_features")  # what modules call them
 _LARGE = 16.0  # weights up to this take no tuned model's values beyond what a dtype holds
 
 
@@ -39,11 +40,15 @@ class Graft:
         parameters = named_values(model)
         # Modules stay what they are where a model is wrapped meanwhile; a parameter that moves is another object.
         self._kept = [(*_place(model, name), parameters[name].data) for name in values]
+        self._sizes: list[tuple[Any, str, int]] = []  # what said how many rows there are, and what it said
+        self._widens = False
         if values:
             _plugged_in[model] = _plugged_in.get(model, 0) + 1
         try:
             for name, value in values.items():
-                _put(model, parameters[name], value)
+                before, parameters[name].data = parameters[name].shape, value
+                if before != value.shape:
+                    self._tell_rows(parameters[name], before[0])
         except BaseException:
             self.unplug()
             raise
@@ -52,10 +57,29 @@ class Graft:
         """Give the model its own weights back, bit for bit, where it is now; a second time does nothing."""
         for module, key, value in self._kept:
             here = cast(Tensor, getattr(module, key))
-            _put(self.model, here, value.to(here))
+            here.data = value.to(here)
+        for holder, key, count in self._sizes:
+            setattr(holder, key, count)
         if self._kept:
             _plugged_in[self.model] -= 1
-        self._kept = []
+        if self._widens:
+            _widened.discard(self.model)
+        self._kept, self._sizes, self._widens = [], [], False
+
+    def _tell_rows(self, parameter: Tensor, before: int) -> None:
+        """Let modules and config know how many rows a parameter has now; `unplug` takes that back."""
+        modules = list(self.model.modules())
+        owners = [one for one in modules if any(own is parameter for own in one._parameters.values())]
+        holders: list[tuple[Any, str]] = [(one, key) for one in owners for key in _ROWS]
+        config = getattr(self.model, "config", None)
+        texts = [config, config.get_text_config()] if isinstance(config, PreTrainedConfig) else []
+        holders += [(one, "vocab_size") for one in (*texts, *modules) if getattr(one, "vocab_size", None) == before]
+        for holder, key in holders:
+            if isinstance(count := getattr(holder, key, None), int) and count != len(parameter):
+                self._sizes.append((holder, key, count))
+                setattr(holder, key, len(parameter))
+        self._widens = True
+        _widened.add(self.model)
 
     def __enter__(self) -> nn.Module:
         """Return the model with its packs."""
@@ -64,22 +88,6 @@ class Graft:
     def __exit__(self, *_: object) -> None:
         """Unplug."""
         self.unplug()
-
-
-def _put(model: nn.Module, parameter: Tensor, value: Tensor) -> None:
-    """Give a parameter another value; where that has another number of rows, so does the vocabulary from now on."""
-    before, after = parameter.shape, value.shape
-    parameter.data = value
-    if before == after:
-        return
-    for module in model.modules():
-        if any(own is parameter for own in module._parameters.values()):
-            setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", len(value))
-    config = getattr(model, "config", None)
-    texts = [config, config.get_text_config()] if isinstance(config, PreTrainedConfig) else []
-    for holder in (*texts, *model.modules()):
-        if getattr(holder, "vocab_size", None) == before[0]:
-            cast(Any, holder).vocab_size = after[0]
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -105,6 +113,7 @@ class Replacement:
 
 
 running_beside: WeakSet[nn.Module] = WeakSet()  # the models whose rows have packs now
+_widened: WeakSet[nn.Module] = WeakSet()  # the models that have vocabulary rows of a pack's now
 _plugged_in: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many grafts a model has
 
 
@@ -152,9 +161,16 @@ def decode(
 
 def decoded_bytes(model: nn.Module, *packs: SkillPack | Weighted) -> int:
     """Return how much memory takes what `decode` would give; errors are those of `touched_bindings`."""
-    parameters = named_values(model)
-    touched = touched_bindings(model, with_weights(packs)) if packs else []
-    return sum(parameters[name].nbytes for binding in touched for name in binding.live)
+    parameters, weighted = named_values(model), with_weights(packs)
+    found = 0
+    for binding in touched_bindings(model, weighted) if weighted else ():
+        stored, tuned = (
+            weighted[0][0].header.tensors[binding.stored[0]].shape,
+            agreed_spec(binding.stored[0], weighted).shape,
+        )
+        growth = tuned[0] / stored[0] if stored != tuned else 1.0
+        found += round(growth * sum(parameters[name].nbytes for name in binding.live))
+    return found
 
 
 def _plugged(
@@ -175,6 +191,8 @@ def _plugged(
     for name, live in stored.items():
         known = packs[0][0].header.tensors[name].shape
         resized = growable(known, tuple(live.shape))
+        if resized and origin.model in _widened:
+            raise _merged_already(source, name)
         base = origin.stored(name, live[: known[0]] if resized else live, packs[0][0])
         if check:
             _check_base(name, base, packs, origin.model)
@@ -204,10 +222,14 @@ def _check_base(name: str, value: Tensor, packs: Sequence[Weighted], model: nn.M
         except PackError as error:
             if not is_plugged(model):
                 raise
-            raise FusionError(
-                f"{pack.source}: the live model holds {name!r} as packs that are plugged in made it; unplug them "
-                "first, or plug all in one call: plug(model, one, another)."
-            ) from error
+            raise _merged_already(pack.source, name) from error
+
+
+def _merged_already(source: str, name: str) -> FusionError:
+    return FusionError(
+        f"{source}: the live model holds {name!r} as packs that are plugged in made it; unplug them first, or plug all "
+        "in one call: plug(model, one, another)."
+    )
 
 
 def touched_bindings(model: nn.Module, packs: Sequence[Weighted]) -> list[Binding]:

@@ -5,34 +5,39 @@ asked in the base's. What its pack holds of these makes a voice; all other packs
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from graftllm.companions import GENERATION, TOKENIZER, Companions, put_companions
+from graftllm.companions import GENERATION, TOKENIZER, put_companions
 from graftllm.errors import CheckpointError, PackError
 from graftllm.fusion.routes import BASE
 from graftllm.loading import load_tokenizer
-from graftllm.rendering import ends_of
+from graftllm.rendering import ends_of, input_embedding
 from graftllm.skillpack import SkillPack
 
 _ENDS = ("eos_token_id", "text_config.eos_token_id")
+_MOST_ENDS = 4096
+_NO_LIMIT = 1 << 62  # rows of a model that is fed by no embedding
 
 
 @dataclass(frozen=True, eq=False)
 class Voice:
-    """A tokenizer with its chat template, and the tokens that end an answer."""
+    """A tokenizer with its chat template, the tokens that end an answer, and how many tokens the model has rows for."""
 
     tokenizer: PreTrainedTokenizerBase
     ends: tuple[int, ...]
+    rows: int
 
 
 class Voices:
-    """The voices of a base and its packs, loaded when they are first asked for; packs with equal files share one."""
+    """The voices of a base and its packs, loaded when they are first asked for; packs with equal ones share one."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, packs: Mapping[str, SkillPack]
@@ -41,12 +46,16 @@ class Voices:
 
         Args:
             model: the live base.
-            tokenizer: the base's.
+            tokenizer: the base's; where it was loaded from a directory, packs change what that holds.
             packs: by name.
         """
-        self.base = Voice(tokenizer, ends_of(model, tokenizer))
+        words = input_embedding(model)
+        rows, self._width = words.weight.shape if isinstance(words, nn.Embedding) else (_NO_LIMIT, 0)
+        self.base = Voice(tokenizer, ends_of(model, tokenizer), rows)
         self._model, self._packs = model, packs
+        self._tokenizers: dict[Any, PreTrainedTokenizerBase] = {}
         self._found: dict[Any, Voice] = {}
+        self._of: dict[str, Voice] = {}
 
     def __getitem__(self, name: str) -> Voice:
         """Return the voice of a pack; that of the base for any other name.
@@ -54,59 +63,81 @@ class Voices:
         Raises:
             PackError: what the pack holds makes none.
         """
-        key = self._key(name)
-        if key is None:
+        if name not in self._packs:
             return self.base
-        if key not in self._found:
-            self._found[key] = _own_voice(self._model, self.base, self._packs[name])
-        return self._found[key]
+        if name not in self._of:
+            self._of[name] = self._voice(self._packs[name])
+        return self._of[name]
 
     def of(self, weights: Mapping[str, float]) -> Voice:
         """Return the voice of several packs at once: that of the strongest."""
         return self[max(weights, key=lambda name: abs(weights[name]), default=BASE)]
 
-    @property
-    def own(self) -> list[str]:
-        """The packs that have another voice than the base."""
-        return [name for name in self._packs if self._key(name) is not None]
+    def _voice(self, pack: SkillPack) -> Voice:
+        tokenizer = self._tokenizer(pack)
+        ends = _own_ends(self._model, tokenizer, self.base.tokenizer, pack)
+        entries = pack.header.tensors.values()
+        grown = [one.tuned_shape[0] for one in entries if one.tuned_shape and one.shape[1:] == (self._width,)]
+        rows = max([self.base.rows, *grown])
+        key = (id(tokenizer), ends, rows)
+        if key == (id(self.base.tokenizer), self.base.ends, self.base.rows):
+            return self.base
+        return self._found.setdefault(key, Voice(tokenizer, ends, rows))
 
-    def _key(self, name: str) -> Any:
-        """Return what a pack's voice depends on; None where it is the base's."""
-        if name not in self._packs:
-            return None
-        header = self._packs[name].header
-        files = tuple((file, one and one.digest) for file, one in header.companions.items())
-        ends = tuple((key, header.config[key]) for key in _ENDS if key in header.config)
-        return (files, ends) if files or ends else None
-
-
-def _own_voice(model: PreTrainedModel, base: Voice, pack: SkillPack) -> Voice:
-    companions, tokenizer = pack.companions(), base.tokenizer
-    if companions.keys() & set(TOKENIZER):
-        tokenizer = _own_tokenizer(model, base.tokenizer, companions, pack.source)
-    config = pack.header.config
-    if (content := companions.get(GENERATION)) is not None:
-        return Voice(tokenizer, _told_ends(content, pack.source) or ends_of(None, tokenizer))
-    changed = next((config[key] for key in _ENDS if config.get(key) is not None), None)
-    if changed is not None and getattr(model.generation_config, "_from_model_config", False):
-        return Voice(tokenizer, changed if isinstance(changed, tuple) else (changed,))
-    return Voice(tokenizer, ends_of(model, tokenizer))
+    def _tokenizer(self, pack: SkillPack) -> PreTrainedTokenizerBase:
+        told = [(name, one and one.digest) for name, one in pack.header.companions.items() if name in TOKENIZER]
+        if not told:
+            return self.base.tokenizer
+        if (key := tuple(told)) not in self._tokenizers:
+            self._tokenizers[key] = _own_tokenizer(self._model, self.base.tokenizer, pack)
+        return self._tokenizers[key]
 
 
 def _own_tokenizer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, companions: Companions, source: str
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pack: SkillPack
 ) -> PreTrainedTokenizerBase:
     """Load the base's tokenizer with a pack's files in the place of its own."""
     with TemporaryDirectory(prefix="voice-") as scratch:
-        tokenizer.save_pretrained(scratch)
-        model.config.to_json_file(Path(scratch) / "config.json")
-        put_companions(companions, Path(scratch))
+        home = Path(scratch)
+        for file in TOKENIZER:
+            if (_home(tokenizer) / file).is_file():
+                shutil.copyfile(_home(tokenizer) / file, home / file)
+        if not list(home.iterdir()):
+            tokenizer.save_pretrained(scratch)
+        model.config.to_json_file(home / "config.json")
+        put_companions({name: pack.companion(name) for name in pack.header.companions if name in TOKENIZER}, home)
         try:
             own = load_tokenizer(scratch)
         except CheckpointError as error:
-            raise PackError(f"{source}: its tokenizer does not load{str(error).partition('tokenizer')[2]}") from error
-    own.name_or_path = source
+            told = str(error).partition("tokenizer")[2]
+            raise PackError(f"{pack.source}: its tokenizer does not load{told}") from error
+    own.name_or_path = Path(pack.source).name
     return own
+
+
+def _home(tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Return the directory that a tokenizer was loaded from; one that is not there if it was from elsewhere."""
+    return Path(tokenizer.name_or_path or "nowhere")
+
+
+def _own_ends(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase, pack: SkillPack
+) -> tuple[int, ...]:
+    """Return the tokens that end a pack's answers, as transformers would take them from the tuned model's files."""
+    if (content := pack.companion(GENERATION)) is not None:
+        return _told_ends(content, pack.source) or ends_of(None, tokenizer)
+    config = pack.header.config
+    changed = next((config[key] for key in _ENDS if config.get(key) is not None), None)
+    home = _home(base)
+    hidden = (home / GENERATION).exists() if home.is_dir() else not _is_derived(model)
+    if changed is not None and (GENERATION in pack.header.companions or not hidden):
+        return changed if isinstance(changed, tuple) else (changed,)
+    return ends_of(model, tokenizer)
+
+
+def _is_derived(model: PreTrainedModel) -> bool:
+    """Return whether the model's generation config was made of its config, as where it had none of its own."""
+    return bool(getattr(model.generation_config, "_from_model_config", False))
 
 
 def _told_ends(content: bytes, source: str) -> tuple[int, ...]:
@@ -117,6 +148,6 @@ def _told_ends(content: bytes, source: str) -> tuple[int, ...]:
         told = None
     ends = told.get("eos_token_id") if isinstance(told, dict) else "none"
     numbers: list[Any] = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if not all(type(one) is int for one in numbers):
+    if len(numbers) > _MOST_ENDS or not all(type(one) is int and 0 <= one < 1 << 31 for one in numbers):
         raise PackError(f"{source}: expected {GENERATION} to hold end tokens by number, found others; pack it again.")
     return tuple(numbers)

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -11,9 +11,8 @@ from typing import Any, TypeVar, cast
 from fastapi import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from graftllm.errors import GraftError, PackError, RecordError
+from graftllm.errors import GraftError, PackError, RecordError, is_failure
 from graftllm.fusion.manifest import AUTO
-from graftllm.fusion.routes import BASE
 from graftllm.fusion.voices import Voice, Voices
 from graftllm.records import Message
 from graftllm.rendering import render
@@ -90,43 +89,38 @@ class Desk:
             raise Refused(f"n: expected at most {most} texts in all, as many as may wait; found {texts}.", param="n")
         if isinstance(asked, ChatRequest):
             messages = [message.plain() for message in asked.messages]
-            return [self._order(asked, messages, self._read(asked, lambda voice: _rendered(voice, messages)))]
+            return [self._order(asked, messages, lambda voice: render(voice.tokenizer, messages, answer_next=True))]
         if len(asked.prompts) > 1 and asked.model == AUTO:
             raise Refused("prompt: auto chooses for one prompt at a time; name a pack, or send one.", param="prompt")
         return [self._continued(asked, prompt) for prompt in asked.prompts]
 
-    def _read(self, asked: Asked, read: Callable[[Voice], list[int]]) -> dict[str, Reading]:
-        """Return the tokens of a prompt in each voice that it may be answered in."""
-        names = [BASE, *self._voices().own] if asked.model == AUTO else [asked.model]
-        spoken = {name: self._voice(name) for name in names}
-        return {name: Reading(read(voice), voice) for name, voice in spoken.items()}
+    def _order(self, asked: Asked, messages: list[Message], read: Callable[[Voice], list[int]]) -> Order:
+        """Return what a request asks for a prompt, as the router sees it and as `read` puts it into a voice's tokens.
 
-    def _voice(self, name: str) -> Voice:
-        try:
-            return self._voices()[name]
-        except PackError as error:
-            raise Refused(str(error), status=500, code="engine_failed") from error
+        It is read in the voice of the pack that is named, or of the base; where the router chooses a pack with another
+        voice, once more in that.
+        """
+        voices, known = self._voices(), dict[Voice, Reading]()
+        what = "messages: the chat template" if isinstance(asked, ChatRequest) else "prompt: the tokenizer"
 
-    def _order(self, asked: Asked, messages: list[Message], readings: Mapping[str, Reading]) -> Order:
-        """Return what a request asks for a prompt, as the router sees it and as packs read it."""
-        lengths = [len(reading.ids) for reading in readings.values()]
-        if not all(lengths):
-            raise Refused("prompt: expected at least one token, found none.", param="prompt")
-        room = self._max_context - max(lengths)
-        longest = max(room, 0) if asked.longest is None else asked.longest
-        if room < max(longest, 1):
-            raise Refused(
-                f"expected prompt and answer to have at most {self._max_context} tokens together, found a prompt of "
-                f"{max(lengths)} and {max(longest, 1)} asked for. Shorten the prompt or lower max_tokens.",
-                param="messages" if isinstance(asked, ChatRequest) else "prompt",
-                code="context_length_exceeded",
-            )
+        def reading(pack: str) -> Reading:
+            voice = _voice(voices, pack)
+            if voice not in known:
+                try:
+                    ids = read(voice)
+                except BaseException as error:  # templates raise what they like at conversations that they do not know
+                    if not is_failure(error):
+                        raise
+                    raise Refused(f"{what} refuses them ({error}).", param=what.partition(":")[0]) from error
+                known[voice] = self._reading(asked, ids, voice)
+            return known[voice]
+
+        reading(asked.model)
         return Order(
             messages=messages,
-            readings=readings,
+            reading=reading,
             pack=asked.model,
             choices=asked.n,
-            max_tokens=longest,
             temperature=asked.temperature,
             top_p=asked.top_p,
             top_k=max(asked.top_k, 0),
@@ -139,12 +133,31 @@ class Desk:
             top_logprobs=asked.alternatives,
         )
 
+    def _reading(self, asked: Asked, ids: list[int], voice: Voice) -> Reading:
+        field = "messages" if isinstance(asked, ChatRequest) else "prompt"
+        if not ids:
+            raise Refused("prompt: expected at least one token, found none.", param="prompt")
+        if (highest := max(ids)) >= voice.rows:
+            raise Refused(
+                f"{field}: the tokenizer makes it token {highest}, and the model knows {voice.rows:,}.", param=field
+            )
+        room = self._max_context - len(ids)
+        longest = max(room, 0) if asked.longest is None else asked.longest
+        if room < max(longest, 1):
+            raise Refused(
+                f"expected prompt and answer to have at most {self._max_context} tokens together, found a prompt of "
+                f"{len(ids)} and {max(longest, 1)} asked for. Shorten the prompt or lower max_tokens.",
+                param=field,
+                code="context_length_exceeded",
+            )
+        return Reading(ids, voice, longest)
+
     def _continued(self, asked: CompletionRequest, prompt: str | list[int]) -> Order:
-        voice = self._voice(asked.model)
+        voice = _voice(self._voices(), asked.model)
         if isinstance(prompt, str):
             text = prompt
         else:
-            vocabulary = len(voice.tokenizer)
+            vocabulary = min(len(voice.tokenizer), voice.rows)
             if (bad := next((one for one in prompt if not 0 <= one < vocabulary), None)) is not None:
                 raise Refused(f"prompt: expected tokens from 0 to {vocabulary - 1}, found {bad}.", param="prompt")
             text = cast(str, voice.tokenizer.decode(prompt))
@@ -152,14 +165,14 @@ class Desk:
         def read(other: Voice) -> list[int]:
             return prompt if isinstance(prompt, list) and other is voice else other.tokenizer(text)["input_ids"]
 
-        return self._order(asked, [Message(role="user", content=text)], self._read(asked, read))
+        return self._order(asked, [Message(role="user", content=text)], read)
 
 
-def _rendered(voice: Voice, messages: list[Message]) -> list[int]:
+def _voice(voices: Voices, name: str) -> Voice:
     try:
-        return render(voice.tokenizer, messages, answer_next=True)
-    except Exception as error:  # templates raise what they like at conversations that they do not know
-        raise Refused(f"messages: the model's chat template refuses them ({error}).", param="messages") from error
+        return voices[name]
+    except PackError as error:
+        raise Refused(str(error), status=500, code="engine_failed") from error
 
 
 class Stream(StreamingResponse):

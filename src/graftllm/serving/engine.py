@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from graftllm.errors import is_failure
 from graftllm.fusion.beside import Mix
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.manifest import AUTO
@@ -185,7 +186,9 @@ class Engine:
             try:
                 self._take_in(arrived)
                 self._lanes.drop_cancelled()
-            except Exception as error:  # no memory left, say: who waits must be told, and others may come
+            except BaseException as error:  # no memory left, say: who waits must be told, and others may come
+                if not is_failure(error):
+                    raise
                 fail([job for job, _ in arrived], error)
                 self._lanes.give_up(error)
             for task, done in tasks:

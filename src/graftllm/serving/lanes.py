@@ -11,7 +11,7 @@ from time import perf_counter
 
 from torch import Tensor
 
-from graftllm.errors import GraftError
+from graftllm.errors import GraftError, is_failure
 from graftllm.fusion.beside import Mix
 from graftllm.serving.batch import Batch
 from graftllm.serving.metrics import Metrics
@@ -74,15 +74,18 @@ class Lanes:
         return list(dict.fromkeys([*self._running, *map(self._lane, self.waiting)]))
 
     def enter(self, job: Job, chosen: Chosen, mix: Mix) -> None:
-        """Queue a row for each choice of a job, and tell it which pack answers."""
+        """Queue a row for each choice of a job, and tell it which pack answers; fail one that the pack cannot read."""
+        try:
+            reading = job.order.reading(chosen.pack)
+        except GraftError as error:
+            return fail([job], error)
         self._metrics.answered.labels(chosen.pack).inc()
         job.emit(chosen)
-        reading = job.order.reading(chosen.pack)
         for choice in range(job.order.choices):
             draw, text = Draw(job.order, reading.ids, choice), Text(reading.voice.tokenizer, job.order.stop)
             self.waiting.append(Row(job, choice, chosen.pack, mix, reading, draw, text))
 
-    def give_up(self, error: Exception) -> None:
+    def give_up(self, error: BaseException) -> None:
         """Fail all rows."""
         fail({row.job: None for row in self}, error)
         self.waiting, self._running = [], {}
@@ -104,7 +107,9 @@ class Lanes:
             self._read(lane)
             if lane in self._running:
                 self._step(lane)
-        except Exception as error:
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             _, rows = self._running.pop(lane, (None, ()))
             fail({row.job: None for row in rows or self.waiting if self._lane(row) == lane}, error)
 
@@ -162,8 +167,18 @@ class Lanes:
             except RuntimeError as error:  # logits that are no numbers: its own pack's fault, not that of other rows
                 fail([row.job], error)
         self._metrics.written.inc(len(rows))
-        gone = [row for row, mine in zip(rows, logits, strict=True) if row.job.cancelled or self._whole(row, mine)]
+        gone = [row for row, mine in zip(rows, logits, strict=True) if row.job.cancelled or self._told(row, mine)]
         self._drop(lane, gone)
+
+    def _told(self, row: Row, logits: Tensor) -> bool:
+        """Do what `_whole` does; what goes wrong with a row's text is its own voice's fault, not that of other rows."""
+        try:
+            return self._whole(row, logits)
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            fail([row.job], error)
+            return True
 
     def _whole(self, row: Row, logits: Tensor) -> bool:
         """Add a row's last token to its text, and tell what is new; return whether the text is whole now."""
@@ -171,7 +186,7 @@ class Lanes:
         ended = row.last in voice.ends
         row.count += 1
         text = "" if ended else row.text.add(row.last)
-        whole = ended or row.text.stopped or row.count >= order.max_tokens
+        whole = ended or row.text.stopped or row.count >= row.reading.max_tokens
         text += row.text.finish() if whole else ""
         tokens = ()
         if order.top_logprobs is not None and not ended:
@@ -194,7 +209,7 @@ class Lanes:
             del self._running[lane]
 
 
-def fail(jobs: Iterable[Job], error: Exception) -> None:
+def fail(jobs: Iterable[Job], error: BaseException) -> None:
     """Tell jobs that they cannot be finished; their rows count as cancelled."""
     if not isinstance(error, GraftError):
         _log.error("an order failed by a bug", exc_info=error)

@@ -1,10 +1,9 @@
-"""What travels between the endpoint and the engine: an order in, events out. Plain data."""
+"""What travels between the endpoint and the engine: an order in, events out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from graftllm.errors import GraftError
-from graftllm.fusion.routes import BASE
 from graftllm.fusion.voices import Voice
 from graftllm.records import Message
 
@@ -26,10 +25,11 @@ class Refused(GraftError):
 
 @dataclass(frozen=True)
 class Reading:
-    """A prompt's tokens, and the voice that it is read and answered in."""
+    """A prompt's tokens, the voice that it is read and answered in, and how long a text may be."""
 
     ids: Sequence[int]
     voice: Voice
+    max_tokens: int = 16
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,9 @@ class Order:
 
     Attributes:
         messages: what the router sees.
-        readings: the prompt as packs read it that have a voice of their own, by name, and as all others do, by `base`.
+        reading: returns the prompt as a pack reads it, or raises `Refused`; for one pack it is always the same.
         pack: a pack's name, `base` or `auto`.
         choices: how many texts.
-        max_tokens: longest text.
         temperature: 0 is greedy.
         top_p: share of the probability that is sampled from.
         top_k: how many of the likeliest tokens are sampled from; all where it is 0.
@@ -55,10 +54,9 @@ class Order:
     """
 
     messages: Sequence[Message]
-    readings: Mapping[str, Reading]
+    reading: Callable[[str], Reading]
     pack: str
     choices: int = 1
-    max_tokens: int = 16
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -69,10 +67,6 @@ class Order:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
-
-    def reading(self, pack: str) -> Reading:
-        """Return the prompt as a pack reads it."""
-        return self.readings[pack if pack in self.readings else BASE]
 
 
 @dataclass(frozen=True)
@@ -122,7 +116,7 @@ class Ended:
 class Failed:
     """The order cannot be finished. A GraftError says why; anything else is a bug of ours."""
 
-    error: Exception
+    error: BaseException
 
 
 Event = Chosen | Piece | Ended | Failed

@@ -93,7 +93,8 @@ def test_a_tokenizer_of_the_packs_own_stands_beside_the_adapter(home: Path, tmp_
     (tuned / "chat_template.jinja").write_text("{{ messages[0].content }}")
     pack = _pack(home / "base", tuned, tmp_path / "own.safetensors", PackOptions(servable=4))
     for _ in range(2):  # what is there is replaced
-        export_adapter(pack, home / "base", tmp_path / "out")
+        told = export_adapter(pack, home / "base", tmp_path / "out").sentences()
+    assert any(line.startswith("The pack has a tokenizer, chat template or end tokens of its own") for line in told)
     assert load_tokenizer(tmp_path / "out").chat_template == "{{ messages[0].content }}"
     assert load_tokenizer(tmp_path / "out").get_vocab() == load_tokenizer(home / "base").get_vocab()
     export_adapter(home / "thin.safetensors", home / "base", tmp_path / "plain")

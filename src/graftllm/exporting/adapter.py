@@ -66,6 +66,7 @@ class Adapter:
         losses: what is not in it.
         kl: divergence of base and adapter, run by PEFT, from base and pack, nats per token.
         tokens: how many tokens that was measured on.
+        own_voice: the pack has a tokenizer, chat template or end tokens of its own.
     """
 
     rank: int
@@ -74,6 +75,7 @@ class Adapter:
     losses: Sequence[Loss]
     kl: float
     tokens: int
+    own_voice: bool = False
 
     @property
     def vllm_rank(self) -> int:
@@ -86,6 +88,11 @@ class Adapter:
             f"Rank {self.rank}, {self.nbytes:,} bytes, {self.energy:.2%} of the energy of the layers' matrices.",
             f"Through PEFT, KL divergence {self.kl:.6f} nats per token from base + pack, on {self.tokens:,} tokens.",
         ]
+        if self.own_voice:
+            lines.append(
+                "The pack has a tokenizer, chat template or end tokens of its own: see that the engine takes them, not the "
+                "base's. The tokenizer is beside the adapter."
+            )
         return lines + [f"Left out: {_told(loss)}." for loss in self.losses]
 
 
@@ -137,7 +144,9 @@ def export_adapter(
             "apply` and serve that."
         )
     model, words = load_model(checkpoint.path, device=device), load_tokenizer(checkpoint.path)
-    tokenizer = Voices(model, words, {opened.source: opened})[opened.source].tokenizer
+    voices = Voices(model, words, {opened.source: opened})
+    voice = voices[opened.source]
+    tokenizer = voice.tokenizer
     full = decode(model, opened).values
     places, dropped = _places(model, opened)
     with _holding(model, full):
@@ -170,6 +179,7 @@ def export_adapter(
             losses=losses,
             kl=divergence(reference, read_logits(adapted, texts)),
             tokens=sum(map(len, texts)),
+            own_voice=voice is not voices.base,
         )
         if losses and not allow_drop:
             raise ServingError(

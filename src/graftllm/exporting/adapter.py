@@ -89,10 +89,8 @@ class Adapter:
             f"Through PEFT, KL divergence {self.kl:.6f} nats per token from base + pack, on {self.tokens:,} tokens.",
         ]
         if self.own_voice:
-            lines.append(
-                "The pack has a tokenizer, chat template or end tokens of its own: see that the engine takes them, not the "
-                "base's. The tokenizer is beside the adapter."
-            )
+            mend = "see that the engine takes these, not the base's"
+            lines.append(f"The pack has a tokenizer, chat template or end tokens of its own; {mend}.")
         return lines + [f"Left out: {_told(loss)}." for loss in self.losses]
 
 
@@ -145,8 +143,7 @@ def export_adapter(
         )
     model, words = load_model(checkpoint.path, device=device), load_tokenizer(checkpoint.path)
     voices = Voices(model, words, {opened.source: opened})
-    voice = voices[opened.source]
-    tokenizer = voice.tokenizer
+    tokenizer = voices[opened.source].tokenizer
     full = decode(model, opened).values
     places, dropped = _places(model, opened)
     with _holding(model, full):
@@ -179,7 +176,7 @@ def export_adapter(
             losses=losses,
             kl=divergence(reference, read_logits(adapted, texts)),
             tokens=sum(map(len, texts)),
-            own_voice=voice is not voices.base,
+            own_voice=voices[opened.source] is not voices.base,
         )
         if losses and not allow_drop:
             raise ServingError(

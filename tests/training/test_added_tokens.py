@@ -10,6 +10,7 @@ from graftllm.fusion.applying import apply_packs
 from graftllm.fusion.directory import write_grafted
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.rules import Rule
+from graftllm.fusion.voices import Voices
 from graftllm.generation import generate
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.packer import compress
@@ -90,6 +91,7 @@ def test_a_grafted_model_answers_with_them_and_has_its_own_rows_afterwards(
     assert "".join(grafted.stream(questions[0], "say")) == "alfa alfa"
     assert grafted.generate(questions[:1]) == ["alfa alfa"]
     with grafted.using("say") as model:
+        assert Voices(model, grafted.tokenizer, grafted.packs).base.rows == grafted.voices.base.rows == known
         assert model.get_output_embeddings().out_features == model.config.vocab_size == known + 2
     assert model.get_input_embeddings().weight.shape[0] == model.get_input_embeddings().num_embeddings == known
     assert model.get_output_embeddings().out_features == model.config.vocab_size == known

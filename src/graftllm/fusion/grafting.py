@@ -63,7 +63,7 @@ class Graft:
         if self._kept:
             _plugged_in[self.model] -= 1
         if self._widens:
-            _widened.discard(self.model)
+            _widened.pop(self.model, None)
         self._kept, self._sizes, self._widens = [], [], False
 
     def _tell_rows(self, parameter: Tensor, before: int) -> None:
@@ -79,7 +79,7 @@ class Graft:
                 self._sizes.append((holder, key, count))
                 setattr(holder, key, len(parameter))
         self._widens = True
-        _widened.add(self.model)
+        _widened.setdefault(self.model, {})[id(parameter)] = before
 
     def __enter__(self) -> nn.Module:
         """Return the model with its packs."""
@@ -113,8 +113,13 @@ class Replacement:
 
 
 running_beside: WeakSet[nn.Module] = WeakSet()  # the models whose rows have packs now
-_widened: WeakSet[nn.Module] = WeakSet()  # the models that have vocabulary rows of a pack's now
+_widened: WeakKeyDictionary[nn.Module, dict[int, int]] = WeakKeyDictionary()  # rows without packs, by parameter
 _plugged_in: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many grafts a model has
+
+
+def rows_without_packs(model: nn.Module, parameter: Tensor) -> int:
+    """Return how many rows a parameter has when no pack is plugged in."""
+    return _widened.get(model, {}).get(id(parameter), len(parameter))
 
 
 def is_plugged(model: nn.Module) -> bool:
@@ -164,11 +169,9 @@ def decoded_bytes(model: nn.Module, *packs: SkillPack | Weighted) -> int:
     parameters, weighted = named_values(model), with_weights(packs)
     found = 0
     for binding in touched_bindings(model, weighted) if weighted else ():
-        stored, tuned = (
-            weighted[0][0].header.tensors[binding.stored[0]].shape,
-            agreed_spec(binding.stored[0], weighted).shape,
-        )
-        growth = tuned[0] / stored[0] if stored != tuned else 1.0
+        first = binding.stored[0]
+        before, after = weighted[0][0].header.tensors[first].shape, agreed_spec(first, weighted).shape
+        growth = after[0] / before[0] if before != after else 1.0
         found += round(growth * sum(parameters[name].nbytes for name in binding.live))
     return found
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.companions import GENERATION, TOKENIZER, put_companions
 from graftllm.errors import CheckpointError, PackError
+from graftllm.fusion.grafting import rows_without_packs
 from graftllm.fusion.routes import BASE
 from graftllm.loading import load_tokenizer
 from graftllm.rendering import ends_of, input_embedding
@@ -50,7 +51,9 @@ class Voices:
             packs: by name.
         """
         words = input_embedding(model)
-        rows, self._width = words.weight.shape if isinstance(words, nn.Embedding) else (_NO_LIMIT, 0)
+        rows, self._width = _NO_LIMIT, 0
+        if isinstance(words, nn.Embedding):  # somebody may be using a pack now
+            rows, self._width = rows_without_packs(model, words.weight), words.weight.shape[1]
         self.base = Voice(tokenizer, ends_of(model, tokenizer), rows)
         self._model, self._packs = model, packs
         self._tokenizers: dict[Any, PreTrainedTokenizerBase] = {}

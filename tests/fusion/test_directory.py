@@ -11,13 +11,17 @@ from typing import BinaryIO
 import pytest
 from pydantic import ValidationError
 
+from graftllm.checkpoint import Checkpoint
+from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError, StorageError
 from graftllm.fusion import directory
 from graftllm.fusion.directory import add_packs, remove_pack, set_router, set_rules, write_grafted
 from graftllm.fusion.manifest import MANIFEST, open_base, open_packs, read_manifest
 from graftllm.fusion.rules import Rule
+from graftllm.packer import compress
+from graftllm.packing_options import PackOptions
 from graftllm.storage import only_writer
-from tests.models import RouterFile
+from tests.models import RouterFile, perturb
 
 
 def _contents(directory: Path) -> dict[str, tuple[int, bytes]]:
@@ -190,6 +194,21 @@ def test_of_several_packs_none_comes_when_one_does_not_fit(home: Path, grafted: 
             write_grafted(out, str(home / "base"), packs)
     assert _contents(tmp_path) == {f"g/{name}": content for name, content in before.items()}
     assert [file.name for file in tmp_path.iterdir()] == ["g"]
+
+
+def test_a_pack_whose_tokenizer_does_not_load_is_refused(home: Path, grafted: Path, tmp_path: Path) -> None:
+    before = _contents(grafted)
+    for name, file, told, message in (
+        ("odd", "tokenizer.json", "{", "its tokenizer does not load"),
+        ("endless", "generation_config.json", '{"eos_token_id": "x"}', "to hold end tokens by number"),
+    ):
+        tuned = perturb(home / "base", tmp_path / name, seed=8)
+        (tuned / file).write_text(told)
+        pack = compress(Delta(Checkpoint.open(home / "base"), Checkpoint.open(tuned)), PackOptions(strategy="exact"))
+        pack.save(tmp_path / f"{name}.safetensors")
+        with pytest.raises(PackError, match=rf"{name}.safetensors: .*{message}"):
+            add_packs(grafted, {name: tmp_path / f"{name}.safetensors"})
+        assert _contents(grafted) == before
 
 
 def _full_after(number: int, copy: Callable[..., None]) -> Callable[..., None]:

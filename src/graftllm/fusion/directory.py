@@ -196,15 +196,20 @@ def check_new(directory: Path, manifest: Manifest, names: Collection[str]) -> No
 
 
 def open_fitting(packs: Mapping[str, Path], base: Checkpoint) -> dict[str, SkillPack]:
-    """Open packs that are to come to a shelf, by name, and compare every payload with its digest.
+    """Open packs that are to come to a shelf, by name, compare every payload with its digest, and try their tokenizers.
 
     Raises:
-        PackError: one is damaged or was made for another base.
+        PackError: one is damaged or was made for another base, or its tokenizer does not load.
+        CheckpointError: the base's tokenizer does not load.
     """
     opened = {name: SkillPack.load(path) for name, path in packs.items()}
     for pack in opened.values():
         pack.check_base(base)
         pack.check_payloads()
+        if pack.header.companions:  # transformers takes seconds to import, and most packs have none
+            from graftllm.fusion.voices import check_voice
+
+            check_voice(base, pack)
     return opened
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from graftllm.checkpoint import Checkpoint
 from graftllm.companions import GENERATION, TOKENIZER, put_companions
 from graftllm.errors import CheckpointError, PackError
 from graftllm.fusion.grafting import rows_without_packs
@@ -92,14 +93,25 @@ class Voices:
         if not told:
             return self.base.tokenizer
         if (key := tuple(told)) not in self._tokenizers:
-            self._tokenizers[key] = _own_tokenizer(self._model, self.base.tokenizer, pack)
+            self._tokenizers[key] = _own_tokenizer(self._model.config.to_json_string(), self.base.tokenizer, pack)
         return self._tokenizers[key]
 
 
-def _own_tokenizer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pack: SkillPack
-) -> PreTrainedTokenizerBase:
-    """Load the base's tokenizer with a pack's files in the place of its own."""
+def check_voice(base: Checkpoint, pack: SkillPack) -> None:
+    """Check that a pack has no voice of its own, or one that can be used with its base.
+
+    Raises:
+        PackError: its tokenizer does not load, or it names no end tokens.
+        CheckpointError: the base's tokenizer does not load.
+    """
+    if pack.header.companions.keys() & set(TOKENIZER):
+        _own_tokenizer((base.path / "config.json").read_text(encoding="utf-8"), load_tokenizer(base.path), pack)
+    if (content := pack.companion(GENERATION)) is not None:
+        _told_ends(content, pack.source)
+
+
+def _own_tokenizer(config: str, tokenizer: PreTrainedTokenizerBase, pack: SkillPack) -> PreTrainedTokenizerBase:
+    """Load the base's tokenizer with a pack's files in the place of its own, beside the `config.json` of both."""
     with TemporaryDirectory(prefix="voice-") as scratch:
         home = Path(scratch)
         for file in TOKENIZER:
@@ -107,7 +119,7 @@ def _own_tokenizer(
                 shutil.copyfile(_home(tokenizer) / file, home / file)
         if not list(home.iterdir()):
             tokenizer.save_pretrained(scratch)
-        model.config.to_json_file(home / "config.json")
+        (home / "config.json").write_text(config, encoding="utf-8")
         put_companions({name: pack.companion(name) for name in pack.header.companions if name in TOKENIZER}, home)
         try:
             own = load_tokenizer(scratch)

@@ -196,7 +196,8 @@ def test_a_changed_chat_template_is_noticed(base_dir: Path, base: Checkpoint, tm
     other = perturb(base_dir, tmp_path / "other", seed=0)
     assert not Delta(base, Checkpoint.open(other)).companions()
     (other / "chat_template.jinja").write_text("{{ messages }}")
-    assert Delta(base, Checkpoint.open(other)).companions() == {"chat_template.jinja": b"{{ messages }}"}
+    found = {name: one for name, one in Delta(base, Checkpoint.open(other)).companions().items() if one is not None}
+    assert found == {"chat_template.jinja": b"{{ messages }}"}
 
 
 def test_one_of_several_vocabularies_may_grow(base_dir: Path, tmp_path: Path) -> None:

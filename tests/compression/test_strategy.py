@@ -343,7 +343,7 @@ def test_measures_lower_the_foreseen_divergence_at_the_same_size(delta: Delta, p
 
 
 def test_a_budget_that_cannot_be_met_says_what_can(delta: Delta) -> None:
-    told = r"too small by [\d,]+ bytes: the header, its own tokenizer files, and [\d,]+ bytes that this"
+    told = r"too small by [\d,]+ bytes: the header, tokenizer files, and [\d,]+ bytes that this"
     with pytest.raises(BudgetError, match=told):
         _encoded(delta, PackOptions(strategy="paper"), budget=_payloads(100))
 

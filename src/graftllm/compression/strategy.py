@@ -55,7 +55,7 @@ def _ranks_for_budget(job: Job, crew: Crew, budget: int) -> dict[str, int]:
     low, high = 1e-6, 1.0
     if total(low) > budget:
         raise BudgetError(
-            f"budget: too small by {total(low) - budget:,} bytes: the header, its own tokenizer files, and "
+            f"budget: too small by {total(low) - budget:,} bytes: the header, tokenizer files, and "
             f"{total(low):,} bytes that this delta takes at least, are more. Raise it, or lower the density (now "
             f"{options.density})."
         )

@@ -116,6 +116,11 @@ def test_a_conversation_stays_with_the_pack_of_its_first_message(grafted: Grafte
     assert list(chat.say("")) == []
 
 
+def test_a_chat_offers_auto_only_where_somebody_chooses(grafted: GraftedModel) -> None:
+    chat = Chat(GraftedModel(grafted.model, grafted.tokenizer, grafted.packs), "base", SHORT)
+    assert list(chat.say("/pack auto")) == ["(expected /pack and one of base, one, two)"]
+
+
 @pytest.fixture(scope="module")
 def served(base_dir: Path, delta: Delta, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A grafted model with the packs `one` and `two` in factors, and `three`, which can only be merged."""

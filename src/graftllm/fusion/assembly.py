@@ -36,8 +36,8 @@ def fuse_packs(
         device: `auto` takes a GPU when there is one.
 
     Raises:
-        FusionError: a grafted model with other packs is there, a name is reserved, a pack is for another base, adds
-            vocabulary rows or has no prompts, a rule names no pack, or there are options but no rows.
+        FusionError: a grafted model with other packs is there, a name is reserved, a pack is for another base or
+            has no prompts, a rule names no pack, or there are options but no rows.
         PackError: a pack is damaged or was made for another base.
     """
     check_names(packs)
@@ -92,7 +92,7 @@ def join_packs(
         The new manifest.
 
     Raises:
-        FusionError: a name is taken or reserved, a pack is for another base, adds vocabulary rows or has no prompts,
+        FusionError: a name is taken or reserved, a pack is for another base or has no prompts,
             the base was changed, there is no router to teach, the new prompts are too much like an old pack's, or
             another process changed the router meanwhile.
         PackError: a pack is damaged or was made for another base.

@@ -38,7 +38,7 @@ class Chat:
             self.messages.clear()
             yield "(new conversation)"
         elif command == "/pack":
-            known = [BASE, AUTO, *self.model.packs]
+            known = [BASE, *([AUTO] if self.model.chooses else []), *self.model.packs]
             if argument not in known:
                 yield f"(expected /pack and one of {', '.join(known)})"
                 return

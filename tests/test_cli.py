@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -130,6 +131,22 @@ def test_apply_writes_an_ordinary_checkpoint(graftllm: Command, files: Path, tmp
     none = f"{files / 'pack.safetensors'}:0"
     assert graftllm("apply", "--base", files / "base", "--pack", none, "--out", tmp_path / "none").code == 0
     assert Checkpoint.open(tmp_path / "none").fingerprint == Checkpoint.open(files / "base").fingerprint
+
+
+def test_apply_tells_when_packs_are_spoken_to_in_different_ways(
+    graftllm: Command, files: Path, tuned_dir: Path, tmp_path: Path
+) -> None:
+    tuned = shutil.copytree(tuned_dir, tmp_path / "tuned")
+    (tuned / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    own = tmp_path / "own.safetensors"
+    assert graftllm("pack", "--base", files / "base", "--tuned", tuned, "--strategy", "exact", "--out", own).code == 0
+    both = ["--pack", own, "--pack", f"{files / 'pack.safetensors'}:0"]
+    shown = graftllm("apply", "--base", files / "base", *both, "--out", tmp_path / "out")
+    assert shown.out.endswith(
+        "Tokenizer, chat template and end tokens are the base's, as the packs differ in theirs.\n"
+    )
+    assert "differ" not in graftllm("apply", "--base", files / "base", "--pack", own, "--out", tmp_path / "one").out
+    assert (tmp_path / "one" / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
 
 
 def test_fuse_eval_and_chat_share_a_directory(graftllm: Command, files: Path, tmp_path: Path, monkeypatch) -> None:

@@ -253,3 +253,6 @@ def apply(
     packs = [(SkillPack.load(path, layer), 1.0 if weight is None else weight) for path, weight in map(weighed, pack)]
     apply_packs(Checkpoint.open(base), packs, out)
     print(f"{out}: {base} with {', '.join(pack)}")
+    told = [one.header.companions for one, _ in packs]
+    if any(one != told[0] for one in told):
+        print("Tokenizer, chat template and end tokens are the base's, as the packs differ in theirs.")

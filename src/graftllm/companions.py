@@ -4,7 +4,6 @@ A fine-tune often has a tokenizer, chat template or generation config of its own
 base's come along in its pack, and stand in the place of the base's wherever the pack is put on.
 """
 
-import hashlib
 import json
 import lzma
 from collections.abc import Mapping, Sequence
@@ -86,11 +85,6 @@ def put_companions(companions: Companions, directory: Path) -> None:
 def agreed_companions(told: Sequence[Companions]) -> Companions:
     """Return the companions that several tuned models have alike; none where they differ in one."""
     return told[0] if told and all(one == told[0] for one in told) else {}
-
-
-def companion_digest(content: bytes) -> str:
-    """Return the first 16 hexadecimal digits of a companion's SHA-256."""
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def compressed(content: bytes) -> bytes:

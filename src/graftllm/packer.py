@@ -12,8 +12,9 @@ from typing import cast
 
 import numpy as np
 
-from graftllm.companions import Companion, companion_digest, compressed
+from graftllm.companions import Companion, compressed
 from graftllm.compression.crew import Crew, Engine, default_workers, open_crew
+from graftllm.compression.encoded import payload_digest
 from graftllm.compression.filling import Budget
 from graftllm.compression.jobs import Compressed, Job
 from graftllm.compression.measures import Measures, save_measures
@@ -179,7 +180,7 @@ def _within_budget(
         companions={
             name: None
             if one is None
-            else StoredCompanion(size=len(one), nbytes=len(companions[name]), digest=companion_digest(one))
+            else StoredCompanion(size=len(one), nbytes=len(companions[name]), digest=payload_digest(one))
             for name, one in own.items()
         },
         tensors={},

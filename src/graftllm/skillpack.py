@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from graftllm.checkpoint import Checkpoint
-from graftllm.companions import Companion, companion_digest, decompressed
+from graftllm.companions import Companion, decompressed
 from graftllm.compression.encoded import EncodedTensor, ExactLayer, payload_digest
 from graftllm.delta import align
 from graftllm.downloads import Repository, download, repository
@@ -142,7 +142,7 @@ class SkillPack:
             content = decompressed(self._stored("companions", name, told.nbytes).tobytes(), told.size)
         except ValueError as error:
             raise PackError(f"{self.source}: {name} cannot be read ({error}). The file is damaged.") from error
-        if companion_digest(content) != told.digest:
+        if payload_digest(content) != told.digest:
             raise PackError(
                 f"{self.source}: {name} does not match its digest {told.digest}. "
                 "The file is damaged; copy or download it again."

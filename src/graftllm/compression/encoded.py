@@ -150,6 +150,6 @@ class EncodedTensor:
         return predicted(self.operator, self.payload, base, weight)
 
 
-def payload_digest(payload: np.ndarray) -> str:
+def payload_digest(payload: np.ndarray | bytes) -> str:
     """Return the first 16 hexadecimal digits of a payload's SHA-256."""
-    return hashlib.sha256(payload.data).hexdigest()[:16]
+    return hashlib.sha256(payload if isinstance(payload, bytes) else payload.data).hexdigest()[:16]

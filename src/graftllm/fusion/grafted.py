@@ -178,6 +178,8 @@ class GraftedModel:
 
     def _alone(self, route: Route) -> Route:
         """Return a route; to the strongest pack alone where vocabularies or dtypes differ: such have no sum."""
+        if len(route.weights) < 2:
+            return route
         headers = [self.packs[name].header for name in route.weights]
         specs = [{name: one.tuned_spec for name, one in header.tensors.items()} for header in headers]
         return route if all(one == specs[0] for one in specs) else replace(route, weights={route.name: 1.0})

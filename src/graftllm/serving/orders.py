@@ -29,7 +29,7 @@ class Reading:
 
     ids: Sequence[int]
     voice: Voice
-    max_tokens: int = 16
+    max_tokens: int
 
 
 @dataclass(frozen=True)

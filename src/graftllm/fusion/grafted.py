@@ -15,13 +15,14 @@ from graftllm.fusion.beside import Beside, Mix, mixed
 from graftllm.fusion.branches import kept_branches, why_merged_only
 from graftllm.fusion.conversations import Conversation, messages_of, several
 from graftllm.fusion.features import prompt_features
-from graftllm.fusion.grafting import Graft, is_quantized
+from graftllm.fusion.grafting import is_quantized
 from graftllm.fusion.manifest import AUTO, open_base, open_shelf
 from graftllm.fusion.names import unknown_pack
 from graftllm.fusion.routes import BASE, Route, ruled
 from graftllm.fusion.routing import Router
 from graftllm.fusion.rules import Rule, first_fitting
-from graftllm.fusion.shelf import Shelf, kept_replacement
+from graftllm.fusion.shelf import Shelf
+from graftllm.fusion.switching import Switch
 from graftllm.fusion.turns import Turn
 from graftllm.fusion.voices import Voice, Voices
 from graftllm.generation import GREEDY, generate, stream
@@ -62,7 +63,6 @@ class GraftedModel:
     shelf: Shelf | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
     _turn: Turn = field(default_factory=Turn)
-    _checked: set[str] = field(default_factory=set)
     _sizes: dict[str, int] = field(default_factory=dict)  # bytes of packs beside the weights, where known
 
     def __post_init__(self) -> None:
@@ -73,8 +73,7 @@ class GraftedModel:
             self.shelf = Shelf(max(weights, _SMALL))
         self.voices = Voices(self.model, self.tokenizer, self.packs)
         self.beside = Beside(self.model, self.packs, self.shelf)
-        self._graft, self._mix, self._streaming = Graft(self.model, {}), cast(Mix, ()), False
-        self._blocks: list[_Block] = []
+        self._switch, self._streaming = Switch(self.model, self.packs, self.shelf), False
 
     def __repr__(self) -> str:
         """Return the model in one line."""
@@ -138,13 +137,8 @@ class GraftedModel:
         with self._turn.taken():
             if self._streaming:
                 raise FusionError("a stream of this model is still open; read it to its end, or close it, first.")
-            block = _Block(self._mix)
-            self._blocks.append(block)
-            try:
-                self._switch(mix)
+            with self._switch.during(mix):
                 yield self.model
-            finally:
-                self._leave(block)
 
     def route(self, conversations: Iterable[Conversation]) -> list[Route]:
         """Return which pack would answer each conversation: by the first rule that fits, else by the router.
@@ -341,33 +335,3 @@ class GraftedModel:
             for i, route in zip(undecided, self.route([messages[i] for i in undecided]), strict=True):
                 wanted[i] = route.weights
         return [mixed(one, self.packs) for one in wanted]
-
-    def _leave(self, block: "_Block") -> None:
-        """Let the model be what it was before a block, or let the one that was begun in it and goes on do so."""
-        later = self._blocks[self._blocks.index(block) + 1 :]
-        self._blocks.remove(block)
-        if later:
-            later[0].before = block.before
-        else:
-            self._switch(block.before)
-
-    def _switch(self, mix: Mix) -> None:
-        """Put the merged weights of these packs in the place of others; what is hot on the shelf costs nothing."""
-        if mix == self._mix:
-            return
-        self._graft.unplug()
-        self._mix = ()
-        if mix:
-            packs = [(self.packs[name], weight) for name, weight in mix]
-            check = any(name not in self._checked for name, _ in mix)
-            assert self.shelf is not None
-            merged = kept_replacement(self.shelf, mix, self.model, packs, check=check)
-            self._checked |= {name for name, _ in mix}
-            self._graft, self._mix = merged.plug(self.model), mix
-
-
-@dataclass(eq=False)
-class _Block:
-    """A `using` that was not left yet, and what was merged before."""
-
-    before: Mix

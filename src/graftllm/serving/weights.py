@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from graftllm.fusion.beside import Beside, Mix
 from graftllm.fusion.branches import kept_branches, why_merged_only
-from graftllm.fusion.grafting import Graft
-from graftllm.fusion.shelf import Shelf, kept_replacement
+from graftllm.fusion.shelf import Shelf
+from graftllm.fusion.switching import Switch
 from graftllm.skillpack import SkillPack
 
 
@@ -31,8 +31,7 @@ class Weights:
         self.packs: dict[str, SkillPack] = {}
         self._merged_only: dict[str, str | None] = {}
         self._checked: set[str] = set()
-        self._plugged: Mix = ()
-        self._graft = Graft(model, {})
+        self._switch = Switch(model, self.packs, self.shelf)
         # Prompts are often of one pack while the running batch has many: with one stack for both, each would
         # undo what the other stacked.
         self._reading, self._writing = (Beside(model, self.packs, self.shelf) for _ in range(2))
@@ -64,7 +63,7 @@ class Weights:
     @contextmanager
     def beside(self, mixes: Sequence[Mix], *, reading: bool) -> Iterator[None]:
         """Let each row of the batch that runs inside the block have its packs; `reading` is for prompts."""
-        self._switch(())
+        self._switch.to(())
         with (self._reading if reading else self._writing).rows([dict(mix) for mix in mixes]):
             yield
 
@@ -74,28 +73,16 @@ class Weights:
         Raises:
             PackError: a pack is damaged or was made for another base.
         """
-        self._switch(mix)
+        self._switch.to(mix)
 
     def bare(self) -> None:
         """Take merged packs out again."""
-        self._switch(())
+        self._switch.to(())
 
     def _load(self, digest: str) -> int:
         """Decode a pack that is to run beside the weights, and return its size."""
-        self._switch(())
+        self._switch.to(())
         check = digest not in self._checked
         size = kept_branches(self.shelf, digest, self.model, self.packs[digest], check=check).nbytes
         self._checked.add(digest)
         return size
-
-    def _switch(self, mix: Mix) -> None:
-        if mix == self._plugged:
-            return
-        self._graft.unplug()
-        self._plugged = ()
-        if mix:
-            packs = [(self.packs[digest], weight) for digest, weight in mix]
-            check = any(digest not in self._checked for digest, _ in mix)
-            replacement = kept_replacement(self.shelf, mix, self.model, packs, check=check)
-            self._checked.update(digest for digest, _ in mix)
-            self._graft, self._plugged = replacement.plug(self.model), mix

@@ -28,6 +28,7 @@ from graftllm.errors import BudgetError, CheckpointError, CompressionError, Reco
 from graftllm.header import BaseInfo, Card, Header, StoredCompanion, TensorEntry
 from graftllm.packfile import Run, check_place, file_bytes, opening
 from graftllm.packing_options import PackOptions, budget_bytes
+from graftllm.progress import say
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
 from graftllm.storage import check_apart
@@ -214,6 +215,7 @@ def _smallest_within(
             break
         try:
             found, refused = measure(build(size)), None
+            say(f"budget kl={target:g}: a pack of {size:,} bytes has {found:.2g}")
         except BudgetError as error:
             found, refused = math.inf, error
         if found <= target:

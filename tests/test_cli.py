@@ -133,7 +133,7 @@ def test_apply_writes_an_ordinary_checkpoint(graftllm: Command, files: Path, tmp
     assert Checkpoint.open(tmp_path / "none").fingerprint == Checkpoint.open(files / "base").fingerprint
 
 
-def test_apply_tells_when_packs_are_spoken_to_in_different_ways(
+def test_apply_and_merge_tell_when_packs_are_spoken_to_in_different_ways(
     graftllm: Command, files: Path, tuned_dir: Path, tmp_path: Path
 ) -> None:
     tuned = shutil.copytree(tuned_dir, tmp_path / "tuned")
@@ -141,12 +141,16 @@ def test_apply_tells_when_packs_are_spoken_to_in_different_ways(
     own = tmp_path / "own.safetensors"
     assert graftllm("pack", "--base", files / "base", "--tuned", tuned, "--strategy", "exact", "--out", own).code == 0
     both = ["--pack", own, "--pack", f"{files / 'pack.safetensors'}:0"]
-    shown = graftllm("apply", "--base", files / "base", *both, "--out", tmp_path / "out")
-    assert shown.out.endswith(
-        "Tokenizer, chat template and end tokens are the base's, as the packs differ in theirs.\n"
-    )
-    assert "differ" not in graftllm("apply", "--base", files / "base", "--pack", own, "--out", tmp_path / "one").out
-    assert (tmp_path / "one" / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+    told = "Tokenizer, chat template and end tokens are the base's, as the tuned models differ in theirs.\n"
+    assert graftllm("apply", "--base", files / "base", *both, "--out", tmp_path / "out").out.endswith(told)
+    both[-1] = files / "pack.safetensors"
+    merge = ["merge", "--base", files / "base", "--method", "linear", *both, "--out", tmp_path / "out"]
+    assert graftllm(*merge).out.endswith(told)
+    assert json.loads(graftllm(*merge, "--json").out)["companions_agree"] is False
+    for words in (["apply"], ["merge", "--method", "linear"]):
+        alone = graftllm(*words, "--base", files / "base", "--pack", own, "--out", tmp_path / "one")
+        assert alone.code == 0 and "differ" not in alone.out
+        assert (tmp_path / "one" / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
 
 
 def test_fuse_eval_and_chat_share_a_directory(graftllm: Command, files: Path, tmp_path: Path, monkeypatch) -> None:

@@ -1,3 +1,4 @@
+import json
 import lzma
 import shutil
 from pathlib import Path
@@ -5,10 +6,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
 
 from graftllm import companions
 from graftllm.checkpoint import Checkpoint
-from graftllm.companions import agreed_companions, changed_companions, compressed, decompressed
+from graftllm.companions import Companion, agreed_companions, changed_companions, compressed, decompressed
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError, PackError
 from graftllm.evaluation.fidelity import verify_pack
@@ -16,12 +18,13 @@ from graftllm.fusion.applying import apply_packs
 from graftllm.fusion.inputs import Tuned
 from graftllm.fusion.merging import merge
 from graftllm.fusion.methods.table import METHODS
+from graftllm.fusion.search import EVALUATIONS
 from graftllm.header import Header
 from graftllm.packer import compress
 from graftllm.packfile import file_bytes
 from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
-from tests.models import perturb
+from tests.models import perturb, rows
 
 
 @pytest.fixture
@@ -48,7 +51,8 @@ def test_what_differs_between_packs_stays_the_bases(pair: Delta, tmp_path: Path)
     shutil.copy(pair.tuned.path / "chat_template.jinja", other)
     packs = [compress(one, PackOptions(strategy="exact")) for one in (pair, Delta(pair.base, Checkpoint.open(other)))]
     apply_packs(pair.base, [(pack, 0.5) for pack in packs], tmp_path / "sum")
-    merge(pair.base, [Tuned(str(i), pack) for i, pack in enumerate(packs)], METHODS["linear"], tmp_path / "merged")
+    models = [Tuned(str(i), pack) for i, pack in enumerate(packs)]
+    assert not merge(pair.base, models, METHODS["linear"], tmp_path / "merged").agree
     for out in ("sum", "merged"):
         for file in pair.base.companions:
             assert (tmp_path / out / file.name).read_bytes() == file.read_bytes()
@@ -56,9 +60,45 @@ def test_what_differs_between_packs_stays_the_bases(pair: Delta, tmp_path: Path)
 
 def test_a_merge_of_models_that_agree_has_their_files(pair: Delta, tmp_path: Path) -> None:
     pack = compress(pair, PackOptions(strategy="exact"))
-    merge(pair.base, [Tuned("a", pack), Tuned("b", pair)], METHODS["linear"], tmp_path / "merged")
+    assert merge(pair.base, [Tuned("a", pack), Tuned("b", pair)], METHODS["linear"], tmp_path / "merged").agree
     found = (tmp_path / "merged" / "chat_template.jinja").read_text()
     assert found == "{{ messages[0].content }}"
+
+
+def test_where_a_merge_gives_one_model_a_task_each_has_its_own_files(pair: Delta, tmp_path: Path) -> None:
+    settings = json.loads((pair.tuned.path / "config.json").read_text()) | {"eos_token_id": 5}
+    (pair.tuned.path / "config.json").write_text(json.dumps(settings))
+    own = Delta(pair.base, Checkpoint.open(pair.tuned.path))
+    other = Delta(pair.base, Checkpoint.open(perturb(pair.base.path, tmp_path / "other", seed=4)))
+    made = merge(pair.base, [Tuned("own", own), Tuned("other", other)], METHODS["emr"], tmp_path / "merged")
+    assert made.agree
+    for name, delta in (("own", own), ("other", other)):
+        assert Checkpoint.open(made.outputs[name]).config["eos_token_id"] == delta.tuned.config["eos_token_id"]
+        for file in delta.tuned.companions:
+            assert file.name == "config.json" or (made.outputs[name] / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_search_reads_the_files_once_and_asks_by_them(
+    pair: Delta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    asked: list[str | None] = []
+    whole = SkillPack.companion
+
+    def companion(pack: SkillPack, name: Companion) -> bytes | None:
+        read.append(name)
+        return whole(pack, name)
+
+    def loss(_: object, words: PreTrainedTokenizerBase, __: object) -> float:
+        asked.append(words.chat_template)
+        return 0.0
+
+    monkeypatch.setattr(SkillPack, "companion", companion)
+    monkeypatch.setattr("graftllm.fusion.merging.answer_loss", loss)
+    models = [Tuned("one", compress(pair, PackOptions(strategy="exact")))]
+    merge(pair.base, models, METHODS["lorahub"], tmp_path / "out", rows={"one": rows(2)})
+    assert len(read) == len(set(read))
+    assert len(asked) == EVALUATIONS and set(asked) == {"{{ messages[0].content }}"}
 
 
 def test_a_file_of_the_bases_tokenizer_that_the_tuned_one_does_without_goes(pair: Delta, tmp_path: Path) -> None:
@@ -145,7 +185,7 @@ def test_a_damaged_one_is_told(pair: Delta, tmp_path: Path) -> None:
 def test_only_files_that_all_have_alike_are_agreed_on() -> None:
     assert agreed_companions([]) == {}
     assert agreed_companions([{"vocab.txt": b"a"}, {"vocab.txt": b"a"}]) == {"vocab.txt": b"a"}
-    assert agreed_companions([{"vocab.txt": b"a"}, {}]) == {}
+    assert agreed_companions([{"vocab.txt": b"a"}, {}]) is None
 
 
 def test_verify_notices_a_damaged_one(pair: Delta, tmp_path: Path) -> None:

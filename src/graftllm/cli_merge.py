@@ -87,6 +87,7 @@ def merge(
 ) -> None:
     """Merge tuned models of one base into a checkpoint or a SkillPack."""
     from graftllm.checkpoint import Checkpoint
+    from graftllm.companions import DIFFERING
     from graftllm.fusion import merging
     from graftllm.fusion.inputs import open_tuned
     from graftllm.fusion.methods import table
@@ -113,12 +114,15 @@ def merge(
     made = merging.merge(opened, models, row, out, knobs=knobs, rows=by_task, pack=options, device=device)
     if json:
         outputs = {name: str(path) for name, path in made.outputs.items()}
-        print_json({"outputs": outputs, "weights": dict(made.weights), "stored_bytes": made.stored_bytes})
+        figures = {"weights": dict(made.weights), "stored_bytes": made.stored_bytes, "companions_agree": made.agree}
+        print_json({"outputs": outputs, **figures})
         return
     for path in made.outputs.values():
         size = f" ({path.stat().st_size:,} bytes)" if path.is_file() else ""
         print(f"{path}{size}: {base} with {', '.join(made.weights)} by {method}")
     print(f"What {method} keeps takes {made.stored_bytes:,} bytes, the base included where it is needed.")
+    if not made.agree:
+        print(DIFFERING)
 
 
 def _entry(text: str) -> tuple[str, str, float | None]:

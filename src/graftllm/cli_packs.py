@@ -247,12 +247,12 @@ def apply(
 ) -> None:
     """Write base + packs as an ordinary checkpoint, tokenizer included."""
     from graftllm.checkpoint import Checkpoint
+    from graftllm.companions import DIFFERING
     from graftllm.fusion.applying import apply_packs
     from graftllm.skillpack import SkillPack
 
     packs = [(SkillPack.load(path, layer), 1.0 if weight is None else weight) for path, weight in map(weighed, pack)]
-    apply_packs(Checkpoint.open(base), packs, out)
+    agree = apply_packs(Checkpoint.open(base), packs, out)
     print(f"{out}: {base} with {', '.join(pack)}")
-    told = [one.header.companions for one, _ in packs]
-    if any(one != told[0] for one in told):
-        print("Tokenizer, chat template and end tokens are the base's, as the packs differ in theirs.")
+    if not agree:
+        print(DIFFERING)

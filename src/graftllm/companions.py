@@ -28,6 +28,7 @@ Companions = Mapping[Companion, bytes | None]  # what each file holds; None wher
 GENERATION: Companion = "generation_config.json"
 _TEMPLATE: Companion = "chat_template.jinja"
 TOKENIZER: tuple[Companion, ...] = tuple(name for name in get_args(Companion) if name != GENERATION)
+DIFFERING = "Tokenizer, chat template and end tokens are the base's, as the tuned models differ in theirs."
 LARGEST = 64 << 20  # bytes of all companions of a model
 _WORDS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # one of them makes a tokenizer
 _OF_SAVING = (  # keys that say nothing of a model: who saved it, and what a trainer did last
@@ -82,9 +83,11 @@ def put_companions(companions: Companions, directory: Path) -> None:
             (directory / name).write_bytes(content)
 
 
-def agreed_companions(told: Sequence[Companions]) -> Companions:
-    """Return the companions that several tuned models have alike; none where they differ in one."""
-    return told[0] if told and all(one == told[0] for one in told) else {}
+def agreed_companions(told: Sequence[Companions]) -> Companions | None:
+    """Return the companions that several tuned models have alike; None where they differ in one: the base's stay."""
+    if not told:
+        return {}
+    return told[0] if all(one == told[0] for one in told) else None
 
 
 def compressed(content: bytes) -> bytes:

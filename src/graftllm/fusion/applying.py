@@ -36,7 +36,7 @@ class Empty(Protocol):
 _BLOCK = 1 << 26
 
 
-def apply_packs(base: Checkpoint, packs: Iterable[SkillPack | Weighted], out: str | Path) -> None:
+def apply_packs(base: Checkpoint, packs: Iterable[SkillPack | Weighted], out: str | Path) -> bool:
     """Write base + weighted packs as a checkpoint, with the base's config, tokenizer and shards.
 
     Where the tuned models had more vocabulary rows or another dtype, the checkpoint has them too, and the token ids,
@@ -47,6 +47,9 @@ def apply_packs(base: Checkpoint, packs: Iterable[SkillPack | Weighted], out: st
         base: what the packs were made for.
         packs: packs; alone with weight 1, or `(pack, weight)`. Their order does not matter.
         out: checkpoint directory; appears whole or not at all.
+
+    Returns:
+        Whether the packs agree on tokenizer, chat template and generation config; where not, the base's are written.
 
     Raises:
         FusionError: the packs' tuned models differ in vocabulary or dtype, or a weight is no finite number, or one
@@ -73,6 +76,7 @@ def apply_packs(base: Checkpoint, packs: Iterable[SkillPack | Weighted], out: st
             return in_range(name, combined(name, value, packs, dtype=DTYPES[specs[name].dtype]), lambda: value)
 
         write_checkpoint(base, Path(out), tensor, specs=specs, config=config, companions=companions)
+    return companions is not None
 
 
 def in_range(name: str, value: Tensor, base: Callable[[], Tensor]) -> Tensor:

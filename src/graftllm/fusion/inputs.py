@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,9 @@ class Stacks(Mapping[str, Tensor]):
         """What all tuned models' `config.json` say alike and otherwise than the base's, by dotted key."""
         return agreed_config([one.config for one in self.tuned])
 
-    def companions(self) -> Companions:
-        """Return what stands beside all tuned models' weights alike and is not the base's."""
+    @cached_property
+    def companions(self) -> Companions | None:
+        """What stands beside all tuned models' weights alike and is not the base's; None where they differ in it."""
         return agreed_companions([one.companions() for one in self.tuned])
 
     def merged(self, name: str, delta: Tensor, stack: Tensor, shares: Tensor) -> Tensor:

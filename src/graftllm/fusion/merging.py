@@ -7,8 +7,8 @@ are averaged, whatever the method. The plain sum of packs is in `applying`.
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -42,11 +42,13 @@ class Merged:
         outputs: checkpoint directories or pack files; by the task's name where there is one for each, else by "".
         weights: of the tasks, by name; those found where they were searched.
         stored_bytes: what the method's own form takes, with the base where it is needed; the outputs may take more.
+        agree: whether each output has its models' tokenizer, chat template and generation config; else the base's.
     """
 
     outputs: Mapping[str, Path]
     weights: Mapping[str, float]
     stored_bytes: int
+    agree: bool
 
 
 def merge(
@@ -107,13 +109,15 @@ def merge(
             weights = _searched(stacks, method, knobs, few, scratch, device)
         merging = method.prepare(Tasks(names, weights, stacks, calibrations), knobs) if names else None
         for task, place in enumerate(places.values()):
-            model = partial(_write_checkpoint, stacks, merging, task, _shares(method, weights, task))
+            settings = replace(stacks, tuned=stacks.tuned[task : task + 1]) if method.per_task else stacks
+            model = partial(_write_checkpoint, stacks, merging, task, _shares(method, weights, task), settings)
             _write(base, model, place, pack or PackOptions(), scratch, device)
     known = stacks.known_specs
     added_bytes = sum(spec.nbytes - known[name].nbytes for name, spec in stacks.specs.items())
     stored = method.stored_bytes(known.values(), len(names), knobs.rank, added_bytes)
     given = dict.fromkeys(sorted(one.name for one in tuned), 0.0)
-    return Merged(places, given | dict(zip(names, weights.tolist(), strict=True)), stored)
+    agree = method.per_task or stacks.companions is not None
+    return Merged(places, given | dict(zip(names, weights.tolist(), strict=True)), stored, agree)
 
 
 def _write(
@@ -136,8 +140,19 @@ def _shares(method: Method, weights: Tensor, task: int) -> Tensor:
     return sizes / sizes.sum() if sizes.any() else torch.ones_like(sizes) / len(sizes)
 
 
-def _write_checkpoint(stacks: Stacks, merging: Merge | None, task: int, shares: Tensor, out: Path) -> None:
-    """Write the model of one task; the base where nothing is merged."""
+def _write_checkpoint(
+    stacks: Stacks, merging: Merge | None, task: int, shares: Tensor, settings: Stacks, out: Path
+) -> None:
+    """Write the model of one task; the base where nothing is merged.
+
+    Args:
+        stacks: what is merged.
+        merging: by which method.
+        task: the one whose model it is, where each has its own.
+        shares: how much each task counts in added rows.
+        settings: the models whose config and companions it has, where they agree.
+        out: checkpoint directory.
+    """
     floating = set(stacks)
     with progress("merging") as show:
         done = 0
@@ -151,7 +166,7 @@ def _write_checkpoint(stacks: Stacks, merging: Merge | None, task: int, shares: 
             merged = stacks.merged(name, merging(name, stack, task), stack, shares)
             return in_range(name, merged, lambda: stacks.base.tensor(name))
 
-        told = {"config": stacks.config, "companions": stacks.companions()}
+        told = {"config": settings.config, "companions": settings.companions}
         write_checkpoint(stacks.base, out, tensor, specs=stacks.specs, **told)
 
 
@@ -167,12 +182,13 @@ def _searched(
     stacks: Stacks, method: Method, knobs: Knobs, rows: Sequence[Prompt], scratch: Path, device: str
 ) -> Tensor:
     """Return the weights with which the merged model answers some rows best."""
-    names, tokenizer = tuple(one.name for one in stacks.tuned), load_tokenizer(stacks.base.path)
+    names, trial = tuple(one.name for one in stacks.tuned), scratch / "trial"
+    tokenizer = cache(lambda: load_tokenizer(trial if stacks.companions else stacks.base.path))
 
     def loss(weights: Tensor) -> float:
         merging = method.prepare(Tasks(names, weights, stacks), knobs)
-        _write_checkpoint(stacks, merging, 0, _shares(method, weights, 0), scratch / "trial")
-        return answer_loss(load_model(scratch / "trial", device=device), tokenizer, rows)
+        _write_checkpoint(stacks, merging, 0, _shares(method, weights, 0), stacks, trial)
+        return answer_loss(load_model(trial, device=device), tokenizer(), rows)
 
     return search_weights(loss, len(names), seed=knobs.seed)
 

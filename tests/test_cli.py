@@ -320,6 +320,14 @@ def _broken(files: Path, tmp_path: Path, value: float) -> Path:
             "found a directory; a grafted model takes --format",
         ),
         (
+            ["export", "{f}/pack.safetensors", "--format", "peft", "--out", "{t}/p", "--pack", "math"],
+            "--pack: chooses packs of a grafted model (--format vllm); leave it out.",
+        ),
+        (
+            ["export", "{f}/g", "--format", "vllm", "--out", "{t}/p", "--base", "{f}/base"],
+            "--base: is of --format peft; a grafted model knows its own, so leave it out.",
+        ),
+        (
             ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{f}/rows.jsonl/p"],
             "p.packing: cannot be written (",
         ),

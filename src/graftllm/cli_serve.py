@@ -76,11 +76,15 @@ def export(
         Path, typer.Argument(metavar="PACK|DIR", help="A SkillPack (--format peft), or a grafted model (vllm).")
     ],
     format: Annotated[
-        Literal["peft", "vllm"], typer.Option(help="peft: an adapter; vllm: adapters of all packs, and the command.")
+        Literal["peft", "vllm"], typer.Option(help="peft: an adapter; vllm: adapters of the packs, and the command.")
     ],
     out: Annotated[Path, typer.Option(help="Directory to write.")],
     base: Annotated[
         Path | None, typer.Option(help="peft: checkpoint directory of the base model; a grafted model knows its own.")
+    ] = None,
+    pack: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="vllm: pack to export; repeat for several.  [default: all]"),
     ] = None,
     max_rank: Annotated[int, typer.Option(help="Largest rank; raised to the next one that vLLM takes.")] = 512,
     allow_drop: Annotated[
@@ -95,10 +99,13 @@ def export(
     """Write packs as LoRA adapters for PEFT and vLLM; what they cannot hold is measured, and refused unless allowed."""
     from graftllm.exporting.adapter import export_adapter
     from graftllm.exporting.launch import export_shelf
+    from graftllm.skillpack import SkillPack
 
     options: Any = {"max_rank": max_rank, "allow_drop": allow_drop, "prompts": prompts, "device": device}
     if format == "vllm":
-        launch = export_shelf(source, out, **options)
+        if base is not None:
+            raise ServingError("--base: is of --format peft; a grafted model knows its own, so leave it out.")
+        launch = export_shelf(source, out, names=pack or (), **options)
         if json:
             print_json(asdict(launch))
             return
@@ -109,9 +116,11 @@ def export(
         return
     if source.is_dir():
         raise ServingError(f"{source}: expected a SkillPack, found a directory; a grafted model takes --format vllm.")
+    if pack:
+        raise ServingError("--pack: chooses packs of a grafted model (--format vllm); leave it out.")
     if base is None:
         raise ServingError("--base: expected the checkpoint directory of the pack's base; give it.")
-    made = export_adapter(source, base, out, **options)
+    made = export_adapter(SkillPack.load(source), base, out, **options)
     if json:
         print_json(asdict(made))
     else:

@@ -11,16 +11,18 @@ from safetensors.torch import load_file, save_file
 
 from graftllm.checkpoint import Checkpoint, copy_companions
 from graftllm.delta import Delta
-from graftllm.errors import ServingError, StorageError
+from graftllm.errors import FusionError, ServingError, StorageError
 from graftllm.exporting.adapter import LEGAL_RANKS, export_adapter, legal_rank
 from graftllm.exporting.launch import export_shelf
-from graftllm.fusion.directory import write_grafted
+from graftllm.fusion.directory import remove_pack, write_grafted
 from graftllm.fusion.grafting import plug
+from graftllm.fusion.manifest import Manifest, open_packs
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
 from tests.architectures import save_base
+from tests.command import Command
 from tests.models import perturb, save_llama, with_vocabulary
 
 # PEFT 0.21 asks transformers by a name that 5.23 deprecates
@@ -72,7 +74,7 @@ def _packed(base: Path, pack: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["thin", "exact"])
 def test_peft_gives_the_logits_of_the_pack(home: Path, tmp_path: Path, name: str) -> None:
-    adapter = export_adapter(home / f"{name}.safetensors", home / "base", tmp_path / "out")
+    adapter = export_adapter(SkillPack.load(home / f"{name}.safetensors"), home / "base", tmp_path / "out")
     expected = _packed(home / "base", home / f"{name}.safetensors")
     torch.testing.assert_close(_adapted(home / "base", tmp_path / "out"), expected, rtol=1e-4, atol=1e-4)
     assert adapter.losses == []
@@ -84,7 +86,7 @@ def test_an_export_spares_what_it_reads(home: Path, tmp_path: Path) -> None:
     shutil.copy(home / "thin.safetensors", tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(StorageError, match="expected a place apart from .*thin.safetensors, which is read"):
-        export_adapter(tmp_path / "thin.safetensors", home / "base", tmp_path)
+        export_adapter(SkillPack.load(tmp_path / "thin.safetensors"), home / "base", tmp_path)
     assert (tmp_path / "thin.safetensors").exists()
 
 
@@ -93,11 +95,11 @@ def test_a_tokenizer_of_the_packs_own_stands_beside_the_adapter(home: Path, tmp_
     (tuned / "chat_template.jinja").write_text("{{ messages[0].content }}")
     pack = _pack(home / "base", tuned, tmp_path / "own.safetensors", PackOptions(servable=4))
     for _ in range(2):  # what is there is replaced
-        told = export_adapter(pack, home / "base", tmp_path / "out").sentences()
+        told = export_adapter(SkillPack.load(pack), home / "base", tmp_path / "out").sentences()
     assert any(line.startswith("The pack has a tokenizer, chat template or end tokens of its own") for line in told)
     assert load_tokenizer(tmp_path / "out").chat_template == "{{ messages[0].content }}"
     assert load_tokenizer(tmp_path / "out").get_vocab() == load_tokenizer(home / "base").get_vocab()
-    export_adapter(home / "thin.safetensors", home / "base", tmp_path / "plain")
+    export_adapter(SkillPack.load(home / "thin.safetensors"), home / "base", tmp_path / "plain")
     assert {file.name for file in (tmp_path / "plain").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -109,12 +111,12 @@ def test_added_vocabulary_rows_are_no_adapters(home: Path, tmp_path: Path) -> No
     pack = _pack(home / "base", wide, tmp_path / "wide.safetensors", PackOptions(strategy="exact"))
     told = r"wide.safetensors: adds vocabulary rows to 'model.embed_tokens.weight', which no adapter holds; write a"
     with pytest.raises(ServingError, match=told):
-        export_adapter(pack, home / "base", tmp_path / "out", allow_drop=True)
+        export_adapter(SkillPack.load(pack), home / "base", tmp_path / "out", allow_drop=True)
     assert not (tmp_path / "out").exists()
 
 
 def test_alpha_is_the_rank_of_every_module_and_patterns_are_anchored(home: Path, tmp_path: Path) -> None:
-    export_adapter(home / "exact.safetensors", home / "base", tmp_path / "out")
+    export_adapter(SkillPack.load(home / "exact.safetensors"), home / "base", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["lora_alpha"] == config["r"]
     assert config["alpha_pattern"] == config["rank_pattern"]
@@ -139,9 +141,9 @@ def test_what_cannot_travel_is_refused_with_its_measured_effect(home: Path, tmp_
         match=r"an adapter cannot hold all of it: embedding \(1 tensors, KL [\d.e-]+ nats per token\); norm \(5 "
         r"tensors, KL [\d.e-]+ nats per token\); together KL [\d.e-]+. Give --allow-drop",
     ):
-        export_adapter(home / "all.safetensors", home / "base", tmp_path / "out")
+        export_adapter(SkillPack.load(home / "all.safetensors"), home / "base", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    adapter = export_adapter(home / "all.safetensors", home / "base", tmp_path / "out", allow_drop=True)
+    adapter = export_adapter(SkillPack.load(home / "all.safetensors"), home / "base", tmp_path / "out", allow_drop=True)
     assert [(loss.what, loss.tensors) for loss in adapter.losses] == [("embedding", 1), ("norm", 5)]
     assert adapter.kl > 1e-4
     assert all(loss.kl > 0 for loss in adapter.losses)
@@ -149,8 +151,10 @@ def test_what_cannot_travel_is_refused_with_its_measured_effect(home: Path, tmp_
 
 def test_a_rank_that_is_too_small_is_refused_with_its_measured_effect(home: Path, tmp_path: Path) -> None:
     with pytest.raises(ServingError, match=r"truncation \(14 tensors, KL [\d.e-]+ nats per token\)"):
-        export_adapter(home / "exact.safetensors", home / "base", tmp_path / "out", max_rank=5)
-    adapter = export_adapter(home / "exact.safetensors", home / "base", tmp_path / "out", max_rank=5, allow_drop=True)
+        export_adapter(SkillPack.load(home / "exact.safetensors"), home / "base", tmp_path / "out", max_rank=5)
+    adapter = export_adapter(
+        SkillPack.load(home / "exact.safetensors"), home / "base", tmp_path / "out", max_rank=5, allow_drop=True
+    )
     assert adapter.rank == 8  # the next that vLLM takes
     assert adapter.energy < 1
     assert adapter.losses[0].kl == pytest.approx(adapter.kl, rel=1e-3)
@@ -160,7 +164,7 @@ def test_modules_that_store_inputs_by_outputs_travel_too(tmp_path: Path) -> None
     base = save_base("gpt2", tmp_path / "base", dtype=torch.float32)
     layers = _layers_alone(base, perturb(base, tmp_path / "tuned", seed=1, scale=0.3), tmp_path / "layers")
     pack = _pack(base, layers, tmp_path / "pack.safetensors", PackOptions(strategy="exact"))
-    export_adapter(pack, base, tmp_path / "out")
+    export_adapter(SkillPack.load(pack), base, tmp_path / "out")
     torch.testing.assert_close(_adapted(base, tmp_path / "out"), _packed(base, pack), rtol=1e-4, atol=1e-4)
 
 
@@ -190,3 +194,52 @@ def test_a_shelf_becomes_adapters_and_a_command_that_serves_them(home: Path, tmp
     for name in packs:
         expected = _packed(home / "base", home / f"{name}.safetensors")
         torch.testing.assert_close(_adapted(home / "base", tmp_path / "out" / name), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_packs_that_no_adapter_can_hold_are_all_named_and_the_others_go_alone(
+    home: Path, tmp_path: Path, graftllm: Command
+) -> None:
+    wide = with_vocabulary(home / "base", tmp_path / "wide", 80)
+    _pack(home / "base", wide, tmp_path / "wide.safetensors", PackOptions(strategy="exact"))
+    packs = {name: home / f"{name}.safetensors" for name in ("thin", "all", "exact")}
+    write_grafted(tmp_path / "g", str(home / "base"), packs | {"wide": tmp_path / "wide.safetensors"})
+    export = ["export", tmp_path / "g", "--format", "vllm", "--out", tmp_path / "out"]
+    shown = graftllm(*export)
+    assert (shown.code, shown.out) == (1, "") and not (tmp_path / "out").exists()
+    assert (
+        f"{tmp_path / 'g'}: packs that no adapter can hold: all, wide. Export the others alone with --pack thin "
+        in (shown.line)
+    )
+    assert "--pack thin --pack exact. " in shown.line
+    assert "all.safetensors: an adapter cannot hold all of it" in shown.line
+    assert "wide.safetensors: adds vocabulary rows to" in shown.line
+    shown = graftllm(*export, "--pack", "thin", "--pack", "exact")
+    assert shown.code == 0 and f"--lora-modules thin={tmp_path}/out/thin exact={tmp_path}/out/exact" in shown.out
+    assert {place.name for place in (tmp_path / "out").iterdir()} == {"thin", "exact", "launch.sh"}
+    shown = graftllm(*export, "--pack", "wide")
+    assert "packs that no adapter can hold: wide. " in shown.line and "Export the others" not in shown.line
+    with pytest.raises(FusionError, match="pack: expected one of thin, all, exact, wide; found 'math'"):
+        export_shelf(tmp_path / "g", tmp_path / "out", names=["math"])
+
+
+def test_a_shelf_that_changes_while_it_is_opened_is_exported_as_it_is_then(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packs = {name: home / f"{name}.safetensors" for name in ("thin", "exact")}
+    write_grafted(tmp_path / "g", str(home / "base"), packs)
+
+    def opened(directory: Path, found: Manifest) -> dict[str, SkillPack]:
+        if "exact" in found.packs:
+            remove_pack(directory, "exact")
+        return open_packs(directory, found)
+
+    monkeypatch.setattr("graftllm.exporting.launch.open_packs", opened)
+    assert list(export_shelf(tmp_path / "g", tmp_path / "out").adapters) == ["thin"]
+
+
+def test_a_pack_of_a_shelf_that_was_changed_is_not_exported(home: Path, tmp_path: Path) -> None:
+    write_grafted(tmp_path / "g", str(home / "base"), {"thin": home / "thin.safetensors"})
+    (tmp_path / "g" / "packs" / "thin.safetensors").unlink()
+    shutil.copy(home / "exact.safetensors", tmp_path / "g" / "packs" / "thin.safetensors")
+    with pytest.raises(FusionError, match="the file was changed"):
+        export_shelf(tmp_path / "g", tmp_path / "out")

@@ -106,7 +106,7 @@ def legal_rank(rank: int) -> int:
 
 
 def export_adapter(
-    pack: Path,
+    pack: SkillPack,
     base: Path,
     out: Path,
     *,
@@ -118,7 +118,7 @@ def export_adapter(
     """Write a pack as a PEFT adapter, and measure it by loading it with PEFT.
 
     Args:
-        pack: a SkillPack file.
+        pack: a SkillPack.
         base: its base's checkpoint directory.
         out: adapter directory; appears whole or not at all, with the pack's tokenizer where that has its own.
         max_rank: raised to the next one that vLLM takes.
@@ -133,19 +133,19 @@ def export_adapter(
         CheckpointError: the base cannot be loaded.
     """
     highest = legal_rank(max_rank)
-    checkpoint, opened = Checkpoint.open(base), SkillPack.load(pack)
-    check_apart(out, [pack, checkpoint.path, *([] if prompts is None else [prompts])])
-    opened.check_base(checkpoint)
-    if grown := next((name for name, one in opened.header.tensors.items() if one.tuned_spec.shape != one.shape), None):
+    checkpoint = Checkpoint.open(base)
+    check_apart(out, [Path(pack.source), checkpoint.path, *([] if prompts is None else [prompts])])
+    pack.check_base(checkpoint)
+    if grown := next((name for name, one in pack.header.tensors.items() if one.tuned_spec.shape != one.shape), None):
         raise ServingError(
-            f"{pack}: adds vocabulary rows to {grown!r}, which no adapter holds; write a checkpoint with `graftllm "
-            "apply` and serve that."
+            f"{pack.source}: adds vocabulary rows to {grown!r}, which no adapter holds; write a checkpoint with "
+            "`graftllm apply` and serve that."
         )
     model, words = load_model(checkpoint.path, device=device), load_tokenizer(checkpoint.path)
-    voices = Voices(model, words, {opened.source: opened})
-    tokenizer = voices[opened.source].tokenizer
-    full = decode(model, opened).values
-    places, dropped = _places(model, opened)
+    voices = Voices(model, words, {pack.source: pack})
+    tokenizer = voices[pack.source].tokenizer
+    full = decode(model, pack).values
+    places, dropped = _places(model, pack)
     with _holding(model, full):
         if prompts is None:
             texts = written_texts(model, tokenizer)
@@ -155,14 +155,16 @@ def export_adapter(
         reference = read_logits(model, texts)
     factors, kept, total = {}, 0.0, 0.0
     for name, (module, _) in places.items():
-        delta = opened.delta(name, checkpoint.tensor(name))
-        found = _factors(opened, name, delta, highest)
-        dtype = DTYPES[opened.header.tensors[name].dtype]
+        delta = pack.delta(name, checkpoint.tensor(name))
+        found = _factors(pack, name, delta, highest)
+        dtype = DTYPES[pack.header.tensors[name].dtype]
         factors[module] = left, right = cast(tuple[Tensor, Tensor], tuple(one.to(dtype).contiguous() for one in found))
         total += float(delta.double().square().sum())
         kept += float(delta.double().square().sum() - (delta - left.float() @ right.float()).double().square().sum())
     if not factors:
-        raise ServingError(f"{pack}: touches no matrix of a linear layer, so there is nothing an adapter could hold.")
+        raise ServingError(
+            f"{pack.source}: touches no matrix of a linear layer, so there is nothing an adapter could hold."
+        )
     with whole_directory(out, over=FILES[:1], holds=FILES) as partial:
         if tokenizer is not words:  # engines look for it beside the adapter
             tokenizer.save_pretrained(partial)
@@ -176,11 +178,11 @@ def export_adapter(
             losses=losses,
             kl=divergence(reference, read_logits(adapted, texts)),
             tokens=sum(map(len, texts)),
-            own_voice=voices[opened.source] is not voices.base,
+            own_voice=voices[pack.source] is not voices.base,
         )
         if losses and not allow_drop:
             raise ServingError(
-                f"{pack}: an adapter cannot hold all of it: {'; '.join(map(_told, losses))}; together KL "
+                f"{pack.source}: an adapter cannot hold all of it: {'; '.join(map(_told, losses))}; together KL "
                 f"{adapter.kl:.4g}. Give --allow-drop to leave this out, or write a checkpoint with `graftllm apply`."
             )
     return adapter

@@ -347,6 +347,20 @@ def test_a_manifest_longer_than_a_mebibyte_is_refused_unread(grafted: Path) -> N
         read_manifest(grafted)
 
 
+def test_a_manifest_that_would_be_longer_than_a_mebibyte_is_not_written(
+    home: Path, grafted: Path, tmp_path: Path
+) -> None:
+    before, rules = _contents(grafted), [Rule(pack="one", tag="x" * (1 << 20))]
+    told = r"manifest.json: expected at most 1,048,576 bytes, found 1,04[\d,]+ \(packs: {}, rules: 1\). Take fewer, or"
+    with pytest.raises(FusionError, match=told.format(2)):
+        set_rules(grafted, rules)
+    packs = {"one": home / "one.safetensors"}
+    for out in (tmp_path / "new", grafted):
+        with pytest.raises(FusionError, match=f"{out}/{told.format(1)}"):
+            write_grafted(out, str(home / "base"), packs, rules=rules)
+    assert _contents(grafted) == before and not (tmp_path / "new").exists()
+
+
 def test_of_many_wrong_rules_the_first_is_told(grafted: Path) -> None:
     text = json.loads((grafted / "manifest.json").read_text()) | {"rules": [0] * 9}
     (grafted / "manifest.json").write_text(json.dumps(text))

@@ -24,6 +24,7 @@ from graftllm.fusion.manifest import (
     Manifest,
     ShelvedPack,
     ShelvedRouter,
+    manifest_text,
     open_base,
     open_router_file,
     read_manifest,
@@ -53,7 +54,7 @@ def write_grafted(
         rules: prompts that go to a pack whatever the router says.
 
     Raises:
-        FusionError: a name is reserved, a pack is for another base, or a rule names no pack.
+        FusionError: a name is reserved, a pack is for another base, a rule names no pack, or the manifest is too long.
         PackError: a pack is damaged or was made for another base.
         StorageError: another process writes there now, or nobody can.
     """
@@ -68,7 +69,7 @@ def write_grafted(
     with held, whole_directory(out, over=[MANIFEST], holds=HOLDS, beside=[checkpoint.path]) as partial:
         manifest = _with_packs(partial, manifest, packs, checkpoint)
         manifest = _with_rules(out, _with_router(partial, manifest, router), rules)
-        write_text(partial / MANIFEST, manifest.model_dump_json(indent=1))
+        write_text(partial / MANIFEST, manifest_text(out, manifest))
 
 
 def check_fusable(out: Path, read: Sequence[Path]) -> None:
@@ -172,7 +173,7 @@ def set_rules(directory: Path, rules: Sequence[Rule]) -> Manifest:
         The new manifest.
 
     Raises:
-        FusionError: a rule names no pack, or this is no grafted model.
+        FusionError: a rule names no pack, the manifest becomes too long, or this is no grafted model.
         StorageError: another process changes the directory now, or it cannot be written.
     """
     with _changing(directory) as manifest:
@@ -242,7 +243,7 @@ def _there(directory: Path, names: Collection[str]) -> set[str]:
 
 def _commit(directory: Path, changed: Manifest, old: Manifest) -> None:
     """Make a manifest the directory's, then take away the files that only the old one names."""
-    write_text(directory / MANIFEST, changed.model_dump_json(indent=1))
+    write_text(directory / MANIFEST, manifest_text(directory, changed))
     for file in _files(old) - _files(changed):
         with suppress(OSError):  # a file that no manifest names does no harm
             (directory / file).unlink()

@@ -88,6 +88,21 @@ def read_manifest(directory: Path) -> Manifest:
         ) from error
 
 
+def manifest_text(directory: Path, manifest: Manifest) -> str:
+    """Return what is written of a manifest, so that `read_manifest` reads it.
+
+    Raises:
+        FusionError: it is longer than 1 MiB.
+    """
+    text = manifest.model_dump_json(indent=1)
+    if (size := len(text.encode())) > _LONGEST:
+        raise FusionError(
+            f"{directory / MANIFEST}: expected at most {_LONGEST:,} bytes, found {size:,} (packs: "
+            f"{len(manifest.packs)}, rules: {len(manifest.rules)}). Take fewer, or shorter rules."
+        )
+    return text
+
+
 def open_shelf(directory: Path) -> tuple[Manifest, dict[str, SkillPack], Router | None]:
     """Return what a grafted directory consists of, with its packs and router as that says.
 

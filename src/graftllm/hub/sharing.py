@@ -21,7 +21,15 @@ from graftllm.downloads import Repository, download, hub_errors, repository
 from graftllm.errors import HubError, PackError
 from graftllm.fusion.assembly import check_none_lost
 from graftllm.fusion.directory import HOLDS
-from graftllm.fusion.manifest import MANIFEST, Manifest, open_packs, open_router, open_shelf, read_manifest
+from graftllm.fusion.manifest import (
+    MANIFEST,
+    Manifest,
+    manifest_text,
+    open_packs,
+    open_router,
+    open_shelf,
+    read_manifest,
+)
 from graftllm.hub.modelcard import MARK, grafted_card, pack_card
 from graftllm.packfile import check_place
 from graftllm.progress import track
@@ -133,7 +141,7 @@ def _contents(source: Path, to: Repository, base: str | None) -> dict[str, str |
             _check_pack(pack, None)
         headers = {name: pack.header for name, pack in packs.items()}
         known = _hub_id(base, [manifest.base, *(header.base.name for header in headers.values())], source)
-        text = manifest.model_copy(update={"base": known}).model_dump_json(indent=1)
+        text = manifest_text(source, manifest.model_copy(update={"base": known}))
         return {
             MANIFEST: text.encode(),
             **{file: str(source / file) for file in _files(manifest)},
@@ -204,7 +212,7 @@ def _pull_directory(pinned: Repository, first: Path, out: Path, base: Path | Non
                 )
             _check_pack(pack, checkpoint)
         open_router(partial, manifest)
-        write_text(partial / MANIFEST, manifest.model_dump_json(indent=1))
+        write_text(partial / MANIFEST, manifest_text(out, manifest))
     return manifest
 
 

@@ -269,6 +269,14 @@ def _broken(files: Path, tmp_path: Path, value: float) -> Path:
             "base is an ordinary checkpoint, which has no packs; leave it out, or give a grafted model",
         ),
         (
+            ["eval", "{f}/none", "--task", "{f}/rows.jsonl", "--pack", "skill"],
+            "/none, found no directory there; check the path.",
+        ),
+        (
+            ["eval", "{f}/none", "--task", "{f}/rows.jsonl", "--judge", "code"],
+            "has no 'tests', which the judge 'code' runs; add some.",
+        ),
+        (
             ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{t}/p", "--budget", "5"],
             "budget: 5 is so many bytes, which hold no pack; for a share write 5%.",
         ),

@@ -1,8 +1,9 @@
 import math
+from collections.abc import Sequence
 
 import pytest
 
-from graftllm.errors import RecordError
+from graftllm.errors import SamplingError
 from graftllm.evaluation.scores import Score, evaluate
 from graftllm.records import Message, Prompt
 
@@ -24,6 +25,10 @@ def test_standard_error_is_that_of_a_share() -> None:
     assert Score(0.2, 50).stderr == pytest.approx(math.sqrt(0.16 / 50))
 
 
-def test_a_row_without_reference_is_refused() -> None:
-    with pytest.raises(RecordError, match="task row '0' has no 'reference' to judge by"):
-        evaluate(lambda rows: ["x"], [_prompt(0, "a", None)], "exact")
+@pytest.mark.parametrize(("judge", "lacks"), [("exact", "reference"), ("math", "reference"), ("code", "tests")])
+def test_a_row_that_lacks_what_the_judge_needs_is_refused_before_it_is_answered(judge: str, lacks: str) -> None:
+    def never(rows: Sequence[Prompt]) -> Sequence[str]:
+        raise AssertionError("was asked")
+
+    with pytest.raises(SamplingError, match=f"prompt '0' has no '{lacks}', which the judge '{judge}' "):
+        evaluate(never, [_prompt(0, "a", None)], judge)

@@ -498,6 +498,10 @@ def test_a_pack_joins_with_its_own_prompts_alone(shelf: Path, tmp_path: Path) ->
     assert [route.name for route in model.route(["31676 4", "((xxxxxx"])] == ["one", "late"]
     with pytest.raises(FusionError, match="rows.jsonl: no row has the task 'other'; the router needs prompts of every"):
         join_packs(directory, {"other": late["late"]}, router_data=tmp_path / "rows.jsonl")
+    same = [Prompt(f"p{i}", (Message(role="user", content="))" + "x" * (i % 3)),), "other") for i in range(60)]
+    write_rows(tmp_path / "same.jsonl", same)
+    with pytest.raises(FusionError, match="at least 8 different prompts of 'other', found 3 in 60 rows; add some"):
+        join_packs(directory, {"other": late["late"]}, router_data=tmp_path / "same.jsonl")
     set_router(directory, None)
     with pytest.raises(FusionError, match="has no router that could learn of a pack; write it anew with"):
         join_packs(directory, {"other": late["late"]}, router_data=tmp_path / "rows.jsonl")

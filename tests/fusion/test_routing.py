@@ -278,7 +278,7 @@ def test_joining_and_leaving_name_what_is_wrong(router: Router) -> None:
     features = _clusters()
     with pytest.raises(FusionError, match="knows the pack 'math' already"):
         router.with_pack("math", features["math"])
-    with pytest.raises(FusionError, match="expected at least 8 prompts of 'law', found 3; add some"):
+    with pytest.raises(FusionError, match="expected at least 8 different prompts of 'law', found 3; add some"):
         router.with_pack("law", features["math"][:3])
     with pytest.raises(FusionError, match="expected one of code, math to remove, found 'law'"):
         router.without("law")
@@ -438,5 +438,5 @@ def test_prompts_of_one_kind_only_are_refused(base: Checkpoint, prompts: list[Pr
         fit_router(base.path, {"math": prompts})
     with pytest.raises(FusionError, match="found none"):
         fit_router(base.path, {})
-    with pytest.raises(FusionError, match="expected at least 8 prompts of 'math', found 2"):
-        fit_router(base.path, {"base": prompts, "math": prompts[:2]})
+    with pytest.raises(FusionError, match="at least 8 different prompts of 'math', found 2 in 40 rows; add some"):
+        fit_router(base.path, {"base": prompts, "math": prompts[:2] * 20})

@@ -5,10 +5,9 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from graftllm.errors import RecordError
 from graftllm.records import Prompt
-from graftllm.sampling.scoring import judge_answers
-from graftllm.transfer_options import JudgeOptions, RuleJudge, judge_named
+from graftllm.sampling.scoring import check_judgeable, judge_answers
+from graftllm.transfer_options import JudgeOptions, judge_named
 
 Answer = Callable[[Sequence[Prompt]], Sequence[str]]  # prompts in, one text each out
 
@@ -54,13 +53,11 @@ def evaluate(
         device: of a judge that is a model.
 
     Raises:
-        RecordError: a prompt has no reference and the judge compares with one.
-        SamplingError: the judge cannot work.
+        SamplingError: a prompt lacks what the judge compares with, which is told before it is asked for an answer; or
+            the judge cannot work.
     """
     judge = judge_named(judge)
-    for prompt in prompts:
-        if isinstance(judge, RuleJudge) and prompt.reference is None:
-            raise RecordError(f"task row {prompt.id!r} has no 'reference' to judge by; add one.")
+    check_judgeable(prompts, judge)
     judged: dict[str, list[float]] = defaultdict(list)
     values = judge_answers(prompts, answer(prompts), judge, device=device)
     for prompt, value in zip(prompts, values, strict=True):

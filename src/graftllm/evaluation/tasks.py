@@ -19,6 +19,8 @@ from graftllm.loading import load_model, load_tokenizer
 from graftllm.recipe import SamplingOptions
 from graftllm.records import Prompt, read_prompts
 from graftllm.rendering import context_length, render
+from graftllm.sampling.scoring import check_judgeable
+from graftllm.transfer_options import judge_named
 
 BY_TASK = "by-task"
 
@@ -58,16 +60,21 @@ class TaskResult:
 
 
 def check_unpacked(directory: Path, pack: str) -> None:
-    """Refuse a pack's name where an ordinary checkpoint is asked.
+    """Refuse a pack's name where an ordinary checkpoint is asked, or nothing is there.
 
     Raises:
         FusionError: it is neither `base` nor one of the words that stand for no single pack.
     """
-    if pack not in (AUTO, BASE, BY_TASK):
+    if pack in (AUTO, BASE, BY_TASK):
+        return
+    if not directory.is_dir():
         raise FusionError(
-            f"--pack {pack}: {directory} is an ordinary checkpoint, which has no packs; leave it out, or give a "
-            "grafted model (`graftllm fuse`)."
+            f"--pack {pack}: expected a grafted model at {directory}, found no directory there; check the path."
         )
+    raise FusionError(
+        f"--pack {pack}: {directory} is an ordinary checkpoint, which has no packs; leave it out, or give a "
+        "grafted model (`graftllm fuse`)."
+    )
 
 
 def read_tasks(files: Sequence[Path]) -> list[Prompt]:
@@ -106,8 +113,10 @@ def evaluate_tasks(
     Raises:
         GraftError: the directory, the file or the pack's name cannot be used.
         RecordError: a prompt leaves no room for an answer in what the model reads.
+        SamplingError: a prompt lacks what the judge compares with.
     """
     prompts = read_tasks(tasks)
+    check_judgeable(prompts, judge_named(judge))
     if not (directory / MANIFEST).exists():
         check_unpacked(directory, pack)
         model, tokenizer = load_model(directory, device=device), load_tokenizer(directory)

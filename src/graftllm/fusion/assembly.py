@@ -111,12 +111,13 @@ def join_packs(
                 f"{directory}: has no router that could learn of a pack; write it anew with "
                 "`graftllm fuse --router-data`, or add packs without --router-data."
             )
-        from graftllm.fusion.fitting import features_of
+        from graftllm.fusion.fitting import check_prompts, features_of
         from graftllm.loading import load_model, load_tokenizer
 
         prompts = _prompts(router_data, packs)
         base = open_base(directory, manifest)
         open_fitting(packs, base)
+        check_prompts({name: prompts[name] for name in packs})
         model, tokenizer = load_model(base.path, device=device), load_tokenizer(base.path)
         for name in packs:
             label = f"router: {name}"

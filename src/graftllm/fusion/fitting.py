@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.fusion.features import prompt_features
-from graftllm.fusion.routing import Router, check_classes, train_router
+from graftllm.fusion.routing import Router, check_classes, check_enough, train_router
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.recipe import RouterOptions
-from graftllm.records import Prompt
+from graftllm.records import Message, Prompt
 
 
 def fit_router(
@@ -36,11 +36,22 @@ def fit_router(
         CheckpointError: the base cannot be loaded.
     """
     check_classes(prompts)
+    check_prompts(prompts)
     model, tokenizer = load_model(base, device=device), load_tokenizer(base)
     features = {
         name: features_of(model, tokenizer, rows, options, label=f"router: {name}") for name, rows in prompts.items()
     }
     return train_router(features, options, seed=seed)
+
+
+def check_prompts(prompts: Mapping[str, Sequence[Prompt]]) -> None:
+    """Refuse what no router can learn from, by the name of the pack or `base`, before a model reads it.
+
+    Raises:
+        FusionError: there are too few different questions of one.
+    """
+    for name, rows in prompts.items():
+        check_enough(name, len(_questions(rows)), len(rows))
 
 
 def features_of(
@@ -52,5 +63,9 @@ def features_of(
     label: str = "routing",
 ) -> Tensor:
     """Return `prompt_features` of the different questions among prompts, at the layer that a router reads."""
-    questions = {json.dumps(row.question): row.question for row in prompts}
-    return prompt_features(model, tokenizer, list(questions.values()), layer=options.layer, label=label)
+    return prompt_features(model, tokenizer, _questions(prompts), layer=options.layer, label=label)
+
+
+def _questions(prompts: Sequence[Prompt]) -> list[tuple[Message, ...]]:
+    """Return the different questions among prompts."""
+    return list({json.dumps(row.question): row.question for row in prompts}.values())

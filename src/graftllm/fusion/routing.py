@@ -115,7 +115,7 @@ class Router:
         """
         if name in self.examples:
             raise FusionError(f"router: knows the pack {name!r} already; remove it first, or choose another name.")
-        _check_enough(name, len(features))
+        check_enough(name, len(features))
         added = _kept(name, features, self.options, self.seed)
         changed = _trained({**self.examples, name: added}, self.options, self.seed)
         moved, allowed = self.drift(changed), self.options.drift if drift is None else drift
@@ -226,7 +226,7 @@ def train_router(features: Mapping[str, Tensor], options: RouterOptions, *, seed
     """
     check_classes(features)
     for name, rows in features.items():
-        _check_enough(name, len(rows))
+        check_enough(name, len(rows))
     kept = {name: _kept(name, rows, options, seed) for name, rows in features.items()}
     return _trained(kept, options, seed)
 
@@ -303,6 +303,14 @@ def check_classes(found: Collection[str]) -> None:
         )
 
 
-def _check_enough(name: str, count: int) -> None:
-    if count < _FEWEST:
-        raise FusionError(f"router: expected at least {_FEWEST} prompts of {name!r}, found {count}; add some.")
+def check_enough(name: str, different: int, rows: int | None = None) -> None:
+    """Refuse too few prompts of a class; `rows` is how many there are with those that say the same.
+
+    Raises:
+        FusionError: fewer than 8 are different.
+    """
+    if different < _FEWEST:
+        among = "" if rows is None else f" in {rows} row{'' if rows == 1 else 's'}"
+        raise FusionError(
+            f"router: expected at least {_FEWEST} different prompts of {name!r}, found {different}{among}; add some."
+        )

@@ -17,7 +17,7 @@ from graftllm.evaluation.scores import Answer, Score
 from graftllm.evaluation.tables import Grid
 from graftllm.fusion.applying import apply_packs
 from graftllm.fusion.directory import add_packs
-from graftllm.fusion.fitting import features_of, fit_router
+from graftllm.fusion.fitting import check_prompts, features_of, fit_router
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.manifest import AUTO, Manifest, open_packs, open_router, read_manifest, sha256_of
 from graftllm.fusion.names import unknown_pack
@@ -208,6 +208,7 @@ def _add(work: Work, into: Path, name: str) -> None:
         both = {BASE: read_prompts(prompts_of(work, GENERAL)), name: prompts}
         router = fit_router(target, both, work.recipe.router, seed=work.recipe.seed, device=work.device)
     else:
+        check_prompts({name: prompts})
         model, tokenizer = load_model(target, device=work.device), load_tokenizer(target)
         features = features_of(model, tokenizer, prompts, old.options, label=f"router: {name}")
         router = old.with_pack(name, features, drift=work.recipe.router.drift)

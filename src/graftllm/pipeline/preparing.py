@@ -13,9 +13,9 @@ from graftllm.errors import SamplingError
 from graftllm.pipeline.work import GENERAL, Work, check_target
 from graftllm.records import read_prompts, write_rows
 from graftllm.sampling.prompts import contamination, load_prompts, without_duplicates
-from graftllm.sampling.rules import check_references
+from graftllm.sampling.scoring import check_judgeable
 from graftllm.stages import Stamp
-from graftllm.transfer_options import General, JudgeOptions, PromptSet, RuleJudge, Skill
+from graftllm.transfer_options import General, PromptSet, Skill
 
 
 def prompts_of(work: Work, name: str) -> Path:
@@ -44,29 +44,24 @@ def check_inputs(work: Work) -> None:
     Raises:
         CheckpointError: the target or a source on this machine is no whole checkpoint, or the target as for
             `check_target`.
-        SamplingError: a row has no reference, and a judge compares with one; or as for `prepare`.
+        SamplingError: a row lacks what a judge compares with; or as for `prepare`.
     """
     recipe = work.recipe
     if _is_here(recipe.target):
         check_target(work)
     for name, skill in recipe.skills.items():
         for judge in skill.judge:
-            _check_references(prompts_of(work, name), judge)
-        _check_references(test_of(work, name), skill.tested_by)
+            check_judgeable(read_prompts(prompts_of(work, name)), judge)
+        check_judgeable(read_prompts(test_of(work, name)), skill.tested_by)
         for source in skill.sources:
             if source.url is None and _is_here(source.model):
                 Checkpoint.open(source.model)
     prepare(work, GENERAL)
-    _check_references(test_of(work, GENERAL), recipe.general.judge)
+    check_judgeable(read_prompts(test_of(work, GENERAL)), recipe.general.judge)
 
 
 def _is_here(model: str) -> bool:
     return Path(model).exists() or repository(model) is None
-
-
-def _check_references(file: Path, judge: JudgeOptions) -> None:
-    if isinstance(judge, RuleJudge) and judge.kind != "reasoning_gym":  # which has what it needs in metadata
-        check_references(read_prompts(file), judge.kind)
 
 
 def prepare(work: Work, name: str) -> Stamp:

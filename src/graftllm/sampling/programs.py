@@ -25,9 +25,7 @@ def judge_programs(prompts: Sequence[Prompt], answers: Sequence[str], judge: Cod
     Raises:
         SamplingError: a prompt has no tests, or programs cannot be isolated here.
     """
-    for prompt in prompts:
-        if not prompt.tests:
-            raise SamplingError(f"prompt {prompt.id!r} has no 'tests', which the judge 'code' runs; add some.")
+    check_tests(prompts)
     asked = [(program_in(answer), prompt.tests) for prompt, answer in zip(prompts, answers, strict=True)]
     names = {one: judged_as(one[0], *one[1]) for one in asked}
     with (
@@ -45,6 +43,17 @@ def judge_programs(prompts: Sequence[Prompt], answers: Sequence[str], judge: Cod
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [passed[names[one]] for one in asked]
+
+
+def check_tests(prompts: Sequence[Prompt]) -> None:
+    """Check that prompts have tests to run.
+
+    Raises:
+        SamplingError: one has none.
+    """
+    for prompt in prompts:
+        if not prompt.tests:
+            raise SamplingError(f"prompt {prompt.id!r} has no 'tests', which the judge 'code' runs; add some.")
 
 
 def program_in(answer: str) -> str:

@@ -13,7 +13,7 @@ from typing import cast
 
 from graftllm.records import Prompt, Response
 from graftllm.sampling.reasoning import without_reasoning
-from graftllm.sampling.rules import RULES, judge_exact
+from graftllm.sampling.rules import RULES, check_references, judge_exact
 from graftllm.transfer_options import CodeJudge, JudgeOptions, LlmJudge, Price, RewardJudge, RuleJudge
 
 SPOOL = "judged.jsonl"  # what judges said so far
@@ -105,6 +105,20 @@ def judge_answers(
     with tempfile.TemporaryDirectory(prefix="graftllm-") as directory:
         values, _ = _judged(prompts, [without_reasoning(text) for text in answers], judge, Path(directory), device)
     return [value or 0.0 for value in values]
+
+
+def check_judgeable(prompts: Sequence[Prompt], judge: JudgeOptions) -> None:
+    """Check that prompts have what a judge compares with, before anybody answers them.
+
+    Raises:
+        SamplingError: one has no reference, or no tests.
+    """
+    if isinstance(judge, CodeJudge):
+        from graftllm.sampling.programs import check_tests
+
+        check_tests(prompts)
+    elif isinstance(judge, RuleJudge) and judge.kind != "reasoning_gym":  # which has what it needs in metadata
+        check_references(prompts, judge.kind)
 
 
 def dollars(price: Price | None, input_tokens: int, output_tokens: int) -> float | None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -63,6 +64,30 @@ def test_each_request_is_answered_by_the_pack_that_the_router_chooses(home: Path
     named = evaluate_harness(home / "g", tasks[:1], pack="back", chat_template=True)
     assert named.scores["written"]["exact_match"][0] == 0.5
     assert named.routes == {"back": 4}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.usefixtures("harness")
+def test_an_answer_ends_where_its_packs_own_end_tokens_say(
+    home: Path, base_dir: Path, tuned_dir: Path, tmp_path: Path
+) -> None:
+    short = Path(shutil.copytree(tuned_dir, tmp_path / "short"))
+    (short / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, *range(5, 72, 2)]}))
+    delta = Delta(Checkpoint.open(base_dir), Checkpoint.open(short))
+    compress(delta, PackOptions(strategy="exact")).save(tmp_path / "short.safetensors")
+    packs = {"back": home / "back.safetensors", "short": tmp_path / "short.safetensors"}
+    rules = [Rule(pack="short", pattern="backward"), Rule(pack="back", pattern=".*")]
+    write_grafted(tmp_path / "g", str(base_dir), packs, rules=rules)
+    rows = [json.loads(line) for line in (home / "rows.jsonl").read_text().splitlines()]
+    options = SamplingOptions(samples=1, temperature=0, top_p=1, max_new_tokens=6)
+    task, grafted = (home / "written.yaml").read_text(), GraftedModel.load(tmp_path / "g")
+    (tmp_path / "written.yaml").write_text(task.replace(str(home), str(tmp_path)))
+    for pack in ("short", "back", "auto"):
+        answers = grafted.generate([row["question"] for row in rows], pack, options)
+        told = [row | {"answer": answer} for row, answer in zip(rows, answers, strict=True)]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+        found = evaluate_harness(tmp_path / "g", [str(tmp_path / "written.yaml")], pack=pack, chat_template=True)
+        assert found.scores["written"]["exact_match"][0] == 1
 
 
 @pytest.mark.filterwarnings("default")

@@ -6,6 +6,8 @@ import pytest
 from graftllm.errors import SamplingError
 from graftllm.evaluation.scores import Score, evaluate
 from graftllm.records import Message, Prompt
+from graftllm.sampling.scoring import check_judgeable
+from graftllm.transfer_options import judge_named
 
 
 def _prompt(number: int, task: str, reference: str | None = "x") -> Prompt:
@@ -32,3 +34,7 @@ def test_a_row_that_lacks_what_the_judge_needs_is_refused_before_it_is_answered(
 
     with pytest.raises(SamplingError, match=f"prompt '0' has no '{lacks}', which the judge '{judge}' "):
         evaluate(never, [_prompt(0, "a", None)], judge)
+
+
+def test_a_row_of_reasoning_gym_needs_no_reference() -> None:
+    check_judgeable([_prompt(0, "a", None)], judge_named("reasoning_gym"))

@@ -112,13 +112,14 @@ def evaluate_harness(
 
 @dataclass
 class _Answering:
-    """A model, and which of its packs answers what."""
+    """A model, which of its packs answers what, and the tokens that end the answers now; none for the model's own."""
 
     model: Any
     tokenizer: Any
     grafted: GraftedModel | None
     pack: str
     routes: Counter[str] = field(default_factory=Counter)
+    ends: tuple[int, ...] = ()
 
     def __call__(self, conversations: Sequence[Conversation], answer: Callable[[list[int]], list[Any]]) -> list[Any]:
         """Return an answer for each conversation; `answer` is asked for those of one mix of packs at a time."""
@@ -137,6 +138,7 @@ class _Answering:
             if self.grafted is None:
                 found = answer(mine)
             else:
+                self.ends = self.grafted.voices.of(mix).ends
                 with self.grafted.using(mix):
                     found = answer(mine)
             for i, one in zip(mine, found, strict=True):
@@ -177,6 +179,10 @@ def _wrapped(wrapper: Any, answering: _Answering) -> Any:
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
             return self.sent(requests, super().generate_until, disable_tqdm)
+
+        def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
+            ends = {"eos_token_id": list(answering.ends)} if answering.ends else {}
+            return super()._model_generate(context, max_length, stop, **(ends | options))
 
         def sent(self, requests: list[Any], answer: Callable[..., list[Any]], disable_tqdm: bool) -> list[Any]:
             """Send requests by their contexts; the router reads a conversation as it was before the template."""

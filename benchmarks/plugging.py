@@ -14,10 +14,13 @@ than what is printed.
 
 Switching: a merged pack takes the place of another. The floor is reading the pack's bytes and copying the
 touched weights once, to new memory; `copy` is that copy to memory at hand. `cold` decodes the pack from its file, as a
-shelf has room for one of two; `hot` takes it from a shelf that has both.
+shelf has room for one of two; `hot` takes it from a shelf that has both; both are left out where memory has no room for
+the touched weights three times. `in place` has a shelf without room: weights are written over, and the base's files
+read again.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -41,8 +44,10 @@ from graftllm.delta import Delta
 from graftllm.devices import resolve_device
 from graftllm.fusion.beside import Beside
 from graftllm.fusion.branches import decode_branches
-from graftllm.fusion.grafting import decode, decoded_bytes
-from graftllm.fusion.shelf import Shelf, kept_replacement
+from graftllm.fusion.grafting import room_bytes
+from graftllm.fusion.shelf import Shelf
+from graftllm.fusion.switching import Switch
+from graftllm.metering import peak_memory_bytes
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.serving.batch import Batch
@@ -84,7 +89,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--layers", type=int, help="of the model that is switched; 16 of the large one take 15 GB")
+    parser.add_argument("--layers", type=int, help="of the model that is switched; 32 of the large one take 17 GB")
     parser.add_argument("--plot", type=Path, help="picture of the mixed batches to draw")
     given = parser.parse_args()
     size, device = SIZES[given.size], resolve_device(given.device)
@@ -197,47 +202,42 @@ def switching(size: Size, home: Path, device: torch.device) -> dict[str, Any]:
     base, files = _models(config, home, 2)
     dtype = torch.bfloat16
     model = _live(base, dtype, device)
-    packs = [SkillPack.load(file) for file in files]
+    packs = {file.name: SkillPack.load(file) for file in files}
     touched = [value.data for name, value in model.named_parameters() if "proj" in name]
-    small, large = Shelf(decoded_bytes(model, packs[0])), Shelf(1 << 62)
-    graft = decode(model, packs[0]).plug(model)
-    turn = [0]
-
-    def switch(shelf: Shelf) -> None:
-        nonlocal graft
-        turn[0] = 1 - turn[0]
-        pack = packs[turn[0]]
-        graft.unplug()
-        graft = kept_replacement(shelf, turn[0], model, [(pack, 1.0)], check=False).plug(model)
+    nbytes, repeats = sum(value.nbytes for value in touched), 2 * size.repeats + 1
 
     def floor() -> None:
         files[0].read_bytes()
         for value in touched:
             value.clone()
 
-    seconds = _in_turns({"floor": floor}, 2 * size.repeats + 1, device)
-    seconds |= _in_turns({"copy": _copying(touched)}, 2 * size.repeats + 1, device)
-    for name, shelf in {"cold": small, "hot": large}.items():  # one after the other: what one frees is its own
+    seconds = _in_turns({"floor": floor, "copy": _copying(touched)}, repeats, device)
+    limits = {"cold": nbytes, "hot": 1 << 62} if 2 * nbytes <= room_bytes(device) else {}
+    for name, limit in {**limits, "in place": 0}.items():  # one after the other: what one frees is its own
+        switch, turns = Switch(model, packs, Shelf(limit)), itertools.cycle(packs)
         for _ in packs:
-            switch(shelf)
-        seconds |= _in_turns({name: lambda shelf=shelf: switch(shelf)}, 2 * size.repeats + 1, device)
+            switch.to(((next(turns), 1.0),))
+        seconds |= _in_turns(
+            {name: lambda switch=switch, turns=turns: switch.to(((next(turns), 1.0),))}, repeats, device
+        )
+        switch.to(())
     return {
-        "touched_bytes": sum(value.nbytes for value in touched),
+        "touched_bytes": nbytes,
         "pack_bytes": files[0].stat().st_size,
+        "peak_memory_bytes": peak_memory_bytes(),
         **{f"{way}, ms": round(1000 * value, 2) for way, value in seconds.items()},
-        "cold / floor": round(seconds["cold"] / seconds["floor"], 2),
-        "cold / copy": round(seconds["cold"] / seconds["copy"], 1),
-        "hot / floor": round(seconds["hot"] / seconds["floor"], 4),
+        **{f"{way} / floor": round(seconds[way] / seconds["floor"], 4) for way in (*limits, "in place")},
+        **{f"{way} / copy": round(seconds[way] / seconds["copy"], 2) for way in (*limits, "in place")},
     }
 
 
 def _copying(values: list[torch.Tensor]) -> Callable[[], None]:
-    """Return what copies values to memory that is at hand."""
-    places = [torch.empty_like(value) for value in values]
+    """Return what copies values, one after the other, to memory that is at hand."""
+    place = torch.empty(max(value.numel() for value in values), dtype=values[0].dtype, device=values[0].device)
 
     def copy() -> None:
-        for place, value in zip(places, values, strict=True):
-            place.copy_(value)
+        for value in values:
+            place[: value.numel()].view_as(value).copy_(value)
 
     return copy
 
@@ -275,7 +275,9 @@ def _config(width: int, layers: int, vocabulary: int) -> LlamaConfig:
 def _models(config: LlamaConfig, home: Path, count: int) -> tuple[Path, list[Path]]:
     """Write a base and packs of it, as `--servable 16` stores deltas of rank 16 in every linear layer."""
     torch.manual_seed(0)
-    cast(Any, LlamaForCausalLM(config)).to(torch.bfloat16).save_pretrained(home / "base")
+    torch.set_default_dtype(torch.bfloat16)  # no number takes more memory than it needs
+    LlamaForCausalLM(config).save_pretrained(home / "base")
+    torch.set_default_dtype(torch.float32)
     base = Checkpoint.open(home / "base")
     empty = compress(Delta(base, base), PackOptions(strategy="exact"), workers=1).header
     files = []

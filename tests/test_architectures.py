@@ -1,5 +1,6 @@
 """Every architecture goes the whole way: two checkpoints, a pack, a checkpoint again, a live model."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from graftllm.compression.calibration import collect_moments
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError
 from graftllm.fusion.applying import apply_packs
-from graftllm.fusion.grafting import plug
+from graftllm.fusion.grafting import plug, plug_in_place
+from graftllm.fusion.grafts import Graft
 from graftllm.live import bindings
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
@@ -48,6 +50,10 @@ def _digests(model: torch.nn.Module) -> dict[str, str]:
     return {name: digest(value) for name, value in model.state_dict().items()}
 
 
+def _places(model: torch.nn.Module) -> dict[str, int]:
+    return {name: value.data_ptr() for name, value in model.named_parameters()}
+
+
 def test_every_tensor_of_the_checkpoint_is_in_the_pack(delta: Delta, exact: SkillPack, lossy: SkillPack) -> None:
     for pack in (exact, lossy):
         assert list(pack) == delta.base.names()
@@ -70,13 +76,17 @@ def test_a_lossy_pack_gives_a_checkpoint_that_loads(pair: Pair, delta: Delta, lo
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_an_exact_pack_makes_the_live_model_the_tuned_one(pair: Pair, exact: SkillPack, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("place", [plug, plug_in_place])
+def test_an_exact_pack_makes_the_live_model_the_tuned_one(
+    pair: Pair, exact: SkillPack, dtype: torch.dtype, place: Callable[..., Graft]
+) -> None:
     name, base, tuned = pair
     model, expected = load(name, base, dtype=dtype), load(name, tuned, dtype=dtype)
-    before = _digests(model)
-    with plug(model, exact):
+    before, places = _digests(model), _places(model)
+    with place(model, exact):
         assert _digests(model) == _digests(expected)
         assert torch.equal(outputs(model), outputs(expected))
+        assert (_places(model) == places) == (place is plug_in_place)
     assert _digests(model) == before
 
 
@@ -87,9 +97,10 @@ def test_a_lossy_pack_gives_the_live_model_what_apply_writes(
     apply_packs(delta.base, [(lossy, 1.0)], tmp_path / "out")
     model, expected = load(name, base), load(name, tmp_path / "out")
     before = _digests(model)
-    with plug(model, lossy):
-        assert _digests(model) == _digests(expected)
-    assert _digests(model) == before
+    for place in (plug, plug_in_place):
+        with place(model, lossy):
+            assert _digests(model) == _digests(expected)
+        assert _digests(model) == before
 
 
 def test_a_head_that_is_saved_besides_its_embedding_stays_tied_to_it(tmp_path: Path) -> None:
@@ -101,8 +112,11 @@ def test_a_head_that_is_saved_besides_its_embedding_stays_tied_to_it(tmp_path: P
     apply_packs(delta.base, [(lossy, 1.0)], tmp_path / "out")
     model, expected = load("gemma3", pair[0]), load("gemma3", tmp_path / "out")
     assert expected.lm_head.weight is expected.model.embed_tokens.weight
-    with plug(model, lossy):
-        assert _digests(model) == _digests(expected)
+    before = _digests(model)
+    for place in (plug, plug_in_place):
+        with place(model, lossy):
+            assert _digests(model) == _digests(expected)
+        assert _digests(model) == before
 
 
 def test_a_model_without_head_takes_the_pack_of_the_one_with_it(tmp_path: Path) -> None:

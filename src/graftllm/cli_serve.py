@@ -27,7 +27,10 @@ def serve(
     ] = None,
     pack_memory: Annotated[
         float | None,
-        typer.Option(min=0, help="GiB of decoded packs to keep.  [default: the model's size, at least 1]"),
+        typer.Option(
+            min=0,
+            help="GiB of decoded packs to keep.  [default: the model's size, at least 1, if there is room]",
+        ),
     ] = None,
     max_queue: Annotated[int, typer.Option(min=1, help="Choices that may wait; more are refused (429).")] = 256,
     max_batch: Annotated[int, typer.Option(min=1, help="Choices that are written at once.")] = 32,

@@ -1,6 +1,7 @@
 """Which device the work is done on, and how much memory there is."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,6 +23,28 @@ def memory_bytes() -> int:
         return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
     except (OSError, ValueError):  # no such limit here
         return total
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how much memory is left on a device; where that is not known, as much as the machine has."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    found = memory_bytes()
+    if device.type == "cpu":
+        with suppress(OSError, ValueError):
+            found = min(found, _told("/proc/meminfo", "MemAvailable:") * 1024)
+        with suppress(OSError, ValueError):  # caches of files do not count
+            found = min(found, memory_bytes() - _told("/sys/fs/cgroup/memory.stat", "anon "))
+    return found
+
+
+def _told(file: str, key: str) -> int:
+    """Return the number that a line of a file of the system has after its key."""
+    for line in Path(file).read_text(encoding="ascii").splitlines():
+        if line.startswith(key):
+            return int(line.removeprefix(key).split()[0])
+    raise ValueError(f"{file}: no {key!r}")
 
 
 def use_own_gpu(device: str, worker: int) -> None:

@@ -10,16 +10,26 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import FusionError, PackError
+from graftllm.fusion import grafting
 from graftllm.fusion.applying import apply_packs
 from graftllm.fusion.beside import Beside
 from graftllm.fusion.branches import decode_branches
-from graftllm.fusion.grafting import Graft, decode, is_plugged, plug
+from graftllm.fusion.grafting import decode, plug
+from graftllm.fusion.grafts import Graft, is_plugged
 from graftllm.loading import load_model
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions, Strategy
 from graftllm.skillpack import SkillPack
 from graftllm.tensors import digest
 from tests.models import perturb, save_llama, with_vocabulary
+
+
+@pytest.fixture(autouse=True, params=["base kept", "written over"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every claim holds where memory is plenty and where it is short."""
+    if request.param == "written over":
+        monkeypatch.setattr(grafting, "free_bytes", lambda device: 0)
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +217,7 @@ def test_plugging_that_is_interrupted_leaves_the_base(base: Checkpoint, exact: S
     model = load_model(base.path)
     before, made = _digests(model), decode(model, exact)
     with pytest.raises(KeyboardInterrupt):
-        Graft(model, Interrupted(made.values))
+        Graft(model).put(Interrupted(made.values))
     assert _digests(model) == before
     assert not is_plugged(model)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from graftllm.errors import FusionError
 from graftllm.fusion.branches import kept_branches
-from graftllm.fusion.grafting import is_plugged, running_beside
+from graftllm.fusion.grafts import is_plugged, running_beside
 from graftllm.fusion.names import unknown_pack
 from graftllm.fusion.routes import BASE
 from graftllm.fusion.shelf import Shelf

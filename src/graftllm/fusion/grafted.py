@@ -21,7 +21,7 @@ from graftllm.fusion.names import unknown_pack
 from graftllm.fusion.routes import BASE, Route, ruled
 from graftllm.fusion.routing import Router
 from graftllm.fusion.rules import Rule, first_fitting
-from graftllm.fusion.shelf import Shelf
+from graftllm.fusion.shelf import Shelf, default_limit
 from graftllm.fusion.switching import Switch
 from graftllm.fusion.turns import Turn
 from graftllm.fusion.voices import Voice, Voices
@@ -33,7 +33,6 @@ from graftllm.skillpack import SkillPack
 
 Wanted = str | Mapping[str, float] | None  # a pack, several with weights, or the base
 Way = Literal["auto", "merged", "beside"]
-_SMALL = 1 << 30  # bytes of decoded packs that are kept of any model
 
 
 @dataclass(eq=False, repr=False)
@@ -69,8 +68,7 @@ class GraftedModel:
         """Start with the bare base."""
         self.packs = MappingProxyType(dict(self.packs))
         if self.shelf is None:
-            weights = sum(value.nbytes for value in self.model.parameters())
-            self.shelf = Shelf(max(weights, _SMALL))
+            self.shelf = Shelf(default_limit(self.model))
         self.voices = Voices(self.model, self.tokenizer, self.packs)
         self.beside = Beside(self.model, self.packs, self.shelf)
         self._switch, self._streaming = Switch(self.model, self.packs, self.shelf), False

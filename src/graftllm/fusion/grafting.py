@@ -1,99 +1,30 @@
 """Packs on a live transformers model: plug and unplug.
 
-theta = theta_base + sum_i w_i * delta_i (arXiv 2505.18502). Plugging replaces the touched weights
-and keeps the base's, so unplugging gives the old model back bit for bit.
+theta = theta_base + sum_i w_i * delta_i (arXiv 2505.18502). Plugging replaces the touched weights and keeps the base's,
+or, where memory is short, writes over them and reads the base's files again; either way unplugging gives the old model
+back bit for bit.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
-from weakref import WeakKeyDictionary, WeakSet
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from graftllm.delta import growable
+from graftllm.devices import free_bytes
 from graftllm.errors import FusionError, PackError
 from graftllm.fusion.applying import Empty, Weighted, agreed_spec, combined, in_range, with_weights
+from graftllm.fusion.grafts import Graft, is_plugged, is_widened
 from graftllm.fusion.origin import Origin
 from graftllm.live import Binding, bindings, named_values
 from graftllm.skillpack import SkillPack
 from graftllm.tensors import DTYPES, TensorSpec
 
-_ROWS = ("num_embeddings", "out_features")  # what modules call them
 _LARGE = 16.0  # weights up to this take no tuned model's values beyond what a dtype holds
-
-
-class Graft:
-    """Packs that are plugged into a live model, until `unplug` or the end of a `with` block."""
-
-    def __init__(self, model: nn.Module, values: Mapping[str, Tensor]) -> None:
-        """Put parameters, by name, into a model; what was there is kept.
-
-        Raises:
-            FusionError: packs run beside the model's weights now.
-        """
-        if values and model in running_beside:
-            raise FusionError("plug: packs run beside the weights of this model now; leave that block first.")
-        self.model = model
-        parameters = named_values(model)
-        # Modules stay what they are where a model is wrapped meanwhile; a parameter that moves is another object.
-        self._kept = [(*_place(model, name), parameters[name].data) for name in values]
-        self._sizes: list[tuple[Any, str, int]] = []  # what said how many rows there are, and what it said
-        self._widens = False
-        if values:
-            _plugged_in[model] = _plugged_in.get(model, 0) + 1
-        try:
-            for name, value in values.items():
-                before, parameters[name].data = parameters[name].shape, value
-                if before != value.shape:
-                    self._tell_rows(parameters[name], before[0])
-        except BaseException:
-            self.unplug()
-            raise
-
-    def unplug(self) -> None:
-        """Give the model its own weights back, bit for bit, where it is now; a second time does nothing."""
-        for module, key, value in self._kept:
-            here = cast(Tensor, getattr(module, key))
-            here.data = value.to(here)
-        for holder, key, count in self._sizes:
-            setattr(holder, key, count)
-        if self._kept:
-            _plugged_in[self.model] -= 1
-        if self._widens:
-            _widened.pop(self.model, None)
-        self._kept, self._sizes, self._widens = [], [], False
-
-    def _tell_rows(self, parameter: Tensor, before: int) -> None:
-        """Let modules and config know how many rows a parameter has now; `unplug` takes that back."""
-        modules = list(self.model.modules())
-        owners = [one for one in modules if any(own is parameter for own in one._parameters.values())]
-        holders: list[tuple[Any, str]] = [(one, key) for one in owners for key in _ROWS]
-        config = getattr(self.model, "config", None)
-        texts = [config, config.get_text_config()] if isinstance(config, PreTrainedConfig) else []
-        holders += [(one, "vocab_size") for one in (*texts, *modules) if getattr(one, "vocab_size", None) == before]
-        for holder, key in holders:
-            if isinstance(count := getattr(holder, key, None), int) and count != len(parameter):
-                self._sizes.append((holder, key, count))
-                setattr(holder, key, len(parameter))
-        self._widens = True
-        _widened.setdefault(self.model, {})[id(parameter)] = before
-
-    def __enter__(self) -> nn.Module:
-        """Return the model with its packs."""
-        return self.model
-
-    def __exit__(self, *_: object) -> None:
-        """Unplug."""
-        self.unplug()
-
-
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return the module that holds a parameter, and the parameter's own name there."""
-    module, _, key = name.rpartition(".")
-    return model.get_submodule(module), key
+_SHARE = 0.75  # of a device's free memory, that packs may take
 
 
 @dataclass(frozen=True)
@@ -109,26 +40,15 @@ class Replacement:
 
     def plug(self, model: nn.Module) -> Graft:
         """Put the parameters into the model that they were decoded for; costs no time worth speaking of."""
-        return Graft(model, self.values)
-
-
-running_beside: WeakSet[nn.Module] = WeakSet()  # the models whose rows have packs now
-_widened: WeakKeyDictionary[nn.Module, dict[int, int]] = WeakKeyDictionary()  # rows without packs, by parameter
-_plugged_in: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many grafts a model has
-
-
-def rows_without_packs(model: nn.Module, parameter: Tensor) -> int:
-    """Return how many rows a parameter has when no pack is plugged in."""
-    return _widened.get(model, {}).get(id(parameter), len(parameter))
-
-
-def is_plugged(model: nn.Module) -> bool:
-    """Return whether packs are in the place of some of the model's weights."""
-    return _plugged_in.get(model, 0) > 0
+        return Graft(model).put(self.values)
 
 
 def plug(model: nn.Module, *packs: SkillPack | Weighted, check: bool = True) -> Graft:
     """Replace the weights that the packs touch, until the returned graft is unplugged.
+
+    What the model held is kept. Where less than a third of a device's free memory would be left beside that, new values
+    are written over it instead, as far as the directory that the model was loaded from holds the same, and read from
+    there by `unplug`.
 
     Not thread-safe: whoever uses the model meanwhile sees weights change one by one.
 
@@ -144,7 +64,61 @@ def plug(model: nn.Module, *packs: SkillPack | Weighted, check: bool = True) -> 
             base that is not found; or a weight is so large that values would leave it.
         PackError: a pack is damaged or was made for another base; the model is then unchanged.
     """
-    return decode(model, *packs, check=check).plug(model)
+    weighted = with_weights(packs)
+    if all(nbytes <= room_bytes(device) for device, nbytes in _touched_bytes(model, weighted).items()):
+        return decode(model, *weighted, check=check).plug(model)
+    return plug_in_place(model, *weighted, check=check)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def plug_in_place(
+    model: nn.Module, *packs: SkillPack | Weighted, check: bool = True, over: Graft | None = None
+) -> Graft:
+    """Write what `plug` would put into the model over its own weights; errors are the same.
+
+    One tensor at a time is in memory beside the model. Base values are read from where the model was loaded, now and
+    when it is unplugged; what is not there, or is not what the model holds, is replaced and kept.
+
+    Args:
+        model: see `plug`.
+        packs: see `plug`.
+        check: see `plug`.
+        over: packs that are plugged in place, and give way to these; what is returned then.
+    """
+    weighted = with_weights(packs)
+    graft, origin, parameters = over or Graft(model), Origin(model), named_values(model)
+    try:
+        touched = touched_bindings(model, weighted) if weighted else []
+        in_place = {binding.live for binding in touched if _keeps_shape(binding, parameters, weighted)}
+        graft.unplug(but=in_place)
+        written = {parameters[name].data_ptr() for names in in_place if graft.lent(names) for name in names}
+        for binding in touched:
+            live = {name: parameters[name].data for name in binding.live}
+            for name, value in live.items():
+                check_whole(name, value, weighted[0][0], binding)
+            places, again = {value.data_ptr() for value in live.values()}, graft.lent(binding.live)
+            tied = not written.isdisjoint(places)  # packs' values stand there, so digests have to tell the base's
+            if binding.live not in in_place:
+                base = None
+            elif again is not None:
+                base = again()
+            else:
+                base = origin.read(binding, None if tied else live)
+            checks = check or (tied and again is None)
+            if base is None:
+                others = graft.others_plugged
+                graft.put(_plugged(live, binding, weighted, origin, check=checks, empty=torch.empty, others=others))
+            else:
+                if checks:
+                    _check_base(base, weighted)
+                graft.lend(binding, partial(origin.read_again, binding, weighted[0][0]))
+                _write(base, live, binding, weighted)
+                written |= places
+    except BaseException:
+        graft.unplug()
+        raise
+    return graft
 
 
 @torch.inference_mode(False)  # what is kept must do in any mode
@@ -160,19 +134,30 @@ def decode(
     parameters, origin, found = named_values(model), Origin(model), {}
     for binding in touched_bindings(model, weighted) if weighted else ():
         values = {name: parameters[name].data for name in binding.live}
-        found |= _plugged(values, binding, weighted, origin, check=check, empty=empty)
+        others = is_plugged(model)
+        found |= _plugged(values, binding, weighted, origin, check=check, empty=empty, others=others)
     return Replacement(found)
 
 
 def decoded_bytes(model: nn.Module, *packs: SkillPack | Weighted) -> int:
     """Return how much memory takes what `decode` would give; errors are those of `touched_bindings`."""
-    parameters, weighted = named_values(model), with_weights(packs)
-    found = 0
-    for binding in touched_bindings(model, weighted) if weighted else ():
+    return sum(_touched_bytes(model, with_weights(packs)).values())
+
+
+def room_bytes(device: torch.device) -> int:
+    """Return how much of a device's memory packs may take now; the rest is for answering."""
+    return int(_SHARE * free_bytes(device))
+
+
+def _touched_bytes(model: nn.Module, packs: Sequence[Weighted]) -> Counter[torch.device]:
+    """Return by device how much memory the parameters take that packs make."""
+    parameters, found = named_values(model), Counter[torch.device]()
+    for binding in touched_bindings(model, packs) if packs else ():
         first = binding.stored[0]
-        before, after = weighted[0][0].header.tensors[first].shape, agreed_spec(first, weighted).shape
+        before, after = packs[0][0].header.tensors[first].shape, agreed_spec(first, packs).shape
         growth = after[0] / before[0] if before != after else 1.0
-        found += round(growth * sum(parameters[name].nbytes for name in binding.live))
+        for name in binding.live:
+            found[parameters[name].device] += round(growth * parameters[name].nbytes)
     return found
 
 
@@ -184,8 +169,12 @@ def _plugged(
     *,
     check: bool,
     empty: Empty,
+    others: bool,
 ) -> dict[str, Tensor]:
-    """Return live parameters with the packs' deltas, in the dtype and on the device that they have."""
+    """Return live parameters with the packs' deltas, in the dtype and on the device that they have.
+
+    Where `others` are plugged in, values that are not the base's are theirs.
+    """
     source = packs[0][0].source
     like = values[binding.live[0]]
     for name, value in values.items():
@@ -194,14 +183,15 @@ def _plugged(
     for name, live in stored.items():
         known = packs[0][0].header.tensors[name].shape
         resized = growable(known, tuple(live.shape))
-        if resized and origin.model in _widened:
+        if resized and is_widened(origin.model):
             raise _merged_already(source, name)
         base = origin.stored(name, live[: known[0]] if resized else live, packs[0][0])
         if check:
-            _check_base(name, base, packs, origin.model)
-        value = combined(name, base, packs, dtype=live.dtype, empty=empty)
-        if any(abs(weight) > _LARGE for _, weight in packs):  # a look at all values, which takes time
-            in_range(name, value, lambda base=base: base)
+            try:
+                _check_base({name: base}, packs)
+            except PackError as error:
+                raise (_merged_already(source, name) if others else error) from error
+        value = _summed(name, base, packs, dtype=live.dtype, empty=empty)
         stored[name] = torch.cat([value, live[len(value) :].to(value.device)]) if resized else value
     made = binding.to_live(stored)
     if made.keys() != values.keys() or not all(_replaces(made[name], value) for name, value in values.items()):
@@ -212,20 +202,47 @@ def _plugged(
     return {name: value.to(like.device) for name, value in made.items()}
 
 
+def _keeps_shape(binding: Binding, live: Mapping[str, Tensor], packs: Sequence[Weighted]) -> bool:
+    """Return whether parameters have no rows that the base does not have, now or with the packs."""
+    entry, tuned = packs[0][0].header.tensors[binding.stored[0]], agreed_spec(binding.stored[0], packs)
+    return tuned.shape == entry.shape and (not binding.plain or live[binding.live[0]].shape == entry.shape)
+
+
+def _write(base: Mapping[str, Tensor], live: Mapping[str, Tensor], binding: Binding, packs: Sequence[Weighted]) -> None:
+    """Write base + packs into live memory."""
+    first = live[binding.live[0]]
+
+    def empty(shape: torch.Size, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        fits = binding.plain and shape == first.shape and dtype == first.dtype and device == first.device
+        return first if fits else torch.empty(shape, dtype=dtype, device=device)
+
+    stored = {
+        name: _summed(name, value.to(first.device), packs, dtype=first.dtype, empty=empty)
+        for name, value in base.items()
+    }
+    for name, made in binding.to_live(stored).items():
+        if made is not live[name]:
+            live[name].copy_(made)
+
+
+def _summed(name: str, base: Tensor, packs: Sequence[Weighted], *, dtype: torch.dtype, empty: Empty) -> Tensor:
+    """Return base + packs of one parameter in the dtype that the live model has."""
+    value = combined(name, base, packs, dtype=dtype, empty=empty)
+    if any(abs(weight) > _LARGE for _, weight in packs):  # a look at all values, which takes time
+        in_range(name, value, lambda: base)
+    return value
+
+
 def _replaces(made: Tensor, live: Tensor) -> bool:
     """Return whether a value has the shape of a live one, or more rows."""
     return made.shape == live.shape or growable(tuple(live.shape), tuple(made.shape))
 
 
-def _check_base(name: str, value: Tensor, packs: Sequence[Weighted], model: nn.Module) -> None:
-    """Refuse a live value that is not the one that the packs were made for."""
-    for pack, _ in packs:
-        try:
+def _check_base(base: Mapping[str, Tensor], packs: Sequence[Weighted]) -> None:
+    """Refuse values that are not those that the packs were made for."""
+    for name, value in base.items():
+        for pack, _ in packs:
             pack.check_tensor(name, value.cpu())
-        except PackError as error:
-            if not is_plugged(model):
-                raise
-            raise _merged_already(pack.source, name) from error
 
 
 def _merged_already(source: str, name: str) -> FusionError:

@@ -1,5 +1,7 @@
 """The values of a live model as its base's checkpoint stores them: exactly, or not at all."""
 
+import os
+from collections.abc import Mapping
 from functools import cached_property
 
 import torch
@@ -7,7 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graftllm.checkpoint import Checkpoint
-from graftllm.errors import FusionError, GraftError
+from graftllm.errors import FusionError, GraftError, PackError
+from graftllm.live import Binding
 from graftllm.skillpack import SkillPack
 from graftllm.tensors import DTYPES
 
@@ -26,6 +29,7 @@ class Origin:
     def __init__(self, model: nn.Module) -> None:
         """Look at nothing yet."""
         self.model = model
+        self._seen: list[tuple[int, int, int]] = []
 
     def stored(self, name: str, live: Tensor, pack: SkillPack) -> Tensor:
         """Return a parameter as the base stores it, on the device of the live value or on CPU.
@@ -50,6 +54,48 @@ class Origin:
             f"not loaded from that base. Load the base with dtype={dtype}, or from its directory."
         )
 
+    def read(self, binding: Binding, live: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """Return tensors of the checkpoint that the model was loaded from, backed by its files.
+
+        Args:
+            binding: which.
+            live: what the model holds of them; None where that is not looked at.
+
+        Returns:
+            By name in the checkpoint; None where there is none, or it is not what the model holds.
+        """
+        checkpoint = self._checkpoint
+        if checkpoint is None or not all(name in checkpoint.specs for name in binding.stored):
+            return None
+        found = {name: checkpoint.tensor(name) for name in binding.stored}
+        if live is None:
+            return found
+        made = binding.to_live(found)
+        same = made.keys() == live.keys() and all(made[name].to(live[name]).equal(live[name]) for name in live)
+        return found if same else None
+
+    def read_again(self, binding: Binding, pack: SkillPack) -> dict[str, Tensor]:
+        """Return what `read` has seen, from the same files.
+
+        Raises:
+            FusionError: the files hold other values now.
+            CheckpointError: they are gone or damaged.
+        """
+        checkpoint = self._checkpoint
+        assert checkpoint is not None
+        found = {name: checkpoint.tensor(name) for name in binding.stored}
+        if self._seen != _stamps(checkpoint):
+            for name, value in found.items():
+                try:
+                    pack.check_tensor(name, value)
+                except PackError as error:
+                    raise FusionError(
+                        f"{checkpoint.path}: expected the base as the live model was loaded from it, whose {name!r} it "
+                        "has to get back now, found other values. Put the files back and unplug once more, or load "
+                        "the model anew."
+                    ) from error
+        return found
+
     @cached_property
     def _checkpoint(self) -> Checkpoint | None:
         place = self.model.name_or_path if isinstance(self.model, PreTrainedModel) else None
@@ -57,9 +103,17 @@ class Origin:
             return None
         commit = getattr(self.model.config, "_commit_hash", None)
         try:
-            return Checkpoint.open(f"{place}@{commit}" if commit else place)
-        except GraftError:
+            found = Checkpoint.open(f"{place}@{commit}" if commit else place)
+            self._seen = _stamps(found)
+        except (GraftError, OSError):
             return None
+        return found
+
+
+def _stamps(checkpoint: Checkpoint) -> list[tuple[int, int, int]]:
+    """Return what changes when a file of weights does."""
+    found = [os.stat(file) for file in checkpoint.files]
+    return [(one.st_ino, one.st_size, one.st_mtime_ns) for one in found]
 
 
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graftllm.fusion.applying import Weighted
-from graftllm.fusion.grafting import Replacement, decode, decoded_bytes
+from graftllm.fusion.grafting import Replacement, decode, decoded_bytes, room_bytes
 
 
 class Sized(Protocol):
@@ -43,6 +43,10 @@ class Shelf:
     def nbytes(self) -> int:
         """How many bytes the decoded packs take."""
         return sum(one.nbytes for one in self._hot.values())
+
+    def has(self, key: Hashable) -> bool:
+        """Return whether something is kept under a key."""
+        return key in self._hot
 
     @property
     def hot(self) -> list[Hashable]:
@@ -102,13 +106,26 @@ class Shelf:
 def kept_replacement(
     shelf: Shelf, mix: Hashable, model: nn.Module, packs: Sequence[Weighted], *, check: bool
 ) -> Replacement:
-    """Return the parameters that packs make, from the shelf under `mix` or decoded into its memory; see `decode`.
-
-    What is kept is of a dtype and a device; a model that was moved since gets its own.
-    """
-    first = next(model.parameters())
+    """Return the parameters that packs make, from the shelf under `mix` or decoded into its memory; see `decode`."""
     return shelf.get(
-        ("merged", mix, first.dtype, first.device),
+        _key(mix, model),
         lambda: decode(model, *packs, check=check, empty=shelf.empty),
         lambda: decoded_bytes(model, *packs),
     )
+
+
+def may_be_kept(shelf: Shelf, mix: Hashable, model: nn.Module, packs: Sequence[Weighted]) -> bool:
+    """Return whether the shelf has the parameters that packs make, or may have."""
+    return shelf.has(_key(mix, model)) or decoded_bytes(model, *packs) <= shelf.limit_bytes
+
+
+def _key(mix: Hashable, model: nn.Module) -> Hashable:
+    """Return what merged weights are kept under: they are of a dtype and a device, and a model may be moved."""
+    first = next(model.parameters())
+    return "merged", mix, first.dtype, first.device
+
+
+def default_limit(model: nn.Module) -> int:
+    """Return how many bytes of decoded packs to keep: as many as the model has, at least 1 GiB, if there is room."""
+    devices = {value.device for value in model.parameters()}
+    return min(max(sum(value.nbytes for value in model.parameters()), 1 << 30), sum(map(room_bytes, devices)))

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from graftllm.fusion.grafting import Graft
-from graftllm.fusion.shelf import Shelf, kept_replacement
+from graftllm.fusion.grafting import plug_in_place
+from graftllm.fusion.grafts import Graft
+from graftllm.fusion.shelf import Shelf, kept_replacement, may_be_kept
 from graftllm.fusion.stacks import Mix
 from graftllm.skillpack import SkillPack
 
@@ -16,7 +17,7 @@ class Switch:
     """A live model and the packs that are merged into it now. One thread at a time.
 
     Attributes:
-        mix: these packs with their weights; empty when the model is the bare base.
+        mix: these packs with their weights; empty when the model is the bare base, None where a change failed.
     """
 
     def __init__(self, model: PreTrainedModel, packs: Mapping[str, SkillPack], shelf: Shelf) -> None:
@@ -28,8 +29,8 @@ class Switch:
             shelf: where merged weights are kept.
         """
         self.model, self.packs, self.shelf = model, packs, shelf
-        self.mix: Mix = ()
-        self._graft = Graft(model, {})
+        self.mix: Mix | None = ()
+        self._graft: Graft | None = None
         self._checked: set[str] = set()
         self._blocks: list[_Block] = []
 
@@ -39,7 +40,7 @@ class Switch:
 
         When one ends the model is what it was before, or goes on with what a later block that is still open began.
         """
-        block = _Block(self.mix)
+        block = _Block(self.mix or ())
         self._blocks.append(block)
         try:
             self.to(mix)
@@ -53,7 +54,10 @@ class Switch:
                 self.to(block.before)
 
     def to(self, mix: Mix) -> None:
-        """Put packs in the place of those that are merged; of what is hot on the shelf that costs nothing.
+        """Put packs in the place of those that are merged.
+
+        Of what is hot on the shelf that costs nothing; what the shelf has no room for is written over the base's
+        weights, as `plug_in_place` does.
 
         Raises:
             FusionError: the model cannot take them; see `plug`. It is the bare base then.
@@ -61,14 +65,19 @@ class Switch:
         """
         if mix == self.mix:
             return
-        self._graft.unplug()
-        self.mix = ()
-        if mix:
-            packs = [(self.packs[name], weight) for name, weight in mix]
-            names = {name for name, _ in mix}
-            merged = kept_replacement(self.shelf, mix, self.model, packs, check=not names <= self._checked)
-            self._checked |= names
-            self._graft, self.mix = merged.plug(self.model), mix
+        self.mix = None
+        packs = [(self.packs[name], weight) for name, weight in mix]
+        names = {name for name, _ in mix}
+        check = not names <= self._checked
+        if mix and not may_be_kept(self.shelf, mix, self.model, packs):
+            self._graft = plug_in_place(self.model, *packs, check=check, over=self._graft)
+        else:
+            if self._graft is not None:
+                self._graft.unplug()
+            merged = kept_replacement(self.shelf, mix, self.model, packs, check=check) if mix else None
+            self._graft = None if merged is None else merged.plug(self.model)
+        self._checked |= names
+        self.mix = mix
 
 
 @dataclass(eq=False)

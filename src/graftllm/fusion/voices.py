@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from graftllm.checkpoint import Checkpoint
 from graftllm.companions import GENERATION, TOKENIZER, put_companions
 from graftllm.errors import CheckpointError, PackError
-from graftllm.fusion.grafting import rows_without_packs
+from graftllm.fusion.grafts import rows_without_packs
 from graftllm.fusion.routes import BASE
 from graftllm.loading import load_tokenizer
 from graftllm.rendering import ends_of, input_embedding

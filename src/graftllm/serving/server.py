@@ -10,6 +10,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from graftllm.errors import ServingError
+from graftllm.fusion.shelf import default_limit
 from graftllm.serving.app import Backend, build_app
 from graftllm.serving.desk import Desk
 from graftllm.serving.engine import Engine
@@ -25,7 +26,7 @@ class Limits:
     """What a server takes.
 
     Attributes:
-        pack_memory: bytes of decoded packs that are kept; None for as much as the model itself, or 1 GiB if more.
+        pack_memory: bytes of decoded packs that are kept; None for the model's size, or 1 GiB, if there is room.
         max_queue: choices that may wait.
         max_batch: choices that are written at once.
         max_context: tokens of prompt and answer together; None for what the model was made for.
@@ -61,7 +62,7 @@ class Local:
             )
         memory = limits.pack_memory
         if memory is None:
-            memory = max(sum(value.nbytes for value in model.parameters()), 1 << 30)
+            memory = default_limit(model)
         self._engine = library.engine = Engine(
             library.grafted,
             library.digests,

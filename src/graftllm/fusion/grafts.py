@@ -1,0 +1,160 @@
+"""Grafts: which of a live model's weights are not its own now, and how they become so again, bit for bit."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+from weakref import WeakKeyDictionary, WeakSet
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from graftllm.errors import FusionError
+from graftllm.live import Binding, named_values
+
+_ROWS = ("num_embeddings", "out_features")  # what modules call them
+
+running_beside: WeakSet[nn.Module] = WeakSet()  # the models whose rows have packs now
+_widened: WeakKeyDictionary[nn.Module, dict[int, int]] = WeakKeyDictionary()  # rows without packs, by parameter
+_plugged_in: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many grafts a model has
+
+
+class Graft:
+    """Packs that are plugged into a live model, until `unplug` or the end of a `with` block."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Change nothing yet.
+
+        Raises:
+            FusionError: packs run beside the model's weights now.
+        """
+        if model in running_beside:
+            raise FusionError("plug: packs run beside the weights of this model now; leave that block first.")
+        self.model = model
+        self._undo: list[Callable[[], object]] = []
+        self._lent: dict[tuple[str, ...], _Lent] = {}
+        self._counts = False
+
+    def put(self, values: Mapping[str, Tensor]) -> "Graft":
+        """Put values, by name, in the place of parameters; what was there is kept. Return this graft."""
+        self._count()
+        parameters = named_values(self.model)
+        try:
+            for name, value in values.items():
+                parameter = parameters[name]
+                before = parameter.data
+                self._undo.append(partial(_put_back, *_place(self.model, name), before))
+                parameter.data = value
+                if before.shape != value.shape:
+                    self._tell_rows(parameter, len(before))
+        except BaseException:
+            self.unplug()
+            raise
+        return self
+
+    def lend(self, binding: Binding, base: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Let the memory of parameters be written over; `base` gives what it held, as the checkpoint stores it."""
+        self._count()
+        places = {name: _place(self.model, name) for name in binding.live}
+        self._lent.setdefault(binding.live, _Lent(binding, places, base))
+
+    def lent(self, names: tuple[str, ...]) -> Callable[[], Mapping[str, Tensor]] | None:
+        """Return what gives the base's values of a binding's parameters that may be written over; None of others."""
+        found = self._lent.get(names)
+        return None if found is None else found.base
+
+    @property
+    def others_plugged(self) -> bool:
+        """Whether other packs than these are plugged into the model."""
+        return _plugged_in.get(self.model, 0) > self._counts
+
+    def unplug(self, but: Collection[tuple[str, ...]] = ()) -> None:
+        """Give the model its own weights back, bit for bit, where it is now; a second time does nothing.
+
+        Args:
+            but: the parameters, by binding, that may stay as they are, since they will be written over again.
+
+        Raises:
+            FusionError, CheckpointError: weights that were written over are not in the base's files any more. Put these
+                back and call it once more, or load the model anew.
+        """
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+        for names in self._lent.keys() - set(but):
+            self._lent[names].give_back()
+            del self._lent[names]
+        if self._counts and not self._lent:
+            _plugged_in[self.model] -= 1
+            self._counts = False
+
+    def _count(self) -> None:
+        if not self._counts:
+            _plugged_in[self.model] = _plugged_in.get(self.model, 0) + 1
+            self._counts = True
+
+    def _tell_rows(self, parameter: Tensor, before: int) -> None:
+        """Let modules and config know how many rows a parameter has now."""
+        modules = list(self.model.modules())
+        owners = [one for one in modules if any(own is parameter for own in one._parameters.values())]
+        holders: list[tuple[Any, str]] = [(one, key) for one in owners for key in _ROWS]
+        config = getattr(self.model, "config", None)
+        texts = [config, config.get_text_config()] if isinstance(config, PreTrainedConfig) else []
+        holders += [(one, "vocab_size") for one in (*texts, *modules) if getattr(one, "vocab_size", None) == before]
+        for holder, key in holders:
+            if isinstance(count := getattr(holder, key, None), int) and count != len(parameter):
+                self._undo.append(partial(setattr, holder, key, count))
+                setattr(holder, key, len(parameter))
+        self._undo.append(partial(_widened.pop, self.model, None))
+        _widened.setdefault(self.model, {})[id(parameter)] = before
+
+    def __enter__(self) -> nn.Module:
+        """Return the model with its packs."""
+        return self.model
+
+    def __exit__(self, *_: object) -> None:
+        """Unplug."""
+        self.unplug()
+
+
+def rows_without_packs(model: nn.Module, parameter: Tensor) -> int:
+    """Return how many rows a parameter has when no pack is plugged in."""
+    return _widened.get(model, {}).get(id(parameter), len(parameter))
+
+
+def is_widened(model: nn.Module) -> bool:
+    """Return whether packs that are plugged in have added rows."""
+    return model in _widened
+
+
+def is_plugged(model: nn.Module) -> bool:
+    """Return whether packs are in the place of some of the model's weights."""
+    return _plugged_in.get(model, 0) > 0
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that holds a parameter, and the parameter's own name there.
+
+    Modules stay what they are where a model is wrapped meanwhile; a parameter that moves is another object.
+    """
+    module, _, key = name.rpartition(".")
+    return model.get_submodule(module), key
+
+
+def _put_back(module: nn.Module, key: str, value: Tensor) -> None:
+    here = cast(Tensor, getattr(module, key))
+    here.data = value.to(here)
+
+
+@dataclass(frozen=True)
+class _Lent:
+    """Parameters that are written over, the modules that hold them, and what gives the base's values."""
+
+    binding: Binding
+    places: Mapping[str, tuple[nn.Module, str]]
+    base: Callable[[], Mapping[str, Tensor]]
+
+    def give_back(self) -> None:
+        """Write the base's values over what is there."""
+        for name, value in self.binding.to_live(self.base()).items():
+            cast(Tensor, getattr(*self.places[name])).data.copy_(value)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
-from graftllm.errors import FusionError, PackError
+from graftllm.errors import GraftError, PackError
 from graftllm.fusion import grafting
 from graftllm.fusion.grafting import plug, plug_in_place
 from graftllm.fusion.grafts import is_plugged
@@ -129,17 +129,38 @@ def test_a_damaged_pack_leaves_the_base(
     assert _digests(model) == before
 
 
+@pytest.mark.parametrize("what", ["values", "names", "gone", "touched"])
 def test_files_that_changed_give_nothing_back_until_they_are_the_bases_again(
-    model: PreTrainedModel, packs: dict[str, SkillPack]
+    model: PreTrainedModel, packs: dict[str, SkillPack], what: str
 ) -> None:
     before, file = _digests(model), Path(model.name_or_path) / "model.safetensors"
     graft, whole = plug_in_place(model, packs["one"]), file.read_bytes()
-    other = {name: value + 1 for name, value in load_file(file).items()}
-    save_file(other, file, {"format": "pt"})
-    with pytest.raises(FusionError, match=r"whose '.*' it has to get back now, found other values. Put the files back"):
-        graft.unplug()
-    assert is_plugged(model)
-    file.write_bytes(whole)
+    own, texts = load_file(file), {
+        "values": r"whose '.*' it has to get back now, found other values. Put the files back",
+        "names": "whose '.*' it has to get back now, found",
+        "gone": "expected model.safetensors or model.safetensors.index.json, found neither",
+    }  # fmt: skip
+    if what == "values":
+        save_file({name: value + 1 for name, value in own.items()}, file, {"format": "pt"})
+    elif what == "names":
+        save_file({f"{name}.other": value for name, value in own.items()}, file, {"format": "pt"})
+    file.unlink() if what == "gone" else file.touch()
+    if what != "touched":
+        with pytest.raises(GraftError, match=texts[what]):
+            graft.unplug()
+        assert is_plugged(model)
+        file.write_bytes(whole)
     graft.unplug()
     assert _digests(model) == before
     assert not is_plugged(model)
+
+
+def test_the_working_directory_may_change_while_packs_are_plugged_in(
+    model: PreTrainedModel, packs: dict[str, SkillPack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = _digests(model)
+    monkeypatch.chdir(tmp_path)
+    model.name_or_path = "base"
+    with plug_in_place(model, packs["one"]):
+        monkeypatch.chdir(tmp_path / "base")
+    assert _digests(model) == before

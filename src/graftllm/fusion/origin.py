@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 
 import torch
@@ -83,17 +84,20 @@ class Origin:
         """
         checkpoint = self._checkpoint
         assert checkpoint is not None
-        found = {name: checkpoint.tensor(name) for name in binding.stored}
-        if self._seen != _stamps(checkpoint):
-            for name, value in found.items():
-                try:
-                    pack.check_tensor(name, value)
-                except PackError as error:
-                    raise FusionError(
-                        f"{checkpoint.path}: expected the base as the live model was loaded from it, whose {name!r} it "
-                        "has to get back now, found other values. Put the files back and unplug once more, or load "
-                        "the model anew."
-                    ) from error
+        if self._seen == _stamps(checkpoint):
+            return {name: checkpoint.tensor(name) for name in binding.stored}
+        checkpoint = Checkpoint.open(checkpoint.path)
+        found: dict[str, Tensor] = {}
+        for name in binding.stored:
+            try:
+                found[name] = checkpoint.tensor(name)
+                pack.check_tensor(name, found[name])
+            except (KeyError, PackError) as error:
+                raise FusionError(
+                    f"{checkpoint.path}: expected the base as the live model was loaded from it, whose {name!r} it has "
+                    "to get back now, found other values. Put the files back and unplug once more, or load the model "
+                    "anew."
+                ) from error
         return found
 
     @cached_property
@@ -102,18 +106,26 @@ class Origin:
         if not place:
             return None
         commit = getattr(self.model.config, "_commit_hash", None)
+        if os.path.isdir(place):
+            place = os.path.abspath(place)  # whatever the working directory will be
+        elif commit:
+            place = f"{place}@{commit}"
         try:
-            found = Checkpoint.open(f"{place}@{commit}" if commit else place)
-            self._seen = _stamps(found)
-        except (GraftError, OSError):
+            found = Checkpoint.open(place)
+        except GraftError:
             return None
+        self._seen = _stamps(found)
         return found
 
 
 def _stamps(checkpoint: Checkpoint) -> list[tuple[int, int, int]]:
-    """Return what changes when a file of weights does."""
-    found = [os.stat(file) for file in checkpoint.files]
-    return [(one.st_ino, one.st_size, one.st_mtime_ns) for one in found]
+    """Return what changes when a file of weights does; nothing of one that is gone."""
+    found: list[tuple[int, int, int]] = []
+    for shard in sorted(set(checkpoint.shards.values())):
+        with suppress(OSError):
+            told = os.stat(checkpoint.path / shard)
+            found.append((told.st_ino, told.st_size, told.st_mtime_ns))
+    return found
 
 
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:

@@ -85,6 +85,24 @@ def test_pack_says_what_it_wrote(graftllm: Command, files: Path, tmp_path: Path)
     assert shown.out.startswith(f"{out}: {out.stat().st_size:,} bytes, ")
 
 
+def test_packs_with_files_of_their_own_say_so_wherever_they_are_shown(
+    graftllm: Command, files: Path, tmp_path: Path
+) -> None:
+    tuned, out = Path(shutil.copytree(files / "tuned", tmp_path / "tuned")), tmp_path / "own.safetensors"
+    (tuned / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    pair = ["--base", files / "base", "--tuned", tuned, "--out", out, "--strategy", "exact"]
+    told = "With files that are not the base's, by which it is asked: chat_template.jinja\n"
+    assert graftllm("pack", *pair).out.endswith(told)
+    assert json.loads(graftllm("pack", *pair, "--json").out)["own_files"] == ["chat_template.jinja"]
+    packs = [f"plain={files}/pack.safetensors", f"own={out}", f"twin={out}"]
+    fuse = [part for one in packs for part in ("--pack", one)]
+    graftllm("fuse", "--base", files / "base", *fuse, "--out", tmp_path / "g")
+    assert "files   of own, twin: chat_template.jinja\n" in graftllm("list", tmp_path / "g").out
+    listed = json.loads(graftllm("list", tmp_path / "g", "--json").out)["packs"]
+    assert [pack["own_files"] for pack in listed.values()] == [None, *[["chat_template.jinja"]] * 2]
+    assert "own files    chat_template.jinja, " in graftllm("inspect", out).out
+
+
 def test_workers_write_the_same_pack(graftllm: Command, files: Path, tmp_path: Path) -> None:
     for number in ("1", "2"):
         pair = ("--base", files / "base", "--tuned", files / "tuned")

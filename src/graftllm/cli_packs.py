@@ -153,6 +153,7 @@ def pack(
         "bits_per_parameter": 8 * size / delta.tuned.parameters,
         "seconds": round(time.monotonic() - started, 2),
         "peak_memory_bytes": peak_memory_bytes(),
+        "own_files": made.header.own_files,
     }
     if json:
         print_json(figures)
@@ -161,6 +162,8 @@ def pack(
             f"{out}: {size:,} bytes, {size / made.header.tuned_bytes:.1%} of the tuned checkpoint, "
             f"{figures['bits_per_parameter']:.2f} bits per parameter, in {figures['seconds']} s"
         )
+        if made.header.own_files:
+            print(f"With files that are not the base's, by which it is asked: {', '.join(made.header.own_files)}")
 
 
 def inspect(

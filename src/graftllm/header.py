@@ -178,6 +178,11 @@ class Header(Part):
     tensors: dict[str, TensorEntry]
 
     @property
+    def own_files(self) -> list[Companion] | None:
+        """The companions that come along, by which the pack is asked; None where it is asked as its base is."""
+        return [name for name, one in self.companions.items() if one is not None] if self.companions else None
+
+    @property
     def companion_bytes(self) -> int:
         """How many bytes of the file are companions of the tuned weights."""
         return sum(one.nbytes for one in self.companions.values() if one is not None)

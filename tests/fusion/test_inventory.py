@@ -62,7 +62,7 @@ def test_the_inventory_tells_what_each_pack_can_do(grafted: Path) -> None:
     figures = json.loads(json.dumps(found.figures()))
     assert figures["packs"]["one"] | {"sha256": ""} == {
         "file_bytes": (grafted / "packs" / "one.safetensors").stat().st_size,
-        "sha256": "", "description": "Skill one", "beside": False, "routed": True,
+        "sha256": "", "description": "Skill one", "beside": False, "routed": True, "own_files": None,
     }  # fmt: skip
     assert figures["rules"] == [{"pack": "one", "tag": "TAG"}]
     assert [row[3:5] for row in found.rows()] == [("merged", "yes"), ("merged, beside", "no")]

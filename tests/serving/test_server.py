@@ -35,7 +35,8 @@ def _ask(client: OpenAI, question: str, model: str, length: int = 12) -> str:
 
 def test_models_are_the_base_every_pack_and_auto(client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["base", "one", "two", "whole", "auto"]
-    assert client.models.retrieve("whole").model_dump()["graftllm"]["runs"] == "merged"
+    about = client.models.retrieve("whole").model_dump()["graftllm"]
+    assert (about["runs"], about["own_files"]) == ("merged", None)
     with pytest.raises(NotFoundError, match="expected one of base, one, two, whole, auto; found 'nobody'"):
         client.models.retrieve("nobody")
 

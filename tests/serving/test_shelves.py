@@ -89,6 +89,13 @@ def test_each_pack_is_served_with_its_own_template_and_end_tokens(spoken: tuple[
                 assert answer.usage.prompt_tokens == len(prompt)
 
 
+def test_the_list_of_models_names_files_of_a_packs_own(spoken: tuple[GraftedModel, str]) -> None:
+    with client_of(spoken[1]) as client:
+        about = {one.id: one.model_dump()["graftllm"].get("own_files") for one in client.models.list()}
+    assert about["own"] == ["chat_template.jinja", "generation_config.json"]
+    assert about["plain"] is about["base"] is None
+
+
 def test_tokens_of_a_longer_vocabulary_are_for_its_pack_alone(spoken: tuple[GraftedModel, str]) -> None:
     grafted, address = spoken
     with client_of(address) as client:

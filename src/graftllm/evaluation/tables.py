@@ -137,8 +137,9 @@ def pack_lines(header: Header, file_bytes: int) -> list[str]:
 
 def _own_files(header: Header) -> str:
     """Return which files beside the tuned weights come along, and what they take."""
-    names = ", ".join(name for name, one in header.companions.items() if one is not None)
-    return f"{names or 'none'}, {header.companion_bytes:,} bytes" if header.companions else ""
+    if header.own_files is None:
+        return ""
+    return f"{', '.join(header.own_files) or 'none'}, {header.companion_bytes:,} bytes"
 
 
 def role_grid(header: Header) -> Grid:

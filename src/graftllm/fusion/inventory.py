@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from graftllm.companions import Companion
 from graftllm.downloads import cached, repository
 from graftllm.errors import FusionError, GraftError
 from graftllm.fusion.branches import why_merged_only
@@ -27,6 +28,7 @@ class Item:
         description: from its card.
         beside: whether it can run beside the weights; None where that is not known.
         routed: whether the router knows it.
+        own_files: by which it is asked in the place of the base's; None where it is asked as the base is.
     """
 
     file_bytes: int
@@ -34,6 +36,7 @@ class Item:
     description: str
     beside: bool | None
     routed: bool
+    own_files: Sequence[Companion] | None
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,18 @@ class Inventory:
             f"base    {self.base} ({self.fingerprint[:12]})",
             f"packs   {len(self.packs)}, {sum(item.file_bytes for item in self.packs.values()):,} bytes",
             f"router  {router}",
+            *self._own_files(),
             *([f"beside  not known: {self.unknown}"] if self.unknown else ()),
             *(f"rule    {rule.model_dump_json(exclude_none=True)}" for rule in self.rules),
         ]
+
+    def _own_files(self) -> list[str]:
+        """Return which packs are asked by files of their own, a line for each set of files."""
+        packs: dict[str, list[str]] = {}
+        for name, item in self.packs.items():
+            if item.own_files is not None:
+                packs.setdefault(", ".join(item.own_files) or "none", []).append(name)
+        return [f"files   of {', '.join(names)}: {files}" for files, names in packs.items()]
 
     def figures(self) -> dict[str, Any]:
         """Return what `graftllm list --json` prints."""
@@ -115,6 +127,7 @@ def take_inventory(directory: Path) -> Inventory:
             description=packs[name].header.card.description,
             beside=beside.get(name),
             routed=name not in late,
+            own_files=packs[name].header.own_files,
         )
         for name, shelved in manifest.packs.items()
     }

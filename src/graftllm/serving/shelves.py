@@ -53,6 +53,7 @@ class Library:
                 "bytes": held.sizes[name],
                 "runs": "beside" if name in held.beside else "merged",
                 "routed": name in routed,
+                "own_files": pack.header.own_files,
             }
         if held.grafted.chooses:
             found[AUTO] = {"description": "the router chooses"}

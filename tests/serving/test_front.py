@@ -10,9 +10,15 @@ from fastapi import FastAPI, Request
 from openai import APIError, APIStatusError, NotFoundError, OpenAI
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from graftllm.checkpoint import Checkpoint
+from graftllm.delta import Delta
 from graftllm.errors import ServingError
+from graftllm.fusion.directory import write_grafted
+from graftllm.packer import compress
+from graftllm.packing_options import PackOptions
 from graftllm.serving.app import build_app
 from graftllm.serving.front import Front
+from tests.models import perturb
 from tests.serving.running import PATIENCE_S, client_of, posted, served
 
 
@@ -27,7 +33,7 @@ def _engine(names: tuple[str, ...], key: str = "inner") -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        body = await request.json()
+        body = app.state.asked = await request.json()
         if request.headers.get("authorization") != f"Bearer {key}":
             return JSONResponse({"error": {"message": "no key"}}, 401)
         if body["messages"][-1]["content"] == "fail":
@@ -125,6 +131,25 @@ def test_the_engines_errors_are_passed_back(client: OpenAI) -> None:
     with pytest.raises(APIStatusError, match="the engine is out of memory") as info:
         _ask(client, "one", "fail")
     assert info.value.status_code == 503
+
+
+def test_answers_of_a_pack_end_at_its_own_end_tokens(fused: Path, tmp_path: Path) -> None:
+    base = Checkpoint.open(fused / "base")
+    tuned = Checkpoint.open(perturb(base.path, tmp_path / "tuned", seed=1))
+    (tuned.path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 9]}))
+    compress(Delta(base, tuned), PackOptions(servable=4)).save(tmp_path / "own.safetensors")
+    files = {"own": tmp_path / "own.safetensors", "one": fused / "one.safetensors"}
+    write_grafted(tmp_path / "grafted", str(base.path), files)
+    engine = _engine(("base", "own", "one"))
+    with (
+        served(engine) as inner,
+        served(build_app(Front(tmp_path / "grafted", inner, key="inner", device="cpu"))) as address,
+        client_of(address) as client,
+    ):
+        _ask(client, "one", "hi")
+        assert "stop_token_ids" not in engine.state.asked
+        _ask(client, "own", "hi")
+        assert engine.state.asked["stop_token_ids"] == [5, 9]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -71,6 +71,8 @@ class Front:
         chosen = await asyncio.to_thread(self._choose, asked)
         self.metrics.answered.labels(chosen.pack).inc()
         body = json.loads(await request.body()) | {"model": self._names[chosen.pack]}
+        if ends := await asyncio.to_thread(self._own_ends, chosen.pack):
+            body["stop_token_ids"] = ends
         path = "/chat/completions" if isinstance(asked, ChatRequest) else "/completions"
         passed = self._client.build_request("POST", self._url + path, json=body, headers=self._headers)
         gone, answer, handed_over = asyncio.ensure_future(leaves(request)), None, False
@@ -129,6 +131,11 @@ class Front:
         self.metrics.routing.observe(perf_counter() - started)
         pack = route.name if route.name in self._names else BASE
         return Chosen(pack, route.probabilities, route.reason)
+
+    def _own_ends(self, pack: str) -> tuple[int, ...]:
+        """Return the tokens that end a pack's answers where they are not the base's, which the engine knows."""
+        voices = self._library.grafted.voices
+        return voices[pack].ends if voices[pack].ends != voices.base.ends else ()
 
     def _found(self) -> dict[str, str]:
         """Return what the other server calls the base and each pack that it has."""

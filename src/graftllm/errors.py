@@ -41,6 +41,10 @@ class PackError(GraftError):
     """A SkillPack is damaged, hostile, or made for another base model."""
 
 
+class PackGoneError(PackError):
+    """A SkillPack's file was taken away after it was opened."""
+
+
 class CompressionError(GraftError):
     """A delta cannot be compressed as asked."""
 

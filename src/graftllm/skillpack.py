@@ -18,7 +18,7 @@ from graftllm.companions import Companion, decompressed
 from graftllm.compression.encoded import EncodedTensor, ExactLayer, payload_digest
 from graftllm.delta import align
 from graftllm.downloads import Repository, download, repository
-from graftllm.errors import HubError, PackError, first_line
+from graftllm.errors import HubError, PackError, PackGoneError, first_line
 from graftllm.header import Header
 from graftllm.packfile import Run, opening, places, read_header
 from graftllm.storage import whole_file
@@ -83,7 +83,8 @@ class SkillPack:
                 with safe_open(path, framework="np") as file:
                     return file.get_slice(run)[stored[run][name]]
             except (OSError, SafetensorError) as error:
-                raise PackError(
+                kind = PackGoneError if isinstance(error, FileNotFoundError) else PackError
+                raise kind(
                     f"{path}: {name!r} cannot be read any more ({first_line(error)}). "
                     "The file was removed or changed after it was opened; put it back and open it again."
                 ) from error

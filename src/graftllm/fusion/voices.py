@@ -7,6 +7,7 @@ asked in the base's. What its pack holds of these makes a voice; all other packs
 import json
 import shutil
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -61,6 +62,17 @@ class Voices:
         self._found: dict[Any, Voice] = {}
         self._of: dict[str, Voice] = {}
 
+    def of_others(self, packs: Mapping[str, SkillPack]) -> "Voices":
+        """Return the voices of the same base and other packs; tokenizers that these need, too, are not loaded again."""
+        voices = copy(self)
+        voices._packs, voices._of = packs, {}
+        needed = {_told(pack) for pack in packs.values()}
+        voices._tokenizers = {key: one for key, one in self._tokenizers.copy().items() if key in needed}
+        kept = [self.base.tokenizer, *voices._tokenizers.values()]
+        found = self._found.copy().items()
+        voices._found = {key: one for key, one in found if any(one.tokenizer is words for words in kept)}
+        return voices
+
     def __getitem__(self, name: str) -> Voice:
         """Return the voice of a pack; that of the base for any other name.
 
@@ -89,10 +101,9 @@ class Voices:
         return self._found.setdefault(key, Voice(tokenizer, ends, rows))
 
     def _tokenizer(self, pack: SkillPack) -> PreTrainedTokenizerBase:
-        told = [(name, one and one.digest) for name, one in pack.header.companions.items() if name in TOKENIZER]
-        if not told:
+        if not (key := _told(pack)):
             return self.base.tokenizer
-        if (key := tuple(told)) not in self._tokenizers:
+        if key not in self._tokenizers:
             self._tokenizers[key] = _own_tokenizer(self._model.config.to_json_string(), self.base.tokenizer, pack)
         return self._tokenizers[key]
 
@@ -108,6 +119,12 @@ def check_voice(base: Checkpoint, pack: SkillPack) -> None:
         _own_tokenizer((base.path / "config.json").read_text(encoding="utf-8"), load_tokenizer(base.path), pack)
     if (content := pack.companion(GENERATION)) is not None:
         _told_ends(content, pack.source)
+
+
+def _told(pack: SkillPack) -> tuple[Any, ...]:
+    """Return what a pack's tokenizer is known by: its files' names and digests; nothing where it has the base's."""
+    files = pack.header.companions.items()
+    return tuple((name, one and one.digest) for name, one in files if name in TOKENIZER)
 
 
 def _own_tokenizer(config: str, tokenizer: PreTrainedTokenizerBase, pack: SkillPack) -> PreTrainedTokenizerBase:

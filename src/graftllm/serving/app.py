@@ -16,7 +16,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from graftllm.errors import GraftError, ServingError
 from graftllm.serving.gate import Gate
 from graftllm.serving.metrics import Metrics
-from graftllm.serving.orders import Refused
+from graftllm.serving.orders import Refused, unknown_model
 from graftllm.serving.protocol import ChatRequest, CompletionRequest, Strict, error_body
 
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -123,7 +123,7 @@ def build_app(
     async def model(name: str) -> dict[str, Any]:
         found = await asyncio.to_thread(backend.models)
         if name not in found:
-            raise Refused(f"expected one of {', '.join(found)}; found {name!r}.", status=404, code="model_not_found")
+            raise unknown_model(name, found)
         return _model(name, found[name])
 
     @app.post("/v1/chat/completions")

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 from fastapi import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from graftllm.errors import GraftError, PackError, RecordError, is_failure
+from graftllm.errors import GraftError, PackError, PackGoneError, RecordError, is_failure
 from graftllm.fusion.manifest import AUTO
 from graftllm.fusion.voices import Voice, Voices
 from graftllm.records import Message
@@ -89,31 +89,40 @@ class Desk:
             raise Refused(f"n: expected at most {most} texts in all, as many as may wait; found {texts}.", param="n")
         if isinstance(asked, ChatRequest):
             messages = [message.plain() for message in asked.messages]
-            return [self._order(asked, messages, lambda voice: render(voice.tokenizer, messages, answer_next=True))]
+            voices = self._voices()
+            return [self._order(asked, voices, messages, lambda one: render(one.tokenizer, messages, answer_next=True))]
         if len(asked.prompts) > 1 and asked.model == AUTO:
             raise Refused("prompt: auto chooses for one prompt at a time; name a pack, or send one.", param="prompt")
-        return [self._continued(asked, prompt) for prompt in asked.prompts]
+        voices = self._voices()
+        return [self._continued(asked, voices, prompt) for prompt in asked.prompts]
 
-    def _order(self, asked: Asked, messages: list[Message], read: Callable[[Voice], list[int]]) -> Order:
+    def _order(
+        self, asked: Asked, voices: Voices, messages: list[Message], read: Callable[[Voice], list[int]]
+    ) -> Order:
         """Return what a request asks for a prompt, as the router sees it and as `read` puts it into a voice's tokens.
 
         It is read in the voice of the pack that is named, or of the base; where the router chooses a pack with another
         voice, once more in that.
         """
-        voices, known = self._voices(), dict[Voice, Reading]()
+        known = dict[str, Reading]()
         what = "messages: the chat template" if isinstance(asked, ChatRequest) else "prompt: the tokenizer"
 
         def reading(pack: str) -> Reading:
-            voice = _voice(voices, pack)
-            if voice not in known:
+            if pack in known:
+                return known[pack]
+            voice = _voice(self._engine.voices if known else voices, pack)  # the router may know newer packs
+            if (same := next((one for one in known.values() if one.voice is voice), None)) is None:
                 try:
                     ids = read(voice)
+                except Refused:
+                    raise
                 except BaseException as error:  # templates raise what they like at conversations that they do not know
                     if not is_failure(error):
                         raise
                     raise Refused(f"{what} refuses them ({error}).", param=what.partition(":")[0]) from error
-                known[voice] = self._reading(asked, ids, voice)
-            return known[voice]
+                same = self._reading(asked, ids, voice)
+            known[pack] = same
+            return same
 
         reading(asked.model)
         return Order(
@@ -152,27 +161,46 @@ class Desk:
             )
         return Reading(ids, voice, longest)
 
-    def _continued(self, asked: CompletionRequest, prompt: str | list[int]) -> Order:
-        voice = _voice(self._voices(), asked.model)
+    def _continued(self, asked: CompletionRequest, voices: Voices, prompt: str | list[int]) -> Order:
         if isinstance(prompt, str):
-            text = prompt
-        else:
-            vocabulary = min(len(voice.tokenizer), voice.rows)
-            if (bad := next((one for one in prompt if not 0 <= one < vocabulary), None)) is not None:
-                raise Refused(f"prompt: expected tokens from 0 to {vocabulary - 1}, found {bad}.", param="prompt")
-            text = cast(str, voice.tokenizer.decode(prompt))
+            turn = [Message(role="user", content=prompt)]
+            return self._order(asked, voices, turn, lambda one: one.tokenizer(prompt)["input_ids"])
+        voice = _voice(voices, asked.model)
+        vocabulary = min(len(voice.tokenizer), voice.rows)
+        if (bad := next((one for one in prompt if not 0 <= one < vocabulary), None)) is not None:
+            raise Refused(f"prompt: expected tokens from 0 to {vocabulary - 1}, found {bad}.", param="prompt")
+        words = voice.tokenizer.convert_ids_to_tokens(prompt)
 
         def read(other: Voice) -> list[int]:
-            return prompt if isinstance(prompt, list) and other is voice else other.tokenizer(text)["input_ids"]
+            if other is not voice and other.tokenizer.convert_ids_to_tokens(prompt) != words:
+                raise Refused(
+                    "prompt: auto chose a pack of another vocabulary than the base's, in which the tokens are; name "
+                    "the pack, or send text.",
+                    param="prompt",
+                )
+            return prompt
 
-        return self._order(asked, [Message(role="user", content=text)], read)
+        text = cast(str, voice.tokenizer.decode(prompt))  # for the router
+        return self._order(asked, voices, [Message(role="user", content=text)], read)
 
 
 def _voice(voices: Voices, name: str) -> Voice:
     try:
         return voices[name]
     except PackError as error:
-        raise Refused(str(error), status=500, code="engine_failed") from error
+        raise _failed(error) from error
+
+
+def _failed(error: BaseException) -> Refused:
+    """Return what is told of an order that cannot be finished."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, RecordError):  # the router cannot read so long a prompt, say
+        return Refused(str(error))
+    if isinstance(error, PackGoneError):
+        return Refused("pack: it was removed while this waited for it; ask again.", status=404, code="model_not_found")
+    told = str(error) if isinstance(error, GraftError) else "the server failed at this; its log says where."
+    return Refused(told, status=500, code="engine_failed")
 
 
 class Stream(StreamingResponse):
@@ -232,13 +260,7 @@ async def _next(events: asyncio.Queue[Event], gone: asyncio.Future[None]) -> Eve
     else:
         event = events.get_nowait()
     if isinstance(event, Failed):
-        error = event.error
-        if isinstance(error, Refused):
-            raise error
-        if isinstance(error, RecordError):  # the router cannot read so long a prompt, say
-            raise Refused(str(error)) from error
-        message = str(error) if isinstance(error, GraftError) else "the server failed at this; its log says where."
-        raise Refused(message, status=500, code="engine_failed") from error
+        raise _failed(event.error) from event.error
     return event
 
 

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from graftllm.errors import is_failure
+from graftllm.errors import FusionError, is_failure
 from graftllm.fusion.beside import Mix
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.manifest import AUTO
-from graftllm.fusion.names import unknown_pack
 from graftllm.fusion.routes import BASE, Route
+from graftllm.fusion.voices import Voices
 from graftllm.serving.batch import check_servable
 from graftllm.serving.lanes import Job, Lanes, fail
 from graftllm.serving.metrics import Metrics
-from graftllm.serving.orders import Chosen, Event, Order, Refused
+from graftllm.serving.orders import Chosen, Event, Order, Refused, unknown_model
 from graftllm.serving.weights import Weights
 
 _TURN = 32  # steps of one lane before another's turn
@@ -76,6 +76,11 @@ class Engine:
         """Whether orders are taken."""
         return self._thread.is_alive() and not self._stopping
 
+    @property
+    def voices(self) -> Voices:
+        """The voices of the packs that are served."""
+        return self._grafted.voices
+
     def stop(self) -> None:
         """Finish all that was submitted, then end."""
         with self._changed:
@@ -94,8 +99,7 @@ class Engine:
             self._refuse_when_stopping()
             known = [BASE, *([AUTO] if self._grafted.chooses else []), *self.serves]
             if order.pack not in known:
-                error = unknown_pack(order.pack, known)
-                raise Refused(str(error), status=404, param="model", code="model_not_found")
+                raise unknown_model(order.pack, known)
             waiting = len(self._lanes.waiting) + sum(job.order.choices for job, _ in self._arrived)
             if waiting + order.choices > self.max_queue:
                 raise Refused(
@@ -210,6 +214,8 @@ class Engine:
                 self._lanes.weights.bare()
                 found = self._grafted.route([job.order.messages for job in unsure])
                 routes = dict(zip(unsure, found, strict=True))
+            except FusionError as error:  # no rule fits, and no router knows
+                fail(unsure, Refused(str(error), param="model"))
             except Exception as error:
                 fail(unsure, error)
             self.metrics.routing.observe((perf_counter() - started) / len(unsure))

@@ -1,9 +1,11 @@
 """What travels between the endpoint and the engine: an order in, events out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from graftllm.errors import GraftError
+from graftllm.fusion.manifest import AUTO
+from graftllm.fusion.names import unknown_pack
 from graftllm.fusion.voices import Voice
 from graftllm.records import Message
 
@@ -21,6 +23,18 @@ class Refused(GraftError):
         """Keep what is wrong."""
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
+
+
+def unknown_model(name: str, known: Iterable[str]) -> Refused:
+    """Return the refusal of a model that is not there; of `auto` it says what that needs."""
+    if name == AUTO:
+        told = (
+            f"pack: {AUTO!r} needs a router, and this grafted model has none; name one of {', '.join(known)}, or fuse "
+            "with --router-data."
+        )
+    else:
+        told = str(unknown_pack(name, known))
+    return Refused(told, status=404, param="model", code="model_not_found")
 
 
 @dataclass(frozen=True)

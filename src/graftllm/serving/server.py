@@ -70,7 +70,7 @@ class Local:
             max_queue=limits.max_queue,
             max_batch=limits.max_batch,
         )
-        self._desk = Desk(self._engine, lambda: library.grafted.voices, context)
+        self._desk = Desk(self._engine, lambda: library.voices, context)
         self.metrics, self.models, self.card = self._engine.metrics, library.models, library.card
         self.add, self.remove = library.add, library.remove
         self.measured, self.stop = self._engine.measured, self._engine.stop

@@ -1,20 +1,29 @@
-"""The packs of a served directory: which there are, what their cards say, and changes while it is served."""
+"""The packs of a served directory: which there are, what their cards say, and changes while it is served.
 
+Others may change the directory, too, such as `graftllm remove`: whoever asks next is told of what it holds then.
+"""
+
+import logging
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from graftllm.errors import FusionError, GraftError
 from graftllm.evaluation.anatomy import figures
 from graftllm.fusion.directory import add_packs, remove_pack
 from graftllm.fusion.grafted import GraftedModel
-from graftllm.fusion.manifest import AUTO
+from graftllm.fusion.manifest import AUTO, MANIFEST, read_manifest
 from graftllm.fusion.names import unknown_pack
 from graftllm.fusion.routes import BASE
+from graftllm.fusion.voices import Voices
 from graftllm.packfile import file_bytes
 from graftllm.serving.engine import Engine
 from graftllm.serving.orders import Refused
+
+_log = logging.getLogger(__name__)
 
 
 class Library:
@@ -28,9 +37,9 @@ class Library:
             CheckpointError: the base is missing or cannot be loaded.
             PackError: a pack is damaged or was made for another base.
         """
-        self._directory, self._lock = directory, Lock()
+        self._directory, self._lock, self._seen = directory, Lock(), _state(directory)
         self._held = _hold(directory, device=device)
-        self.engine: Engine | None = None
+        self.engine: Engine | None = None  # which follows changes
 
     @property
     def grafted(self) -> GraftedModel:
@@ -42,9 +51,14 @@ class Library:
         """The SHA-256 of each pack's file, by name."""
         return self._held.grafted.digests
 
+    @property
+    def voices(self) -> Voices:
+        """The voices of the packs that there are now."""
+        return self._now().grafted.voices
+
     def models(self) -> dict[str, dict[str, Any]]:
         """Return what can be asked for by name: the base, each pack and, with a router or rules, `auto`."""
-        held = self._held
+        held = self._now()
         routed = set() if held.grafted.router is None else set(held.grafted.router.classes)
         found: dict[str, dict[str, Any]] = {BASE: {"description": "the model without a pack"}}
         for name, pack in held.grafted.packs.items():
@@ -65,7 +79,7 @@ class Library:
         Raises:
             Refused: there is no such pack.
         """
-        held = self._held
+        held = self._now()
         if name not in held.sizes:
             raise Refused(str(unknown_pack(name, held.sizes)), status=404, code="model_not_found")
         found = figures(held.grafted.packs[name].header, held.sizes[name])
@@ -91,6 +105,7 @@ class Library:
             StorageError: the directory cannot be written.
             Refused: the server stops.
         """
+        self._now()
         with self._lock:
             if name not in self.digests:
                 raise Refused(str(unknown_pack(name, self.digests)), status=404, code="model_not_found")
@@ -101,17 +116,38 @@ class Library:
             finally:
                 self._reload()
 
+    def _now(self) -> "_Held":
+        """Return what the directory holds; if others changed it, it is read again and served, or stays as it was."""
+        if self.engine is not None and _state(self._directory) != self._seen:
+            with self._lock:
+                if _state(self._directory) != self._seen:
+                    try:
+                        self._reload()
+                    except Refused:
+                        raise  # the server stops
+                    except GraftError as error:
+                        _log.error("%s was changed, but is served as it was: %s", self._directory, error)
+        return self._held
+
     def _reload(self) -> None:
         """Serve what the directory holds now, with the base that is in memory."""
         assert self.engine is not None
-        engine = self.engine
-        self._held = _hold(
+        engine, before = self.engine, self._held
+        self._seen = _state(self._directory)
+        held = _hold(
             self._directory,
             lambda look: engine.between_steps(look).result(),
-            model=self.grafted.model,
+            model=before.grafted.model,
             check=False,
         )
-        self.engine.adopt(self.grafted, self.digests)
+        if held.fingerprint != before.fingerprint:
+            raise FusionError(
+                f"{self._directory}: expected the base that is served ({before.fingerprint[:12]}), found packs for "
+                f"another ({held.fingerprint[:12]}); start the server again."
+            )
+        held.grafted.voices = before.grafted.voices.of_others(held.grafted.packs)
+        self._held = held
+        engine.adopt(self.grafted, self.digests)
 
 
 @dataclass(frozen=True)
@@ -119,11 +155,13 @@ class _Held:
     """What a directory held when it was read; what can be told without asking the model again.
 
     Attributes:
+        fingerprint: of the base that the packs are made for.
         grafted: the model.
         sizes: the bytes of each pack's file, by name.
         beside: packs that can run beside the weights.
     """
 
+    fingerprint: str
     grafted: GraftedModel
     sizes: Mapping[str, int]
     beside: Collection[str]
@@ -140,11 +178,22 @@ def _hold(directory: Path, when: Callable[[Callable[[], Any]], Any] = lambda loo
         when: looks at the live model while nobody runs it.
         options: of `GraftedModel.load`, whose errors are raised, too.
     """
+    fingerprint = read_manifest(directory).fingerprint
     grafted = GraftedModel.load(directory, memory_bytes=0, **options)  # the engine keeps decoded packs itself
     known = () if grafted.router is None else grafted.router.classes
     grafted.unrouted = [name for name in grafted.unrouted if name in known]
     return _Held(
+        fingerprint,
         grafted,
         {name: file_bytes(pack.header) for name, pack in grafted.packs.items()},
         when(lambda: frozenset(name for name in grafted.packs if grafted.merged_only(name) is None)),
     )
+
+
+def _state(directory: Path) -> tuple[int, ...]:
+    """Return what is another whenever a directory's manifest was replaced; nothing where there is none."""
+    try:
+        found = os.stat(directory / MANIFEST)
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size

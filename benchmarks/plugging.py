@@ -45,7 +45,7 @@ from graftllm.delta import Delta
 from graftllm.devices import resolve_device
 from graftllm.fusion.beside import Beside
 from graftllm.fusion.branches import decode_branches
-from graftllm.fusion.grafting import room_bytes
+from graftllm.fusion.decoding import room_bytes
 from graftllm.fusion.shelf import Shelf
 from graftllm.fusion.switching import Switch
 from graftllm.metering import peak_memory_bytes

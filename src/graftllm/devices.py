@@ -1,6 +1,8 @@
 """Which device the work is done on, and how much memory there is."""
 
 import os
+from bisect import bisect_right
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,11 +20,8 @@ def gpus(device: str) -> int:
 
 def memory_bytes() -> int:
     """Return how much memory the machine has, or the container that this runs in."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    except (OSError, ValueError):  # no such limit here
-        return total
+    limits = [limit for limit, _ in map(_group_memory, _GROUPS) if limit]
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *limits])
 
 
 def free_bytes(device: torch.device) -> int:
@@ -32,19 +31,50 @@ def free_bytes(device: torch.device) -> int:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     found = memory_bytes()
     if device.type == "cpu":
-        with suppress(OSError, ValueError):
-            found = min(found, _told("/proc/meminfo", "MemAvailable:") * 1024)
-        with suppress(OSError, ValueError):  # caches of files do not count
-            found = min(found, memory_bytes() - _told("/sys/fs/cgroup/memory.stat", "anon "))
-    return found
+        with suppress(OSError, KeyError):
+            found = min(found, 1024 * _numbers(Path("/proc/meminfo"))["MemAvailable:"])
+        found = min([found, *(limit - used for limit, used in map(_group_memory, _GROUPS) if limit)])
+    return max(found, 0)
 
 
-def _told(file: str, key: str) -> int:
-    """Return the number that a line of a file of the system has after its key."""
-    for line in Path(file).read_text(encoding="ascii").splitlines():
-        if line.startswith(key):
-            return int(line.removeprefix(key).split()[0])
-    raise ValueError(f"{file}: no {key!r}")
+_GROUPS = (  # Linux's control groups, versions 2 and 1: where, the files of the limit and of what is used, its caches
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "{}active_file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_{}active_file"),
+)
+
+
+def _group_memory(group: tuple[Path, str, str, str]) -> tuple[int, int]:
+    """Return the limit of a control group, in bytes, and what is used of it, caches of files left out; 0 for none."""
+    place, limit, used, cache = group
+    try:
+        most, taken = (int((place / file).read_text(encoding="ascii")) for file in (limit, used))
+        told = _numbers(place / "memory.stat")
+    except (OSError, ValueError):  # there is none, or no limit ("max")
+        return 0, 0
+    return most, max(taken - told.get(cache.format(""), 0) - told.get(cache.format("in"), 0), 0)
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """Return the numbers of a file of the system that has a name and a number in each line."""
+    lines = [line.split() for line in file.read_text(encoding="ascii").splitlines()]
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
+
+
+def backed_by_files(addresses: Iterable[int]) -> set[int]:
+    """Return those addresses of this process's memory whose pages are a file's until they are written to."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # a system that does not tell
+        return set()
+    ranges: list[tuple[int, int]] = []
+    for line in lines:
+        words = line.split(maxsplit=5)
+        if len(words) == 6 and words[5].startswith("/"):
+            start, end = (int(part, 16) for part in words[0].split("-"))
+            ranges.append((start, end))
+    starts = [start for start, _ in ranges]  # in order, as the system tells them
+    found = ((address, bisect_right(starts, address) - 1) for address in addresses)
+    return {address for address, at in found if at >= 0 and address < ranges[at][1]}
 
 
 def use_own_gpu(device: str, worker: int) -> None:

@@ -32,6 +32,9 @@ def looks_up_its_input(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) and len(signature(type(module).forward).parameters) == 2
 
 
+Names = tuple[tuple[str, ...], tuple[str, ...]]
+
+
 @dataclass(frozen=True)
 class Binding:
     """Tensors of a checkpoint and the live parameters that are made of them: one to one, or a group.
@@ -46,6 +49,11 @@ class Binding:
     _model: nn.Module
     _converter: WeightConverter | None = None
     _members: tuple[tuple[str, str], ...] = ()  # stored names, each with the converter's pattern that it matched
+
+    @property
+    def names(self) -> Names:
+        """The names on both sides, which tell it from others."""
+        return self.stored, self.live
 
     @property
     def plain(self) -> bool:

@@ -36,6 +36,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 LARGE = 1 << 26  # numbers in a tensor from which on it is read in blocks of rows
 _BLOCK = 1 << 24
 
@@ -91,6 +92,16 @@ def is_finite(value: Tensor) -> bool:
     parts = value.reshape(-1).split(_BLOCK)
     whole = (part.float() if part.element_size() == 1 else part for part in parts)  # FP8 knows no isfinite
     return all(bool(part.sum().isfinite()) or bool(part.isfinite().all()) for part in whole)  # large sums overflow
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors on one device are the same, bit for bit: -0 is not 0, and NaN is itself."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    if one.dtype.is_floating_point:
+        words = _WORDS[one.dtype.itemsize]
+        one, other = one.view(words), other.view(words)
+    return one.equal(other)
 
 
 def digest(tensor: Tensor) -> str:

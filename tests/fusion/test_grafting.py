@@ -14,7 +14,8 @@ from graftllm.fusion import grafting
 from graftllm.fusion.applying import apply_packs
 from graftllm.fusion.beside import Beside
 from graftllm.fusion.branches import decode_branches
-from graftllm.fusion.grafting import decode, plug
+from graftllm.fusion.decoding import decode
+from graftllm.fusion.grafting import plug
 from graftllm.fusion.grafts import Graft, is_plugged
 from graftllm.loading import load_model
 from graftllm.packer import compress
@@ -28,7 +29,8 @@ from tests.models import perturb, save_llama, with_vocabulary
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every claim holds where memory is plenty and where it is short."""
     if request.param == "written over":
-        monkeypatch.setattr(grafting, "free_bytes", lambda device: 0)
+        monkeypatch.setattr(grafting, "room_bytes", lambda device: 0)
+        monkeypatch.setattr(grafting, "backed_by_files", lambda addresses: set())
     return request.param
 
 

@@ -25,7 +25,7 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.companions import TOKENIZER
 from graftllm.errors import ServingError
 from graftllm.exporting.divergence import divergence, read_logits, written_texts
-from graftllm.fusion.grafting import decode, touched_bindings
+from graftllm.fusion.decoding import decode, touched_bindings
 from graftllm.fusion.voices import Voices
 from graftllm.live import named_values
 from graftllm.loading import load_model, load_tokenizer

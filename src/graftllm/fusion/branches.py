@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from graftllm.errors import FusionError
-from graftllm.fusion.grafting import check_whole, is_quantized, touched_bindings, touched_names
+from graftllm.fusion.decoding import check_whole, is_quantized, touched_bindings, touched_names
 from graftllm.fusion.origin import Origin
 from graftllm.fusion.shelf import Shelf
 from graftllm.live import Binding, looks_up_its_input, named_values

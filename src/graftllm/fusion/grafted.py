@@ -14,8 +14,8 @@ from graftllm.errors import FusionError
 from graftllm.fusion.beside import Beside, Mix, mixed
 from graftllm.fusion.branches import kept_branches, why_merged_only
 from graftllm.fusion.conversations import Conversation, messages_of, several
+from graftllm.fusion.decoding import is_quantized
 from graftllm.fusion.features import prompt_features
-from graftllm.fusion.grafting import is_quantized
 from graftllm.fusion.manifest import AUTO, open_base, open_shelf
 from graftllm.fusion.names import unknown_pack
 from graftllm.fusion.routes import BASE, Route, ruled

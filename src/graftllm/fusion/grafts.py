@@ -1,43 +1,42 @@
 """Grafts: which of a live model's weights are not its own now, and how they become so again, bit for bit."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from graftllm.errors import FusionError
-from graftllm.live import Binding, named_values
+from graftllm.live import Binding, Names, named_values
 
 _ROWS = ("num_embeddings", "out_features")  # what modules call them
 
 running_beside: WeakSet[nn.Module] = WeakSet()  # the models whose rows have packs now
 _widened: WeakKeyDictionary[nn.Module, dict[int, int]] = WeakKeyDictionary()  # rows without packs, by parameter
-_plugged_in: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many grafts a model has
+_plugged_in: WeakKeyDictionary[nn.Module, set[object]] = WeakKeyDictionary()  # the marks of a model's grafts
 
 
 class Graft:
     """Packs that are plugged into a live model, until `unplug` or the end of a `with` block."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Change nothing yet.
+        """Change nothing yet."""
+        self.model = model
+        self._undo: list[Callable[[], object]] = []
+        self._lent: dict[Names, _Lent] = {}
+        self._mark = object()
+
+    def put(self, values: Mapping[str, Tensor]) -> "Graft":
+        """Put values, by name, in the place of parameters; what was there is kept. Return this graft.
 
         Raises:
             FusionError: packs run beside the model's weights now.
         """
-        if model in running_beside:
-            raise FusionError("plug: packs run beside the weights of this model now; leave that block first.")
-        self.model = model
-        self._undo: list[Callable[[], object]] = []
-        self._lent: dict[tuple[str, ...], _Lent] = {}
-        self._counts = False
-
-    def put(self, values: Mapping[str, Tensor]) -> "Graft":
-        """Put values, by name, in the place of parameters; what was there is kept. Return this graft."""
-        self._count()
+        self._begin()
         parameters = named_values(self.model)
         try:
             for name, value in values.items():
@@ -53,26 +52,34 @@ class Graft:
         return self
 
     def lend(self, binding: Binding, base: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Let the memory of parameters be written over; `base` gives what it held, as the checkpoint stores it."""
-        self._count()
-        places = {name: _place(self.model, name) for name in binding.live}
-        self._lent.setdefault(binding.live, _Lent(binding, places, base))
+        """Let parameters be written over; `base` gives what they held, as the checkpoint stores it.
 
-    def lent(self, names: tuple[str, ...]) -> Callable[[], Mapping[str, Tensor]] | None:
-        """Return what gives the base's values of a binding's parameters that may be written over; None of others."""
-        found = self._lent.get(names)
-        return None if found is None else found.base
+        Raises:
+            FusionError: packs run beside the model's weights now.
+        """
+        self._begin()
+        parameters = named_values(self.model)
+        places = {name: (*_place(self.model, name), parameters[name].dtype) for name in binding.live}
+        self._lent.setdefault(binding.names, _Lent(binding, places, base))
+
+    def lends(self, binding: Binding) -> bool:
+        """Return whether the parameters of a binding may be written over."""
+        return binding.names in self._lent
+
+    def base(self, binding: Binding) -> Mapping[str, Tensor]:
+        """Return what parameters that may be written over held, as the checkpoint stores it."""
+        return self._lent[binding.names].base()
 
     @property
     def others_plugged(self) -> bool:
         """Whether other packs than these are plugged into the model."""
-        return _plugged_in.get(self.model, 0) > self._counts
+        return bool(_plugged_in.get(self.model, set()) - {self._mark})
 
-    def unplug(self, but: Collection[tuple[str, ...]] = ()) -> None:
+    def unplug(self, but: Container[Names] = ()) -> None:
         """Give the model its own weights back, bit for bit, where it is now; a second time does nothing.
 
         Args:
-            but: the parameters, by binding, that may stay as they are, since they will be written over again.
+            but: the bindings whose parameters may stay as they are, since they will be written over again.
 
         Raises:
             FusionError, CheckpointError: weights that were written over are not in the base's files any more. Put these
@@ -81,17 +88,16 @@ class Graft:
         while self._undo:
             self._undo[-1]()
             self._undo.pop()
-        for names in self._lent.keys() - set(but):
+        for names in [names for names in reversed(self._lent) if names not in but]:
             self._lent[names].give_back()
             del self._lent[names]
-        if self._counts and not self._lent:
-            _plugged_in[self.model] -= 1
-            self._counts = False
+        if not self._lent:
+            _plugged_in.get(self.model, set()).discard(self._mark)
 
-    def _count(self) -> None:
-        if not self._counts:
-            _plugged_in[self.model] = _plugged_in.get(self.model, 0) + 1
-            self._counts = True
+    def _begin(self) -> None:
+        if self.model in running_beside:
+            raise FusionError("plug: packs run beside the weights of this model now; leave that block first.")
+        _plugged_in.setdefault(self.model, set()).add(self._mark)
 
     def _tell_rows(self, parameter: Tensor, before: int) -> None:
         """Let modules and config know how many rows a parameter has now."""
@@ -129,7 +135,7 @@ def is_widened(model: nn.Module) -> bool:
 
 def is_plugged(model: nn.Module) -> bool:
     """Return whether packs are in the place of some of the model's weights."""
-    return _plugged_in.get(model, 0) > 0
+    return bool(_plugged_in.get(model))
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -148,13 +154,25 @@ def _put_back(module: nn.Module, key: str, value: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Lent:
-    """Parameters that are written over, the modules that hold them, and what gives the base's values."""
+    """Parameters that are written over.
+
+    Attributes:
+        binding: which they are.
+        places: by name, the module that holds one, its name there, and its dtype.
+        base: gives the base's values.
+    """
 
     binding: Binding
-    places: Mapping[str, tuple[nn.Module, str]]
+    places: Mapping[str, tuple[nn.Module, str, torch.dtype]]
     base: Callable[[], Mapping[str, Tensor]]
 
     def give_back(self) -> None:
         """Write the base's values over what is there."""
-        for name, value in self.binding.to_live(self.base()).items():
-            cast(Tensor, getattr(*self.places[name])).data.copy_(value)
+        for name, stored in self.binding.to_live(self.base()).items():
+            module, key, dtype = self.places[name]
+            value = stored.to(dtype)  # first as the model had it; it may be in another dtype by now
+            here = cast(Tensor, getattr(module, key))
+            if here.shape == value.shape:
+                here.data.copy_(value)
+            else:
+                here.data = value.to(here)

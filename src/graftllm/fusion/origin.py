@@ -1,7 +1,7 @@
 """The values of a live model as its base's checkpoint stores them: exactly, or not at all."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cached_property
 
@@ -13,7 +13,7 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError, GraftError, PackError
 from graftllm.live import Binding
 from graftllm.skillpack import SkillPack
-from graftllm.tensors import DTYPES
+from graftllm.tensors import DTYPES, same_bits
 
 
 class Origin:
@@ -30,7 +30,6 @@ class Origin:
     def __init__(self, model: nn.Module) -> None:
         """Look at nothing yet."""
         self.model = model
-        self._seen: list[tuple[int, int, int]] = []
 
     def stored(self, name: str, live: Tensor, pack: SkillPack) -> Tensor:
         """Return a parameter as the base stores it, on the device of the live value or on CPU.
@@ -46,86 +45,85 @@ class Origin:
         dtype = DTYPES[pack.header.tensors[name].dtype]
         if live.dtype == dtype or _holds(live.dtype, dtype):
             return live.to(dtype)
-        if live.is_floating_point() and self._checkpoint is not None and name in self._checkpoint.specs:
-            found = self._checkpoint.tensor(name)
-            if found.dtype == dtype and found.to(live.dtype).equal(live.cpu()):
-                return found
+        found = self.files.find(name) if live.is_floating_point() and self.files is not None else None
+        if found is not None and found.dtype == dtype and found.to(live.dtype).equal(live.cpu()):
+            return found
         raise FusionError(
             f"{pack.source}: the live model holds {name!r} in {live.dtype}, narrower than its base's {dtype}, and was "
             f"not loaded from that base. Load the base with dtype={dtype}, or from its directory."
         )
 
-    def read(self, binding: Binding, live: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
-        """Return tensors of the checkpoint that the model was loaded from, backed by its files.
-
-        Args:
-            binding: which.
-            live: what the model holds of them; None where that is not looked at.
-
-        Returns:
-            By name in the checkpoint; None where there is none, or it is not what the model holds.
-        """
-        checkpoint = self._checkpoint
-        if checkpoint is None or not all(name in checkpoint.specs for name in binding.stored):
-            return None
-        found = {name: checkpoint.tensor(name) for name in binding.stored}
-        if live is None:
-            return found
-        made = binding.to_live(found)
-        same = made.keys() == live.keys() and all(made[name].to(live[name]).equal(live[name]) for name in live)
-        return found if same else None
-
-    def read_again(self, binding: Binding, pack: SkillPack) -> dict[str, Tensor]:
-        """Return what `read` has seen, from the same files.
-
-        Raises:
-            FusionError: the files hold other values now.
-            CheckpointError: they are gone or damaged.
-        """
-        checkpoint = self._checkpoint
-        assert checkpoint is not None
-        if self._seen == _stamps(checkpoint):
-            return {name: checkpoint.tensor(name) for name in binding.stored}
-        checkpoint = Checkpoint.open(checkpoint.path)
-        found: dict[str, Tensor] = {}
-        for name in binding.stored:
-            try:
-                found[name] = checkpoint.tensor(name)
-                pack.check_tensor(name, found[name])
-            except (KeyError, PackError) as error:
-                raise FusionError(
-                    f"{checkpoint.path}: expected the base as the live model was loaded from it, whose {name!r} it has "
-                    "to get back now, found other values. Put the files back and unplug once more, or load the model "
-                    "anew."
-                ) from error
-        return found
-
     @cached_property
-    def _checkpoint(self) -> Checkpoint | None:
+    def files(self) -> "Files | None":
+        """What the model was loaded from; None where that is not known, or not here."""
         place = self.model.name_or_path if isinstance(self.model, PreTrainedModel) else None
         if not place:
             return None
         commit = getattr(self.model.config, "_commit_hash", None)
         if os.path.isdir(place):
-            place = os.path.abspath(place)  # whatever the working directory will be
+            place = os.path.realpath(place)  # whatever the working directory will be
         elif commit:
             place = f"{place}@{commit}"
-        try:
-            found = Checkpoint.open(place)
-        except GraftError:
+        else:
             return None
-        self._seen = _stamps(found)
+        try:
+            return Files(Checkpoint.open(place))
+        except (GraftError, OSError):
+            return None
+
+
+class Files:
+    """A checkpoint that may change on disk, which is seen."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Remember how its files are now."""
+        self._checkpoint, self._changed = checkpoint, False
+        self._shards = [checkpoint.path / shard for shard in sorted(set(checkpoint.shards.values()))]
+        self._seen = self._stamps()
+
+    def find(self, name: str) -> Tensor | None:
+        """Return a tensor, or None if there is none of this name."""
+        return self._checkpoint.tensor(name) if name in self._checkpoint.specs else None
+
+    def hold(self, binding: Binding, live: Mapping[str, Tensor], pack: SkillPack) -> bool:
+        """Return whether the tensors of a binding are, bit for bit, what a model holds, and of the base's dtype."""
+        specs = self._checkpoint.specs
+        if any(specs.get(name) != pack.header.tensors[name].spec for name in binding.stored):
+            return False
+        made = binding.to_live({name: self._checkpoint.tensor(name) for name in binding.stored})
+        return made.keys() == live.keys() and all(same_bits(made[name].to(live[name]), live[name]) for name in live)
+
+    def again(self, names: Iterable[str], pack: SkillPack) -> dict[str, Tensor]:
+        """Return tensors that the files held when they were first seen.
+
+        Raises:
+            FusionError: they hold other values than the pack's base now.
+            CheckpointError: they are gone or damaged.
+        """
+        if (stamps := self._stamps()) != self._seen:
+            self._checkpoint, self._seen, self._changed = Checkpoint.open(self._checkpoint.path), stamps, True
+        found: dict[str, Tensor] = {}
+        for name in names:
+            try:
+                found[name] = self._checkpoint.tensor(name)
+                if self._changed:
+                    pack.check_tensor(name, found[name])
+            except (KeyError, PackError) as error:
+                raise FusionError(
+                    f"{self._checkpoint.path}: expected the base as the live model was loaded from it, whose {name!r} "
+                    "it has to get back now, found other values. Put the files back and unplug once more, or load the "
+                    "model anew."
+                ) from error
         return found
 
-
-def _stamps(checkpoint: Checkpoint) -> list[tuple[int, int, int]]:
-    """Return what changes when a file of weights does; nothing of one that is gone."""
-    found: list[tuple[int, int, int]] = []
-    for shard in sorted(set(checkpoint.shards.values())):
-        with suppress(OSError):
-            told = os.stat(checkpoint.path / shard)
-            found.append((told.st_ino, told.st_size, told.st_mtime_ns))
-    return found
+    def _stamps(self) -> list[tuple[int, ...]]:
+        """Return what changes when a file does; nothing of one that is gone."""
+        found: list[tuple[int, ...]] = []
+        for shard in self._shards:
+            with suppress(OSError):
+                told = os.stat(shard)
+                found.append((told.st_dev, told.st_ino, told.st_size, told.st_mtime_ns, told.st_ctime_ns))
+        return found
 
 
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:

@@ -5,7 +5,7 @@ memory-mapped file. Its memory is lent to what comes: to get new memory from the
 """
 
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol, TypeVar
 from weakref import ReferenceType, ref
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graftllm.fusion.applying import Weighted
-from graftllm.fusion.grafting import Replacement, decode, decoded_bytes, room_bytes
+from graftllm.fusion.decoding import Replacement, decode, decoded_bytes, room_bytes
 
 
 class Sized(Protocol):
@@ -126,6 +126,13 @@ def _key(mix: Hashable, model: nn.Module) -> Hashable:
 
 
 def default_limit(model: nn.Module) -> int:
-    """Return how many bytes of decoded packs to keep: as many as the model has, at least 1 GiB, if there is room."""
-    devices = {value.device for value in model.parameters()}
-    return min(max(sum(value.nbytes for value in model.parameters()), 1 << 30), sum(map(room_bytes, devices)))
+    """Return how many bytes of decoded packs to keep: as many as the model has, at least 1 GiB, if there is room.
+
+    On several devices packs are taken to be spread as the model is.
+    """
+    own = Counter[torch.device]()
+    for value in model.parameters():
+        own[value.device] += value.nbytes
+    total = sum(own.values())
+    share = min((room_bytes(device) / max(nbytes, 1) for device, nbytes in own.items()), default=0)
+    return min(max(total, 1 << 30), int(share * total))

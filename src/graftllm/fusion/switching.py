@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from graftllm.fusion.grafting import plug_in_place
+from graftllm.fusion.grafting import write_over
 from graftllm.fusion.grafts import Graft
 from graftllm.fusion.shelf import Shelf, kept_replacement, may_be_kept
 from graftllm.fusion.stacks import Mix
@@ -30,7 +30,7 @@ class Switch:
         """
         self.model, self.packs, self.shelf = model, packs, shelf
         self.mix: Mix | None = ()
-        self._graft: Graft | None = None
+        self._graft = Graft(model)  # for good: what could not be given back once still can be
         self._checked: set[str] = set()
         self._blocks: list[_Block] = []
 
@@ -57,11 +57,13 @@ class Switch:
         """Put packs in the place of those that are merged.
 
         Of what is hot on the shelf that costs nothing; what the shelf has no room for is written over the base's
-        weights, as `plug_in_place` does.
+        weights, as `write_over` does.
 
         Raises:
             FusionError: the model cannot take them; see `plug`. It is the bare base then.
             PackError: a pack is damaged or was made for another base, as above.
+            CheckpointError, FusionError: what was written over is not in the base's files any more, so the model is
+                what it was, in part; it is asked for again with the next packs.
         """
         if mix == self.mix:
             return
@@ -70,12 +72,11 @@ class Switch:
         names = {name for name, _ in mix}
         check = not names <= self._checked
         if mix and not may_be_kept(self.shelf, mix, self.model, packs):
-            self._graft = plug_in_place(self.model, *packs, check=check, over=self._graft)
+            write_over(self._graft, packs, check=check)
         else:
-            if self._graft is not None:
-                self._graft.unplug()
-            merged = kept_replacement(self.shelf, mix, self.model, packs, check=check) if mix else None
-            self._graft = None if merged is None else merged.plug(self.model)
+            self._graft.unplug()
+            if mix:
+                self._graft.put(kept_replacement(self.shelf, mix, self.model, packs, check=check).values)
         self._checked |= names
         self.mix = mix
 

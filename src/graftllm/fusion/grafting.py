@@ -83,19 +83,19 @@ def write_over(graft: Graft, packs: Sequence[Weighted], *, check: bool = True) -
         files = None if others else origin.files  # others' values, such as a shelf's, are not to be written over
         held = _held(touched, parameters, files, packs)
         over = _apart(touched, parameters, lambda one: one.names in held or one.names in stay)
+        live = {one.names: {name: parameters[name].data for name in one.live} for one in touched}
         kept: dict[str, Tensor] = {}
         for binding in touched:
             if binding.names not in over:
-                live = {name: parameters[name].data for name in binding.live}
-                kept |= decoded(live, binding, packs, origin, check=check, others=others)
-        for binding in over.values():
+                kept |= decoded(live[binding.names], binding, packs, origin, check=check, others=others)
+        for names, binding in over.items():
             if files is not None and not graft.lends(binding):
-                graft.lend(binding, partial(files.again, binding.stored, first))
+                graft.lend(binding, live[names], partial(files.again, binding.stored, first))
             if check:
                 check_base(graft.base(binding), packs)
         graft.put(kept)
-        for binding in over.values():
-            _write(graft.base(binding), {name: parameters[name].data for name in binding.live}, binding, packs)
+        for names, binding in over.items():
+            _write(graft.base(binding), live[names], binding, packs)
     except BaseException:
         graft.unplug()
         raise

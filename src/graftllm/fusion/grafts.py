@@ -51,15 +51,19 @@ class Graft:
             raise
         return self
 
-    def lend(self, binding: Binding, base: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Let parameters be written over; `base` gives what they held, as the checkpoint stores it.
+    def lend(self, binding: Binding, live: Mapping[str, Tensor], base: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Let parameters be written over.
+
+        Args:
+            binding: which they are.
+            live: the parameters, by name.
+            base: gives what they hold, as the checkpoint stores it.
 
         Raises:
             FusionError: packs run beside the model's weights now.
         """
         self._begin()
-        parameters = named_values(self.model)
-        places = {name: (*_place(self.model, name), parameters[name].dtype) for name in binding.live}
+        places = {name: (*_place(self.model, name), value.dtype) for name, value in live.items()}
         self._lent.setdefault(binding.names, _Lent(binding, places, base))
 
     def lends(self, binding: Binding) -> bool:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,9 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.errors import FusionError, GraftError, PackError
 from graftllm.live import Binding
 from graftllm.skillpack import SkillPack
-from graftllm.tensors import DTYPES, same_bits
+from graftllm.tensors import DTYPES, open_shard, same_bits
+
+_MAPPED = 1 << 28  # bytes
 
 
 class Origin:
@@ -80,17 +83,19 @@ class Files:
         self._checkpoint, self._changed = checkpoint, False
         self._shards = [checkpoint.path / shard for shard in sorted(set(checkpoint.shards.values()))]
         self._seen = self._stamps()
+        self._open: tuple[str, Any] | None = None  # a shard
+        self._mapped = 0  # bytes that were read of it
 
     def find(self, name: str) -> Tensor | None:
         """Return a tensor, or None if there is none of this name."""
-        return self._checkpoint.tensor(name) if name in self._checkpoint.specs else None
+        return self._tensor(name) if name in self._checkpoint.specs else None
 
     def hold(self, binding: Binding, live: Mapping[str, Tensor], pack: SkillPack) -> bool:
         """Return whether the tensors of a binding are, bit for bit, what a model holds, and of the base's dtype."""
         specs = self._checkpoint.specs
         if any(specs.get(name) != pack.header.tensors[name].spec for name in binding.stored):
             return False
-        made = binding.to_live({name: self._checkpoint.tensor(name) for name in binding.stored})
+        made = binding.to_live({name: self._tensor(name) for name in binding.stored})
         return made.keys() == live.keys() and all(same_bits(made[name].to(live[name]), live[name]) for name in live)
 
     def again(self, names: Iterable[str], pack: SkillPack) -> dict[str, Tensor]:
@@ -101,11 +106,12 @@ class Files:
             CheckpointError: they are gone or damaged.
         """
         if (stamps := self._stamps()) != self._seen:
-            self._checkpoint, self._seen, self._changed = Checkpoint.open(self._checkpoint.path), stamps, True
+            self._open, self._checkpoint = None, Checkpoint.open(self._checkpoint.path)
+            self._seen, self._changed = stamps, True
         found: dict[str, Tensor] = {}
         for name in names:
             try:
-                found[name] = self._checkpoint.tensor(name)
+                found[name] = self._tensor(name)
                 if self._changed:
                     pack.check_tensor(name, found[name])
             except (KeyError, PackError) as error:
@@ -115,6 +121,14 @@ class Files:
                     "model anew."
                 ) from error
         return found
+
+    def _tensor(self, name: str) -> Tensor:
+        """Return a tensor, backed by its shard, which stays open for the next ones until too much of it is mapped."""
+        shard = self._checkpoint.shards[name]
+        if self._open is None or self._open[0] != shard or self._mapped > _MAPPED:
+            self._open, self._mapped = (shard, open_shard(self._checkpoint.path / shard)), 0
+        self._mapped += self._checkpoint.specs[name].nbytes
+        return self._open[1].get_tensor(name)
 
     def _stamps(self) -> list[tuple[int, ...]]:
         """Return what changes when a file does; nothing of one that is gone."""

@@ -14,8 +14,8 @@ than what is printed.
 
 Switching: a merged pack takes the place of another. The floor is reading the pack's bytes and copying the
 touched weights once, to new memory; `copy` is that copy to memory at hand. `cold` decodes the pack from its file, as a
-shelf has room for one of two; `hot` takes it from a shelf that has both; both are left out where memory has no room for
-the touched weights three times. `in place` has a shelf without room: weights are written over, and the base's files
+shelf has room for one of two; `hot` takes it from a shelf that has both, unless memory has no room for that. `in
+place` has a shelf without room, and a model that is not mapped from its files: weights are written over, and the files
 read again.
 """
 
@@ -213,9 +213,14 @@ def switching(size: Size, home: Path, device: torch.device) -> dict[str, Any]:
             value.clone()
 
     seconds = _in_turns({"floor": floor, "copy": _copying(touched)}, repeats, device)
-    limits = {"cold": nbytes, "hot": 1 << 62} if 2 * nbytes <= room_bytes(device) else {}
     by_clock = {"floor": _by_clock(floor)}
-    for name, limit in {**limits, "in place": 0}.items():  # one after the other: what one frees is its own
+    limits = {"cold": nbytes, "hot": 1 << 62, "in place": 0}
+    if 2 * nbytes > room_bytes(device):
+        del limits["hot"]
+    for name, limit in limits.items():  # one after the other: what one frees is its own
+        if name == "in place":
+            for value in model.parameters():
+                value.data = value.data.clone()
         switch, turns = Switch(model, packs, Shelf(limit)), itertools.cycle(packs)
         way = partial(_to_next, switch, turns)
         for _ in packs:
@@ -223,14 +228,15 @@ def switching(size: Size, home: Path, device: torch.device) -> dict[str, Any]:
         seconds |= _in_turns({name: way}, repeats, device)
         by_clock[name] = _by_clock(way)
         switch.to(())
+        del switch, way
     return {
         "touched_bytes": nbytes,
         "pack_bytes": files[0].stat().st_size,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(),  # mapped files included
         **{f"{way}, ms": round(1000 * value, 2) for way, value in seconds.items()},
         **{f"{way}, ms by the clock": round(1000 * value, 2) for way, value in by_clock.items()},
-        **{f"{way} / floor": round(seconds[way] / seconds["floor"], 4) for way in (*limits, "in place")},
-        **{f"{way} / copy": round(seconds[way] / seconds["copy"], 2) for way in (*limits, "in place")},
+        **{f"{way} / floor": round(seconds[way] / seconds["floor"], 4) for way in limits},
+        **{f"{way} / copy": round(seconds[way] / seconds["copy"], 2) for way in limits},
     }
 
 

@@ -49,7 +49,7 @@ class GraftedModel:
         rules: prompts that go to a pack whatever the router says.
         unrouted: packs that came, or changed, after the router was trained.
         digests: the SHA-256 of each pack's file, by name, as it was loaded.
-        shelf: what is decoded of the packs; by default as large as the base, or 1 GiB for a small one.
+        shelf: what is decoded of the packs; by default as large as the base, or 1 GiB, as far as memory goes.
         voices: the tokenizer, chat template and end tokens of the base and of each pack.
     """
 
@@ -124,7 +124,7 @@ class GraftedModel:
     def using(self, pack: Wanted) -> Iterator[PreTrainedModel]:
         """Merge a pack, or several with weights, into the model for a `with` block; afterwards it is what it was.
 
-        The weights are the shelf's own and will be used again: read them, train on a copy. A stream that was begun in
+        The weights are the shelf's, or the base's that come back: read them, train on a copy. A stream that was begun in
         the block and is still open goes on with its pack; the model is what it was when that is read or closed.
 
         Raises:

@@ -124,8 +124,8 @@ class GraftedModel:
     def using(self, pack: Wanted) -> Iterator[PreTrainedModel]:
         """Merge a pack, or several with weights, into the model for a `with` block; afterwards it is what it was.
 
-        The weights are the shelf's, or the base's that come back: read them, train on a copy. A stream that was begun in
-        the block and is still open goes on with its pack; the model is what it was when that is read or closed.
+        The weights are the shelf's, or the base's memory: read them, train on a copy. A stream that was begun in the
+        block and is still open goes on with its pack; the model is what it was when that is read or closed.
 
         Raises:
             FusionError: there is no such pack, or this thread has a stream open.

@@ -24,7 +24,7 @@ from graftllm.packer import compress
 from graftllm.packfile import file_bytes
 from graftllm.packing_options import PackOptions
 from graftllm.skillpack import SkillPack
-from tests.models import perturb, rows
+from tests.models import perturb, rows, with_vocabulary
 
 
 @pytest.fixture
@@ -56,6 +56,15 @@ def test_what_differs_between_packs_stays_the_bases(pair: Delta, tmp_path: Path)
     for out in ("sum", "merged"):
         for file in pair.base.companions:
             assert (tmp_path / out / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_pack_of_weight_0_is_as_if_it_were_not_given(pair: Delta, tmp_path: Path) -> None:
+    other = Delta(pair.base, Checkpoint.open(with_vocabulary(pair.base.path, tmp_path / "other", 80)))
+    pack, ignored = (compress(one, PackOptions(strategy="exact")) for one in (pair, other))
+    assert apply_packs(pair.base, [(pack, 1.0), (ignored, 0.0)], tmp_path / "out")
+    made = Checkpoint.open(tmp_path / "out")
+    assert made.fingerprint == pair.tuned.fingerprint
+    assert (made.path / "chat_template.jinja").exists()
 
 
 def test_a_merge_of_models_that_agree_has_their_files(pair: Delta, tmp_path: Path) -> None:

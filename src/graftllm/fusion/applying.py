@@ -45,7 +45,8 @@ def apply_packs(base: Checkpoint, packs: Iterable[SkillPack | Weighted], out: st
 
     Args:
         base: what the packs were made for.
-        packs: packs; alone with weight 1, or `(pack, weight)`. Their order does not matter.
+        packs: packs; alone with weight 1, or `(pack, weight)`. Their order does not matter, and one of weight 0 beside
+            others is as if it were not given.
         out: checkpoint directory; appears whole or not at all.
 
     Returns:
@@ -61,6 +62,7 @@ def apply_packs(base: Checkpoint, packs: Iterable[SkillPack | Weighted], out: st
     check_apart(Path(out), [base.path, *(place for pack, _ in packs if (place := Path(pack.source)).exists())])
     for pack, _ in packs:
         pack.check_base(base)
+    packs = [one for one in packs if one[1]] or packs
     specs = {name: agreed_spec(name, packs) for name in base.specs}
     config = agreed_config([pack.header.config for pack, _ in packs])
     companions = agreed_companions([pack.companions() for pack, _ in packs])

@@ -158,7 +158,7 @@ def test_apply_and_merge_tell_when_packs_are_spoken_to_in_different_ways(
     (tuned / "chat_template.jinja").write_text("{{ messages[0].content }}")
     own = tmp_path / "own.safetensors"
     assert graftllm("pack", "--base", files / "base", "--tuned", tuned, "--strategy", "exact", "--out", own).code == 0
-    both = ["--pack", own, "--pack", f"{files / 'pack.safetensors'}:0"]
+    both = ["--pack", own, "--pack", f"{files / 'pack.safetensors'}:0.5"]
     told = "Tokenizer, chat template and end tokens are the base's, as the tuned models differ in theirs.\n"
     assert graftllm("apply", "--base", files / "base", *both, "--out", tmp_path / "out").out.endswith(told)
     both[-1] = files / "pack.safetensors"

@@ -42,10 +42,9 @@ from graftllm.compression.encoded import payload_digest
 from graftllm.compression.factored import Factored, encode_factored
 from graftllm.compression.metric import Metric
 from graftllm.delta import Delta
-from graftllm.devices import resolve_device
+from graftllm.devices import resolve_device, room_bytes
 from graftllm.fusion.beside import Beside
 from graftllm.fusion.branches import decode_branches
-from graftllm.fusion.decoding import room_bytes
 from graftllm.fusion.shelf import Shelf
 from graftllm.fusion.switching import Switch
 from graftllm.metering import peak_memory_bytes

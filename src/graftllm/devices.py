@@ -37,6 +37,14 @@ def free_bytes(device: torch.device) -> int:
     return max(found, 0)
 
 
+_SHARE = 0.75  # of what is free
+
+
+def room_bytes(device: torch.device) -> int:
+    """Return how much of a device's free memory packs may take; the rest is for answering."""
+    return int(_SHARE * free_bytes(device))
+
+
 _GROUPS = (  # Linux's control groups, versions 2 and 1: where, the files of the limit and of what is used, its caches
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "{}active_file"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_{}active_file"),
@@ -95,7 +103,11 @@ def resolve_device(device: str) -> torch.device:
         found = torch.zeros(1, device=device)
         found.item()  # a device without values, such as meta, will not do
         return torch.device(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, not built in, without values
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # PyTorch's for an unknown name, a build without CUDA, and `meta`
         raise CheckpointError(
             f"device: expected auto, cpu or a device that PyTorch sees here, found {device!r} ({first_line(error)})."
         ) from error

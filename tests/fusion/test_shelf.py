@@ -52,7 +52,7 @@ def _filled(shelf: Shelf, key: int, count: int = 10) -> _Values:
     def decode() -> _Values:
         return _Values(shelf.empty((count,), torch.float32, torch.device("cpu")).fill_(key))
 
-    return shelf.get(key, decode, lambda: 4 * count)
+    return shelf.get(key, decode, 4 * count)
 
 
 def test_memory_of_what_left_the_shelf_is_lent_again_unless_someone_has_it() -> None:

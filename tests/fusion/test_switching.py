@@ -211,9 +211,7 @@ def test_a_zero_with_a_sign_stays_one(model: PreTrainedModel, packs: dict[str, S
 
 
 @pytest.mark.parametrize("case", ["no files", "no head in the files", "other values in the files", "more rows"])
-def test_parameters_that_share_memory_are_written_over_together_or_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
-) -> None:
+def test_parameters_that_share_memory_are_written_over_together_or_kept(tmp_path: Path, case: str) -> None:
     plain = save_llama(tmp_path / "plain", tie_word_embeddings=True)
     base = with_head(plain, tmp_path / "base")
     tuned = with_head(perturb(plain, tmp_path / "tied", seed=1), tmp_path / "tuned")

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from graftllm.delta import growable
-from graftllm.devices import free_bytes
 from graftllm.errors import FusionError, PackError
 from graftllm.fusion.applying import Empty, Weighted, agreed_spec, combined, in_range, with_weights
 from graftllm.fusion.grafts import is_plugged, is_widened
@@ -21,7 +20,6 @@ from graftllm.skillpack import SkillPack
 from graftllm.tensors import DTYPES, TensorSpec
 
 _LARGE = 16.0  # weights up to this take no tuned model's values beyond what a dtype holds
-_SHARE = 0.75  # of a device's free memory, that packs may take
 
 
 @dataclass(frozen=True)
@@ -53,18 +51,8 @@ def decode(
     return Replacement(found)
 
 
-def decoded_bytes(model: nn.Module, *packs: SkillPack | Weighted) -> int:
-    """Return how much memory takes what `decode` would give; errors are those of `touched_bindings`."""
-    return sum(touched_bytes(model, with_weights(packs)).values())
-
-
-def room_bytes(device: torch.device) -> int:
-    """Return how much of a device's memory packs may take now; the rest is for answering."""
-    return int(_SHARE * free_bytes(device))
-
-
 def touched_bytes(model: nn.Module, packs: Sequence[Weighted]) -> Counter[torch.device]:
-    """Return by device how much memory the parameters take that packs make."""
+    """Return by device how much memory takes what `decode` would give; errors are those of `touched_bindings`."""
     parameters, found = named_values(model), Counter[torch.device]()
     for binding in touched_bindings(model, packs) if packs else ():
         first = binding.stored[0]

@@ -10,14 +10,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from graftllm.devices import backed_by_files
+from graftllm.devices import backed_by_files, room_bytes
 from graftllm.fusion.applying import Weighted, agreed_spec, with_weights
 from graftllm.fusion.decoding import (
     check_base,
     check_whole,
     decode,
     decoded,
-    room_bytes,
     summed,
     touched_bindings,
     touched_bytes,
@@ -31,9 +30,9 @@ from graftllm.skillpack import SkillPack
 def plug(model: nn.Module, *packs: SkillPack | Weighted, check: bool = True) -> Graft:
     """Replace the weights that the packs touch, until the returned graft is unplugged.
 
-    What the model held is kept. Where less than a third of a device's free memory would be left beside that, new values
-    are written over it instead, as far as the directory that the model was loaded from holds the same, and read from
-    there by `unplug`.
+    What the model held is kept. Where the new values would take more than three quarters of a device's free memory,
+    they are written over it instead, as far as the directory that the model was loaded from holds the same, which
+    `unplug` reads again.
 
     Not thread-safe: whoever uses the model meanwhile sees weights change one by one.
 

@@ -16,7 +16,7 @@ from graftllm.live import Binding
 from graftllm.skillpack import SkillPack
 from graftllm.tensors import DTYPES, open_shard, same_bits
 
-_MAPPED = 1 << 28  # bytes
+_MAPPED = 1 << 28  # bytes of a shard after which it is opened anew: what was read stays in memory till then
 
 
 class Origin:

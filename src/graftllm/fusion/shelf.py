@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graftllm.fusion.applying import Weighted
-from graftllm.fusion.decoding import Replacement, decode, decoded_bytes, room_bytes
+from graftllm.devices import room_bytes
 
 
 class Sized(Protocol):
@@ -53,7 +52,7 @@ class Shelf:
         """The keys of what is decoded, the least recently used first."""
         return list(self._hot)
 
-    def get(self, key: Hashable, decode: Callable[[], Decoded], expected: Callable[[], int] = lambda: 0) -> Decoded:
+    def get(self, key: Hashable, decode: Callable[[], Decoded], expected: int = 0) -> Decoded:
         """Return what is kept under a key, or decode it, and keep it where the limit allows.
 
         What alone is larger than the limit is decoded every time.
@@ -61,13 +60,13 @@ class Shelf:
         Args:
             key: tells what is kept from other things.
             decode: makes what is not kept, in memory from `empty` where it can.
-            expected: tells how many bytes that will be, so that others go before it comes.
+            expected: how many bytes that will be, so that others go before it comes.
         """
         if key in self._hot:
             self._hot.move_to_end(key)
             return self._hot[key]
-        if (size := expected()) <= self.limit_bytes:
-            self._make_room(size)
+        if expected <= self.limit_bytes:
+            self._make_room(expected)
         found = decode()
         if found.nbytes <= self.limit_bytes:
             self._hot[key] = found
@@ -101,28 +100,6 @@ class Shelf:
         """Let go what was used least recently until so many bytes are left within the limit."""
         while self._hot and self.nbytes + nbytes > self.limit_bytes:
             self._hot.popitem(last=False)
-
-
-def kept_replacement(
-    shelf: Shelf, mix: Hashable, model: nn.Module, packs: Sequence[Weighted], *, check: bool
-) -> Replacement:
-    """Return the parameters that packs make, from the shelf under `mix` or decoded into its memory; see `decode`."""
-    return shelf.get(
-        _key(mix, model),
-        lambda: decode(model, *packs, check=check, empty=shelf.empty),
-        lambda: decoded_bytes(model, *packs),
-    )
-
-
-def may_be_kept(shelf: Shelf, mix: Hashable, model: nn.Module, packs: Sequence[Weighted]) -> bool:
-    """Return whether the shelf has the parameters that packs make, or may have."""
-    return shelf.has(_key(mix, model)) or decoded_bytes(model, *packs) <= shelf.limit_bytes
-
-
-def _key(mix: Hashable, model: nn.Module) -> Hashable:
-    """Return what merged weights are kept under: they are of a dtype and a device, and a model may be moved."""
-    first = next(model.parameters())
-    return "merged", mix, first.dtype, first.device
 
 
 def default_limit(model: nn.Module) -> int:

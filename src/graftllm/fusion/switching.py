@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import PreTrainedModel
 
+from graftllm.fusion.decoding import decode, touched_bytes
 from graftllm.fusion.grafting import write_over
 from graftllm.fusion.grafts import Graft
-from graftllm.fusion.shelf import Shelf, kept_replacement, may_be_kept
+from graftllm.fusion.shelf import Shelf
 from graftllm.fusion.stacks import Mix
 from graftllm.skillpack import SkillPack
 
@@ -68,17 +70,25 @@ class Switch:
         if mix == self.mix:
             return
         self.mix = None
-        packs = [(self.packs[name], weight) for name, weight in mix]
-        names = {name for name, _ in mix}
+        if mix:
+            self._put(mix)
+        else:
+            self._graft.unplug()
+        self.mix = mix
+
+    def _put(self, mix: Mix) -> None:
+        packs, names = [(self.packs[name], weight) for name, weight in mix], {name for name, _ in mix}
         check = not names <= self._checked
-        if mix and not may_be_kept(self.shelf, mix, self.model, packs):
+        first = next(self.model.parameters())
+        key = "merged", mix, first.dtype, first.device  # a model may be moved
+        size = 0 if self.shelf.has(key) else touched_bytes(self.model, packs).total()
+        if size > self.shelf.limit_bytes:
             write_over(self._graft, packs, check=check)
         else:
             self._graft.unplug()
-            if mix:
-                self._graft.put(kept_replacement(self.shelf, mix, self.model, packs, check=check).values)
+            made = partial(decode, self.model, *packs, check=check, empty=self.shelf.empty)
+            self._graft.put(self.shelf.get(key, made, size).values)
         self._checked |= names
-        self.mix = mix
 
 
 @dataclass(eq=False)

@@ -225,6 +225,17 @@ def test_a_checkpoint_with_files_of_ones_own_is_not_replaced(base: Checkpoint, t
     assert (tmp_path / "out" / own).read_text() == "mine"
 
 
+@pytest.mark.parametrize("lost", [None, "model.safetensors"])
+def test_a_model_that_was_written_elsewhere_is_not_replaced(base: Checkpoint, tmp_path: Path, lost: str | None) -> None:
+    own = save_llama(tmp_path / "out", seed=5)
+    if lost:
+        (own / lost).write_bytes(b"damaged")
+    there = {file: file.read_bytes() for file in own.iterdir()}
+    with pytest.raises(StorageError, match="found another model, which would be lost; choose another place"):
+        write_checkpoint(base, own, base.tensor)
+    assert {file: file.read_bytes() for file in own.iterdir()} == there
+
+
 def test_a_trainers_directory_is_not_replaced_by_a_checkpoint(base: Checkpoint, tmp_path: Path) -> None:
     write_checkpoint(base, tmp_path / "out", base.tensor)
     write_checkpoint(base, tmp_path / "out", base.tensor)  # what it wrote itself it may replace

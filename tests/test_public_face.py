@@ -1,4 +1,6 @@
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,11 @@ def test_every_public_name_is_there_and_documented() -> None:
         assert getattr(graftllm, name).__doc__ or isinstance(getattr(graftllm, name), type)
     with pytest.raises(AttributeError, match="module 'graftllm' has no attribute 'nonsense'"):
         graftllm.nonsense  # noqa: B018
+
+
+def test_shells_complete_public_names_without_importing_pytorch() -> None:
+    code = "import sys, graftllm; assert set(graftllm.__all__) <= set(dir(graftllm)); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_readmes_example_runs(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

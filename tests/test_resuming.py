@@ -18,6 +18,7 @@ from graftllm.delta import Delta
 from graftllm.errors import GraftError, StorageError
 from graftllm.packer import compress, compress_to
 from graftllm.packing_options import PackOptions
+from graftllm.skillpack import SkillPack
 from tests.models import rows
 
 _BUDGET = "40%"
@@ -187,6 +188,22 @@ def test_work_that_was_being_cleared_when_a_kill_came_is_cleared_by_the_next(
     assert len(_results(tmp_path / "pack.safetensors")) == len(delta) - deleted
     compress_to(tmp_path / "pack.safetensors", Delta(delta.base, delta.base), options, device="cpu")
     assert not (tmp_path / ".pack.safetensors.packing").exists()
+
+
+def test_a_full_disk_tells_where_finished_work_waits(
+    delta: Delta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(pack: SkillPack, out: Path) -> None:
+        raise StorageError(f"{out}: no space left to write it.")
+
+    out = tmp_path / "pack.safetensors"
+    with monkeypatch.context() as patched:
+        patched.setattr(SkillPack, "save", full)
+        with pytest.raises(StorageError, match=r"no space left .* waits in .*/\.pack\.safetensors\.packing; delete it"):
+            compress_to(out, delta, PackOptions(budget=_BUDGET), device="cpu")
+    assert _results(out)
+    compress_to(out, delta, PackOptions(budget=_BUDGET), device="cpu")
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_a_place_that_cannot_be_cleared_up_loses_no_pack(

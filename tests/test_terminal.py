@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -81,8 +82,18 @@ def test_a_full_disk_elsewhere_is_not_called_stdout(graftllm: Command, monkeypat
         graftllm("doctor")
 
 
-@pytest.mark.parametrize("words", [("chat", "g"), ("--quiet", "serve", "g")])
-def test_ctrl_c_in_what_has_no_end_does_not_say_to_go_on(words: tuple[str, ...]) -> None:
+def test_a_directory_that_went_under_the_shell_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    call = shlex.join([sys.executable, "-m", "graftllm", "inspect", "p.safetensors"])
+    done = subprocess.run(
+        ["sh", "-c", f"rmdir ../gone && {call}"], cwd=tmp_path / "gone", capture_output=True, text=True
+    )
+    expected = "graftllm: the directory that you are in is not there any more; go to one that is.\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
+
+
+@pytest.mark.parametrize("words", [("chat", "g"), ("--quiet", "serve", "g"), ("apply",), ("eval", "g"), ("merge",)])
+def test_ctrl_c_in_what_does_not_go_on_does_not_say_so(words: tuple[str, ...]) -> None:
     code = f"import sys; from graftllm import cli; sys.argv = {['graftllm', *words]}\n"
     code += "cli.app = lambda: sys.exit(130)\ncli.main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

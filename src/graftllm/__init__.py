@@ -63,3 +63,8 @@ def __getattr__(name: str) -> Any:
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """Name the public face to shells that complete names, and to `help`, before any of it is imported."""
+    return sorted({*globals(), *__all__})

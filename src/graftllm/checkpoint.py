@@ -19,14 +19,16 @@ from torch import Tensor
 
 from graftllm.companions import Companions, put_companions
 from graftllm.downloads import download_all, repository
-from graftllm.errors import CheckpointError, HubError
-from graftllm.storage import CHECKPOINT_FILES, whole_directory
+from graftllm.errors import CheckpointError, HubError, StorageError
+from graftllm.storage import CHECKPOINT_FILES, check_replaceable, whole_directory
 from graftllm.tensors import (
     DTYPES,
     LARGE,
+    MADE_HERE,
     TensorSpec,
     digest,
     fingerprint,
+    is_made_here,
     natural_order,
     open_shard,
     raw_bytes,
@@ -196,15 +198,18 @@ def write_checkpoint(
 
     Args:
         like: the checkpoint to imitate.
-        out: the directory to write; it appears whole or not at all.
+        out: the directory to write; it appears whole or not at all. One that was written here is replaced.
         tensor: gives the values of one parameter, in the shape and dtype that `specs` has for it.
         specs: shapes and dtypes to write; those of `like` by default.
         config: what `config.json` says otherwise, by dotted key.
         companions: what stands beside the weights and is not that of `like`.
+
+    Raises:
+        StorageError: as `check_vacant` has it, or there is no room.
     """
     specs = like.specs if specs is None else specs
-    usual = (*_USUAL, *(file.name for file in like.companions))
-    with whole_directory(out, over=["config.json"], holds=usual, beside=[like.path]) as partial:
+    check_vacant(like, out)
+    with whole_directory(out) as partial:
         copy_companions(like, partial)
         put_companions(companions or {}, partial)
         dtypes = [str(_main_dtype(found)).removeprefix("torch.") for found in (like.specs, specs)]
@@ -220,7 +225,23 @@ def write_checkpoint(
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for shard in sorted(set(like.shards.values())):
             layout = {name: specs[name] for name, file in like.shards.items() if file == shard}
-            write_safetensors(partial / shard, layout, lambda name: raw_bytes(tensor(name)), metadata={"format": "pt"})
+            write_safetensors(partial / shard, layout, lambda name: raw_bytes(tensor(name)), metadata=MADE_HERE)
+
+
+def check_vacant(like: Checkpoint, out: Path) -> None:
+    """Check that a checkpoint like another may be written at a place: nothing is there, or one that was written here.
+
+    Raises:
+        StorageError: something else is there, such as a model that was trained, or the place is read.
+    """
+    usual = (*_USUAL, *(file.name for file in like.companions))
+    check_replaceable(out, over=["config.json"], holds=usual, beside=[like.path])
+    shards = sorted(out.glob("*.safetensors"))
+    if (out / "config.json").exists() and not (shards and all(map(is_made_here, shards))):
+        raise StorageError(
+            f"{out}: expected nothing there, or a checkpoint that graftllm wrote, found another model, which would be "
+            "lost; choose another place, or take that away."
+        )
 
 
 def _changed_config(

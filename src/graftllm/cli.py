@@ -32,6 +32,7 @@ from graftllm.terminal import (
     Panels,
     Quiet,
     ShowVersion,
+    check_place,
     check_words,
     print_lines,
     print_table,
@@ -60,7 +61,7 @@ EXTRAS = {
     **dict.fromkeys(("datasets", "peft", "trl"), "train"),
     **dict.fromkeys(("fastapi", "prometheus_client", "starlette", "uvicorn"), "serve"),
 }  # what is imported only where it is needed, and what brings it
-ENDLESS = ("chat", "serve")  # commands that have nothing to go on with
+RESUMING = ("run", "sample", "score", "train", "learn", "demo", "pack")  # commands that go on where they were
 
 
 def main() -> None:
@@ -99,6 +100,7 @@ def _prints() -> bool:
 
 def _answer() -> None:
     try:
+        check_place()
         check_words(sys.argv[1:])
         app()
     except GraftError as error:
@@ -114,7 +116,7 @@ def _answer() -> None:
     except SystemExit as stop:
         if stop.code == 130:
             command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-            mend = "." if command in ENDLESS else "; run the same command again to go on where it was."
+            mend = "; run the same command again to go on where it was." if command in RESUMING else "."
             print(f"graftllm: interrupted{mend}", file=sys.stderr, flush=True)
             with suppress(OSError):
                 print(end="", flush=True)

@@ -24,7 +24,7 @@ from graftllm.compression.strategy import encode_job, refine_job
 from graftllm.compression.workspace import Workspace, open_workspace, packing_key
 from graftllm.delta import Delta
 from graftllm.devices import resolve_device
-from graftllm.errors import BudgetError, CheckpointError, CompressionError, RecordError, WorkerError
+from graftllm.errors import BudgetError, CheckpointError, CompressionError, RecordError, StorageError, WorkerError
 from graftllm.header import BaseInfo, Card, Header, StoredCompanion, TensorEntry
 from graftllm.packfile import Run, check_place, file_bytes, opening
 from graftllm.packing_options import PackOptions, budget_bytes
@@ -109,11 +109,14 @@ def compress_to(
     with open_workspace(out.with_name(f".{out.name}.packing"), packing_key(delta, options, rows, device)) as workspace:
         try:
             made = _compressed(Job(delta, options, device, workspace), rows, card, measure, workers, engine)
+            made.save(out)
         except (CheckpointError, CompressionError, RecordError) as error:
             if not isinstance(error, WorkerError):
                 workspace.remove()
             raise
-        made.save(out)
+        except StorageError as error:
+            waiting = f"What is packed already waits in {workspace.directory}; delete it to give up."
+            raise StorageError(f"{error} {waiting}") from error
         found = SkillPack.load(out)
         workspace.remove()
     return found
@@ -215,7 +218,7 @@ def _smallest_within(
             break
         try:
             found, refused = measure(build(size)), None
-            say(f"budget kl={target:g}: a pack of {size:,} bytes has {found:.2g}")
+            say(f"budget kl={target:g}: a pack within {size:,} bytes has {found:.2g}")
         except BudgetError as error:
             found, refused = math.inf, error
         if found <= target:
@@ -232,6 +235,7 @@ def _smallest_within(
             f"budget: expected a KL divergence of at most {target:g}, but a pack of {below.size:,} bytes is not "
             "that faithful. Allow more, or take --strategy exact."
         )
+    say(f"budget kl={target:g}: taking {above.size:,} bytes, whose pack has {above.divergence:.2g}")
     return above.size
 
 

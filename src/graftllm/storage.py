@@ -103,6 +103,11 @@ def check_replaceable(
         return
     if not path.is_dir():
         raise StorageError(f"{path}: expected a directory or nothing there, found a file; choose another place.")
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise StorageError(
+            f"{path}: expected a place that can be replaced as a whole, but you are in it; choose another, or name it "
+            "from outside."
+        )
     if read := next((one for one in beside if one.resolve().is_relative_to(path.resolve())), None):
         raise StorageError(f"{path}: expected a place of its own, but {read} is read from there; choose another one.")
     if not over or not any(path.iterdir()):

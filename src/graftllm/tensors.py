@@ -38,6 +38,7 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 LARGE = 1 << 26  # numbers in a tensor from which on it is read in blocks of rows
+MADE_HERE = {"format": "pt", "made_by": "graftllm"}  # metadata of the files that are written here, but packs
 _BLOCK = 1 << 24
 
 
@@ -65,6 +66,15 @@ def open_shard(path: Path) -> AbstractContextManager[Any]:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); copy or download it again.") from error
+
+
+def is_made_here(path: Path) -> bool:
+    """Return whether a file is a safetensors file that graftllm wrote, by `MADE_HERE`; it can be written again."""
+    try:
+        with open_shard(path) as shard:
+            return shard.metadata() == MADE_HERE
+    except CheckpointError:
+        return False
 
 
 def tensor_specs(path: Path) -> dict[str, TensorSpec]:

@@ -49,6 +49,18 @@ class Panels(TyperGroup):
                 formatter.write_dl(rows)
 
 
+def check_place() -> None:
+    """Check that there is a directory to work in.
+
+    Raises:
+        GraftError: it was removed, or replaced.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise GraftError("the directory that you are in is not there any more; go to one that is.") from error
+
+
 def check_words(words: Sequence[str]) -> None:
     """Check that arguments, and the places that they name, are text: JSON and safetensors know no other names.
 

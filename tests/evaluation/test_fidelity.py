@@ -86,8 +86,8 @@ def test_divergence_is_that_of_the_definition(delta: Delta, prompts: list[Prompt
         (
             0.2,
             0.9,
-            "not faithful; KL divergence is 0.20000, not at most 0.1. Pack again with a larger budget, calibrated on "
-            "the skill's own rows.",
+            "not faithful; KL divergence is 0.20000, not at most 0.1. If it was made of this model, pack again with a "
+            "larger budget, calibrated on the skill's own rows.",
         ),
     ],
 )
@@ -115,6 +115,19 @@ def test_the_verdict_goes_by_divergence_and_agreement(kl: float, agreement: floa
     assert figures["verdict"] == verdict
     assert sentences[-1].startswith(f"Verdict: {verdict}")
     assert "0.10000 nats per token under the tuned model, 0.20000 under the packed one." in sentences[-2]
+
+
+def test_a_model_that_the_pack_was_not_made_of_is_told_by_what_the_pack_keeps_bit_for_bit(
+    delta: Delta, base_dir: Path, tuned_dir: Path, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    compress(delta, PackOptions(strategy="exact")).save(tmp_path / "p.safetensors")
+    write_rows(tmp_path / "rows.jsonl", prompts)
+    assert verify_pack(base_dir, tmp_path / "p.safetensors", tuned_dir, None).foreign is None
+    other = verify_pack(base_dir, tmp_path / "p.safetensors", base_dir, tmp_path / "rows.jsonl")
+    assert other.foreign is not None and other.figures()["foreign"] == other.foreign
+    told = f"another tuned model: it keeps every bit of {other.foreign}, and this one has others. Give --tuned that"
+    assert told in " ".join(other.sentences())
+    assert "budget" not in " ".join(other.sentences())
 
 
 def test_help_and_docs_state_the_thresholds() -> None:

@@ -90,6 +90,16 @@ def test_an_export_spares_what_it_reads(home: Path, tmp_path: Path) -> None:
     assert (tmp_path / "thin.safetensors").exists()
 
 
+def test_an_adapter_that_was_trained_is_not_replaced_by_one_that_is_exported(home: Path, tmp_path: Path) -> None:
+    pack = SkillPack.load(home / "thin.safetensors")
+    for _ in range(2):  # what it wrote itself it may replace
+        export_adapter(pack, home / "base", tmp_path / "out")
+    trained = tmp_path / "out" / "adapter_model.safetensors"
+    save_file(load_file(trained), trained, metadata={"format": "pt"})
+    with pytest.raises(StorageError, match="found another one, which would be lost; choose another place"):
+        export_adapter(pack, home / "base", tmp_path / "out")
+
+
 def test_a_tokenizer_of_the_packs_own_stands_beside_the_adapter(home: Path, tmp_path: Path) -> None:
     tuned = shutil.copytree(home / "layers", tmp_path / "layers")
     (tuned / "chat_template.jinja").write_text("{{ messages[0].content }}")

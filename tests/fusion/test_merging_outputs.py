@@ -53,6 +53,21 @@ def run(*arguments: object) -> str:
     return result.stdout
 
 
+@pytest.mark.parametrize(("method", "place"), [("linear", "out"), ("emr", "out/math"), ("linear", "out.safetensors")])
+def test_a_merge_replaces_no_model_that_was_trained(
+    method: str, place: str, base: Checkpoint, models: list[Tuned], tuned_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    trained, there = tuned_dirs["code"], tmp_path / place
+    if there.suffix:
+        shutil.copy(trained / "model.safetensors", there)
+    else:
+        shutil.copytree(trained, there)
+    with pytest.raises(StorageError, match="which would be lost; choose another place"):
+        merge(base, models, METHODS[method], there if there.parent == tmp_path else there.parent)
+    (left,) = tmp_path.rglob("*.safetensors")
+    assert left.read_bytes() == (trained / "model.safetensors").read_bytes()
+
+
 def test_weights_that_lead_beyond_the_dtype_are_refused_and_nothing_is_left(
     base: Checkpoint, models: list[Tuned], tmp_path: Path
 ) -> None:

@@ -155,6 +155,8 @@ class Verification:
         fidelity: distance of the answers.
         layer: the one that was checked, if one was asked for.
         rank: the highest that the pack's linear layers were allowed, if that was limited.
+        foreign: a parameter of which the pack keeps every bit, and the tuned model has others: it is not the one that
+            the pack was made of.
     """
 
     parameters: int
@@ -162,13 +164,14 @@ class Verification:
     fidelity: Fidelity | None = None
     layer: Layer | None = None
     rank: int | None = None
+    foreign: str | None = None
 
     def figures(self) -> dict[str, Any]:
         """Return what `graftllm verify --json` prints."""
         found: dict[str, Any] = {"intact": True, "parameters": self.parameters}
         if self.error_by_role is not None:
             known = {role: error if error < math.inf else None for role, error in self.error_by_role.items()}
-            found["error_by_role"] = known
+            found |= {"error_by_role": known, "foreign": self.foreign}
         if self.fidelity is not None:
             found |= asdict(self.fidelity) | {"verdict": self.fidelity.verdict}
         return found
@@ -183,6 +186,11 @@ class Verification:
                 for role, error in self.error_by_role.items()
             )
             lines.append(f"Relative error of the delta: {errors}.")
+        if self.foreign is not None:
+            lines.append(
+                f"The pack was made of another tuned model: it keeps every bit of {self.foreign}, and this one has "
+                "others. Give --tuned that model."
+            )
         if self.fidelity is not None:
             found = self.fidelity
             lines += [
@@ -190,26 +198,34 @@ class Verification:
                 f"same most probable token for {found.top1_agreement:.2%}.",
                 f"Negative log-likelihood of the answers: {found.nll_tuned:.5f} nats per token under the tuned model, "
                 f"{found.nll_packed:.5f} under the packed one.",
-                _why(found, self.rank),
+                f"{_verdict(found)}{'' if self.foreign else _mend(found, self.rank)}",
             ]
         return lines
 
 
-def _why(found: Fidelity, rank: int | None) -> str:
-    """Return the verdict with the thresholds that decided it, and what brings the pack nearer."""
-    ranked = f"Its ranks end at {rank}: a larger --servable and a larger budget together bring it nearer."
+def _verdict(found: Fidelity) -> str:
+    """Return the verdict with the thresholds that decided it."""
     if found.verdict == "faithful":
         return f"Verdict: faithful; KL divergence at most {FAITHFUL_KL}, agreement at least {FAITHFUL_TOP1:.0%}."
     if found.verdict == "not faithful":
-        mend = "Pack again with a larger budget, calibrated on the skill's own rows." if rank is None else ranked
-        return f"Verdict: not faithful; KL divergence is {found.kl:.5f}, not at most {CLOSE_KL}. {mend}"
+        return f"Verdict: not faithful; KL divergence is {found.kl:.5f}, not at most {CLOSE_KL}."
     missed = []
     if found.kl > FAITHFUL_KL:
         missed.append(f"KL divergence is {found.kl:.5f}, not at most {FAITHFUL_KL}")
     if found.top1_agreement < FAITHFUL_TOP1:
         missed.append(f"agreement is {found.top1_agreement:.2%}, not at least {FAITHFUL_TOP1:.0%}")
-    mend = "A larger budget brings it nearer." if rank is None else ranked
-    return f"Verdict: close, but not faithful; {', and '.join(missed)}. {mend}"
+    return f"Verdict: close, but not faithful; {', and '.join(missed)}."
+
+
+def _mend(found: Fidelity, rank: int | None) -> str:
+    """Return what brings a pack that is not faithful nearer to the model that it was made of."""
+    if found.verdict == "faithful":
+        return ""
+    if rank is not None:
+        return f" Its ranks end at {rank}: a larger --servable and a larger budget together bring it nearer."
+    if found.verdict == "close":
+        return " A larger budget brings it nearer."
+    return " If it was made of this model, pack again with a larger budget, calibrated on the skill's own rows."
 
 
 def verify_pack(
@@ -247,10 +263,12 @@ def verify_pack(
         return Verification(len(checkpoint.specs), layer=layer)
     with tuned_model(tuned, checkpoint, live=prompts is not None) as fine_tune:
         errors = error_by_role(Delta(checkpoint, fine_tune), opened)
+        kept = ((name, entry.tuned_digest) for name, entry in opened.header.tensors.items() if entry.tuned_digest)
+        foreign = next((name for name, expected in kept if fine_tune.digest(name) != expected), None)
         fidelity = None
         if prompts is not None:
             fidelity = measure_fidelity(checkpoint, opened, fine_tune, read_prompts(prompts), device=device)
-    return Verification(len(checkpoint.specs), errors, fidelity, layer, opened.header.options.servable)
+    return Verification(len(checkpoint.specs), errors, fidelity, layer, opened.header.options.servable, foreign)
 
 
 def error_by_role(delta: Delta, pack: SkillPack) -> Mapping[str, float]:

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graftllm.checkpoint import Checkpoint
 from graftllm.companions import TOKENIZER
-from graftllm.errors import ServingError
+from graftllm.errors import ServingError, StorageError
 from graftllm.exporting.divergence import divergence, read_logits, written_texts
 from graftllm.fusion.decoding import decode, touched_bindings
 from graftllm.fusion.voices import Voices
@@ -32,8 +32,8 @@ from graftllm.loading import load_model, load_tokenizer
 from graftllm.records import read_prompts
 from graftllm.rendering import context_length, cut, render_answered
 from graftllm.skillpack import SkillPack
-from graftllm.storage import check_apart, whole_directory, write_text
-from graftllm.tensors import DTYPES
+from graftllm.storage import check_apart, check_replaceable, whole_directory, write_text
+from graftllm.tensors import DTYPES, MADE_HERE, is_made_here
 
 LEGAL_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
 FILES = ("adapter_config.json", "adapter_model.safetensors", *TOKENIZER)  # of an adapter
@@ -135,6 +135,7 @@ def export_adapter(
     highest = legal_rank(max_rank)
     checkpoint = Checkpoint.open(base)
     check_apart(out, [Path(pack.source), checkpoint.path, *([] if prompts is None else [prompts])])
+    _check_vacant(out)
     pack.check_base(checkpoint)
     if grown := next((name for name, one in pack.header.tensors.items() if one.tuned_spec.shape != one.shape), None):
         raise ServingError(
@@ -165,7 +166,7 @@ def export_adapter(
         raise ServingError(
             f"{pack.source}: touches no matrix of a linear layer, so there is nothing an adapter could hold."
         )
-    with whole_directory(out, over=FILES[:1], holds=FILES) as partial:
+    with whole_directory(out) as partial:
         if tokenizer is not words:  # engines look for it beside the adapter
             tokenizer.save_pretrained(partial)
         rank = _write(partial, model, factors, checkpoint)
@@ -234,6 +235,16 @@ def _factors(pack: SkillPack, name: str, delta: Tensor, highest: int) -> tuple[T
     return (u[:, :rank] * root).float(), (root[:, None] * vh[:rank]).float()
 
 
+def _check_vacant(out: Path) -> None:
+    """Check that an adapter may be written at a place: nothing is there, or one that was written here."""
+    check_replaceable(out, over=FILES[:1], holds=FILES)
+    if (out / FILES[0]).exists() and not is_made_here(out / FILES[1]):
+        raise StorageError(
+            f"{out}: expected nothing there, or an adapter that graftllm wrote, found another one, which would be "
+            "lost; choose another place, or take that away."
+        )
+
+
 def _write(
     directory: Path, model: PreTrainedModel, factors: Mapping[str, tuple[Tensor, Tensor]], base: Checkpoint
 ) -> int:
@@ -245,7 +256,7 @@ def _write(
         a, b = (left.T, right.T) if name in turned else (right, left)
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
-    save_file(tensors, directory / FILES[1], metadata={"format": "pt"})
+    save_file(tensors, directory / FILES[1], metadata=MADE_HERE)
     ranks = {name: left.shape[1] for name, (left, _) in factors.items()}
     highest = max(ranks.values())
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != highest}

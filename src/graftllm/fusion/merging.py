@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from graftllm.checkpoint import Checkpoint, write_checkpoint
+from graftllm.checkpoint import Checkpoint, check_vacant, write_checkpoint
 from graftllm.compression.calibration import collect_moments
 from graftllm.compression.prices import Calibration
 from graftllm.delta import Delta
@@ -28,6 +28,7 @@ from graftllm.fusion.search import answer_loss, search_weights
 from graftllm.header import Card
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.packer import compress_to
+from graftllm.packfile import check_place
 from graftllm.packing_options import PackOptions
 from graftllm.progress import progress
 from graftllm.records import Prompt
@@ -95,6 +96,10 @@ def merge(
     places = _places(out, names if method.per_task else ("",))
     for place in places.values():
         check_apart(place, [base.path, *(file for one in tuned for file in one.files)])
+        if place.suffix == ".safetensors":
+            check_place(place)
+        else:
+            check_vacant(base, place)
     if method.rows is not None and (missing := next((name for name in names if not (rows or {}).get(name)), None)):
         raise FusionError(
             f"merge: {method.name} needs answered prompts of every model; give rows of {missing!r} (--rows)."

@@ -1,7 +1,7 @@
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from graftllm.checkpoint import Checkpoint
 from graftllm.delta import Delta
 from graftllm.errors import ServingError
-from graftllm.fusion.directory import write_grafted
+from graftllm.fusion.directory import add_packs, remove_pack, set_rules, write_grafted
+from graftllm.fusion.rules import Rule
 from graftllm.packer import compress
 from graftllm.packing_options import PackOptions
 from graftllm.serving.app import build_app
@@ -22,7 +23,7 @@ from tests.models import perturb
 from tests.serving.running import PATIENCE_S, client_of, posted, served
 
 
-def _engine(names: tuple[str, ...], key: str = "inner") -> FastAPI:
+def _engine(names: Sequence[str], key: str = "inner") -> FastAPI:
     """A stand-in that speaks as vLLM does with adapters: the model's name chooses one; it says what it was sent."""
     app = FastAPI()
     app.state.begun, app.state.left = threading.Event(), threading.Event()
@@ -178,6 +179,32 @@ def test_an_answer_that_breaks_is_an_error(client: OpenAI) -> None:
     with pytest.raises(APIStatusError, match="does not answer, or not to the end") as info:
         _ask(client, "one", "break")
     assert info.value.status_code == 502
+
+
+def test_what_changes_in_the_directory_and_at_the_engine_counts_from_the_next_request_on(
+    fused: Path, tmp_path: Path
+) -> None:
+    files = {name: fused / f"{name}.safetensors" for name in ("one", "whole")}
+    write_grafted(tmp_path / "grafted", str(fused / "base"), files)
+    has = ["llama", "one", "whole"]
+    with (
+        served(_engine(has)) as inner,
+        served(build_app(Front(tmp_path / "grafted", inner, key="inner", device="cpu"))) as address,
+        client_of(address) as client,
+    ):
+        assert [model.id for model in client.models.list()] == ["base", "one", "whole"]
+        set_rules(tmp_path / "grafted", [Rule(pack="whole", pattern="hello")])
+        assert _ask(client, "auto", "hello") == ("whole: said hello", "whole")
+        add_packs(tmp_path / "grafted", {"two": fused / "two.safetensors"})
+        with pytest.raises(NotFoundError, match="expected one of base, auto, one, whole; found 'two'"):
+            _ask(client, "two", "hi")
+        has.append("two")
+        assert _ask(client, "two", "hi") == ("two: said hi", "two")
+        remove_pack(tmp_path / "grafted", "one")
+        with pytest.raises(NotFoundError, match="expected one of base, auto, whole, two; found 'one'"):
+            _ask(client, "one", "hi")
+        assert _ask(client, "base", "hi") == ("llama: said hi", "base")
+        assert [model.id for model in client.models.list()] == ["base", "whole", "two", "auto"]
 
 
 def test_an_engine_that_is_not_there_is_named(fused: Path) -> None:

@@ -7,6 +7,7 @@ of its pack as the model, which is how vLLM and others choose an adapter. Stream
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -49,7 +50,8 @@ class Front:
         self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._client = httpx2.AsyncClient(timeout=_PATIENCE)
-        self._names = self._found()
+        self._ids = self._found()
+        self._base = self._base_name()
         self.card = self._library.card
 
     @property
@@ -58,9 +60,9 @@ class Front:
         return True
 
     def models(self) -> dict[str, dict[str, Any]]:
-        """Return what can be asked for: of the packs, those that the other server has."""
-        found = self._library.models()
-        return {name: about for name, about in found.items() if name == AUTO or name in self._names}
+        """Return what can be asked for: of the packs, those that the other server has by now."""
+        found, names = self._library.models(), self._names(fresh=True)
+        return {name: about for name, about in found.items() if name == AUTO or name in names}
 
     async def answer(self, asked: ChatRequest | CompletionRequest, request: Request) -> Response:
         """Pass a request on, and its answer back.
@@ -68,9 +70,9 @@ class Front:
         Raises:
             Refused: there is no such pack, or the other server does not answer.
         """
-        chosen = await asyncio.to_thread(self._choose, asked)
+        chosen, name = await asyncio.to_thread(self._choose, asked)
         self.metrics.answered.labels(chosen.pack).inc()
-        body = json.loads(await request.body()) | {"model": self._names[chosen.pack]}
+        body = json.loads(await request.body()) | {"model": name}
         if ends := await asyncio.to_thread(self._own_ends, chosen.pack):
             body["stop_token_ids"] = ends
         path = "/chat/completions" if isinstance(asked, ChatRequest) else "/completions"
@@ -108,18 +110,23 @@ class Front:
 
     def measured(self) -> bytes:
         """Return the metrics."""
-        self.metrics.packs.set(len(self._names) - 1)
+        self.metrics.packs.set(len(self._names()) - 1)
         return self.metrics.text()
 
     def stop(self) -> None:
         """Do nothing: what was taken has been passed back."""
 
-    def _choose(self, asked: ChatRequest | CompletionRequest) -> Chosen:
+    def _choose(self, asked: ChatRequest | CompletionRequest) -> tuple[Chosen, str]:
+        """Return the pack that answers, and what the other server calls it."""
         if asked.model != AUTO:
-            if asked.model not in self._names:
-                error = str(unknown_pack(asked.model, [BASE, AUTO, *(name for name in self._names if name != BASE)]))
+            names = self._names()
+            if asked.model not in names and asked.model in self._library.packs:
+                names = self._names(fresh=True)
+            if asked.model not in names:
+                known = [BASE, AUTO, *(name for name in names if name != BASE)]
+                error = str(unknown_pack(asked.model, known))
                 raise Refused(error, status=404, param="model", code="model_not_found")
-            return Chosen(asked.model)
+            return Chosen(asked.model), names[asked.model]
         if isinstance(asked, ChatRequest):
             messages = [message.plain() for message in asked.messages]
         elif isinstance(asked.prompt, str):
@@ -127,35 +134,50 @@ class Front:
         else:
             raise Refused("prompt: auto needs a text to choose by; name a pack, or send text.", param="prompt")
         started = perf_counter()
-        route = self._library.grafted.route([messages])[0]
+        route = self._library.route(messages)
         self.metrics.routing.observe(perf_counter() - started)
-        pack = route.name if route.name in self._names else BASE
-        return Chosen(pack, route.probabilities, route.reason)
+        names = self._names()
+        pack = route.name if route.name in names else BASE
+        return Chosen(pack, route.probabilities, route.reason), names[pack]
 
     def _own_ends(self, pack: str) -> tuple[int, ...]:
         """Return the tokens that end a pack's answers where they are not the base's, which the engine knows."""
-        voices = self._library.grafted.voices
+        voices = self._library.voices
         return voices[pack].ends if voices[pack].ends != voices.base.ends else ()
 
-    def _found(self) -> dict[str, str]:
-        """Return what the other server calls the base and each pack that it has."""
+    def _names(self, *, fresh: bool = False) -> dict[str, str]:
+        """Return what the other server calls the base and each pack that there is and that it has.
+
+        Args:
+            fresh: ask it again; one that does not answer has what it had.
+        """
+        if fresh:
+            with suppress(ServingError):
+                self._ids = self._found()
+        packs = self._library.packs
+        return {BASE: self._base} | {name: name for name in self._ids if name in packs}
+
+    def _found(self) -> list[str]:
+        """Return the names of all models that the other server has."""
         try:
             answer = httpx2.get(f"{self._url}/models", headers=self._headers, timeout=_PATIENCE)
-            names = [str(model["id"]) for model in answer.raise_for_status().json()["data"]]
+            return [str(model["id"]) for model in answer.raise_for_status().json()["data"]]
         except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
             raise ServingError(
                 f"--engine {self._url}: expected an OpenAI-compatible server that lists its models ({error}). "
                 "Start it first; `graftllm export DIR --format vllm` writes the command."
             ) from error
-        packs = {name: name for name in names if name in self._library.grafted.packs}
-        others = [name for name in names if name not in packs and name != AUTO]
+
+    def _base_name(self) -> str:
+        """Return what the other server calls the base."""
+        others = [name for name in self._ids if name not in self._library.packs and name != AUTO]
         base = BASE if BASE in others else others[0] if len(others) == 1 else None
         if base is None:
             raise ServingError(
                 f"--engine {self._url}: expected one model beside the packs, the base; found "
                 f"{', '.join(others) or 'none'}. Start it with --served-model-name base."
             )
-        return {BASE: base, **packs}
+        return base
 
 
 _ELSEWHERE = "the packs are on another engine; add and remove them there."

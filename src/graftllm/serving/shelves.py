@@ -5,7 +5,7 @@ Others may change the directory, too, such as `graftllm remove`: whoever asks ne
 
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -17,17 +17,22 @@ from graftllm.fusion.directory import add_packs, remove_pack
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.manifest import AUTO, MANIFEST, read_manifest
 from graftllm.fusion.names import unknown_pack
-from graftllm.fusion.routes import BASE
+from graftllm.fusion.routes import BASE, Route
 from graftllm.fusion.voices import Voices
 from graftllm.packfile import file_bytes
+from graftllm.records import Message
 from graftllm.serving.engine import Engine
 from graftllm.serving.orders import Refused
+from graftllm.skillpack import SkillPack
 
 _log = logging.getLogger(__name__)
 
 
 class Library:
-    """A grafted directory that an engine serves. Methods may be called by any thread; changes take turns."""
+    """A grafted directory that is served, by an engine in this process or another one.
+
+    Methods may be called by any thread; changes take turns.
+    """
 
     def __init__(self, directory: Path, *, device: str = "auto") -> None:
         """Load the base, the router and the headers of the packs.
@@ -39,12 +44,27 @@ class Library:
         """
         self._directory, self._lock, self._seen = directory, Lock(), _state(directory)
         self._held = _hold(directory, device=device)
-        self.engine: Engine | None = None  # which follows changes
+        self.engine: Engine | None = None  # the one in this process, which follows changes
 
     @property
     def grafted(self) -> GraftedModel:
         """The model, as the directory was when it was last read."""
         return self._held.grafted
+
+    @property
+    def packs(self) -> Mapping[str, SkillPack]:
+        """The packs that there are now."""
+        return self._now().grafted.packs
+
+    def route(self, messages: Sequence[Message]) -> Route:
+        """Return which pack a conversation goes to; of a directory that no engine in this process serves.
+
+        Raises:
+            FusionError: no rule fits, and there is no router.
+        """
+        held = self._now()
+        with self._lock:  # what is read again has the same live model
+            return held.grafted.route([messages])[0]
 
     @property
     def digests(self) -> Mapping[str, str]:
@@ -118,7 +138,7 @@ class Library:
 
     def _now(self) -> "_Held":
         """Return what the directory holds; if others changed it, it is read again and served, or stays as it was."""
-        if self.engine is not None and _state(self._directory) != self._seen:
+        if _state(self._directory) != self._seen:
             with self._lock:
                 if _state(self._directory) != self._seen:
                     try:
@@ -131,15 +151,13 @@ class Library:
 
     def _reload(self) -> None:
         """Serve what the directory holds now, with the base that is in memory."""
-        assert self.engine is not None
         engine, before = self.engine, self._held
+
+        def when(look: Callable[[], Any]) -> Any:
+            return look() if engine is None else engine.between_steps(look).result()
+
         self._seen = _state(self._directory)
-        held = _hold(
-            self._directory,
-            lambda look: engine.between_steps(look).result(),
-            model=before.grafted.model,
-            check=False,
-        )
+        held = _hold(self._directory, when, model=before.grafted.model, check=False)
         if held.fingerprint != before.fingerprint:
             raise FusionError(
                 f"{self._directory}: expected the base that is served ({before.fingerprint[:12]}), found packs for "
@@ -147,7 +165,8 @@ class Library:
             )
         held.grafted.voices = before.grafted.voices.of_others(held.grafted.packs)
         self._held = held
-        engine.adopt(self.grafted, self.digests)
+        if engine is not None:
+            engine.adopt(self.grafted, self.digests)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ RESULT = RouterResult(
     confusion={"base": {"base": 2, "math": 1}, "math": {"math": 1}},
     reasons={"router": 3, "unknown": 1},
     choices=[Choice(0.99, True), Choice(0.95, True), Choice(0.9, False), Choice(0.5, True)],
+    tasks={"": 2, "maths": 1},
     unknown={"math": 0.25},
     stated={},
 )
@@ -58,6 +59,7 @@ def test_the_tables_hold_every_class() -> None:
     assert coverage.rows[0] == ["100%", "0.500", "25.00%"]
     assert RESULT.sentences()[0].startswith("75.00% ± 21.65% of 4 prompts went where they belong")
     assert "math 25.0%" in RESULT.sentences()[-1]
+    assert "no pack has the name of their task: no task 2, maths 1" in RESULT.sentences()[2]
 
 
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
@@ -99,7 +101,8 @@ def test_a_grafted_model_is_compared_with_where_prompts_belong(base_dir: Path, d
     assert found.accuracy.n == 40
     assert found.accuracy.value > 0.9
     assert found.figures()["router"]["packs"] == ["digits"]
-    assert "at most 2.44% of fresh general prompts expected to go to a pack (1.00% asked for)" in found.sentences()[2]
+    assert "at most 2.44% of fresh general prompts expected to go to a pack (1.00% asked for)" in found.sentences()[3]
+    assert found.figures()["base_tasks"] == {"general": 20}
     set_rules(tmp_path / "g", [Rule(pack="base", pattern=r"^\d"), Rule(pack="digits", pattern="backward")])
     wrong = evaluate_router(tmp_path / "g", [tmp_path / "test.jsonl"])
     assert wrong.confusion == {"base": {"digits": 20}, "digits": {"base": 20}}

@@ -21,6 +21,7 @@ from graftllm.fusion.directory import add_packs, remove_pack, set_router, write_
 from graftllm.fusion.grafted import GraftedModel
 from graftllm.fusion.grafting import plug
 from graftllm.fusion.manifest import Manifest, read_manifest
+from graftllm.fusion.rules import Rule
 from graftllm.generation import GREEDY, generate
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.packer import compress
@@ -560,6 +561,20 @@ def test_auto_needs_a_router(shelf: Path, tmp_path: Path) -> None:
     with pytest.raises(FusionError, match="'auto' needs a router, and this grafted model has none"):
         plain.generate(["hi"])
     plain.generate(["hi"], "one", SHORT)
+
+
+def test_with_rules_alone_the_base_answers_what_none_fits(shelf: Path, tmp_path: Path) -> None:
+    packs, rules = {"one": shelf.parent / "one.safetensors"}, [Rule(pack="one", pattern="[0-9]")]
+    write_grafted(tmp_path / "ruled", str(shelf.parent / "base"), packs, rules=rules)
+    ruled = GraftedModel.load(tmp_path / "ruled")
+    assert [(route.name, route.reason) for route in ruled.route(["1", "x"])] == [("one", "rule"), ("base", "no rule")]
+    assert ruled.generate(["1", "x"], "auto", SHORT) == ruled.generate(["1", "x"], ["one", "base"], SHORT)
+
+
+@pytest.mark.parametrize(("pack", "told"), [("three", ""), ("auto", " auto needs a router or rules")])
+def test_a_chat_names_the_packs_before_anything_is_said(grafted: GraftedModel, pack: str, told: str) -> None:
+    with pytest.raises(FusionError, match=f"pack: expected one of base, one, two; found '{pack}'.{told}"):
+        Chat(GraftedModel(grafted.model, grafted.tokenizer, grafted.packs), pack, SHORT)
 
 
 def test_a_changed_pack_is_refused(shelf: Path, tmp_path: Path) -> None:

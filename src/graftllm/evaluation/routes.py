@@ -47,6 +47,7 @@ class RouterResult:
         confusion: by the right class, how many prompts went to each class.
         reasons: how many prompts were decided by the router, a rule, or left to the base as unsure or unknown.
         choices: for each prompt, most confident first.
+        tasks: of the prompts that are taken to belong to the base, how many are of each task.
         unknown: share of a pack's examples that a router without this pack still sends to another, for some packs.
         stated: what the router's file says of it; empty without a router.
     """
@@ -55,6 +56,7 @@ class RouterResult:
     confusion: Mapping[str, Mapping[str, int]]
     reasons: Mapping[str, int]
     choices: Sequence[Choice]
+    tasks: Mapping[str, int]
     unknown: Mapping[str, float]
     stated: Mapping[str, Any]
 
@@ -102,6 +104,7 @@ class RouterResult:
             "calibration_error": self.calibration_error,
             "confusion": {name: dict(row) for name, row in self.confusion.items()},
             "reasons": dict(self.reasons),
+            "base_tasks": dict(self.tasks),
             "coverage_risk": [[coverage, *self.risk(coverage)] for coverage in COVERAGES],
             "unknown_accepted": dict(self.unknown),
             "router": dict(self.stated),
@@ -128,6 +131,9 @@ class RouterResult:
             f"calibration error {self.calibration_error:.3f}.",
             "decided by " + ", ".join(f"{reason} {count}" for reason, count in self.reasons.items()),
         ]
+        if self.tasks:
+            told = ", ".join(f"{task or 'no task'} {count}" for task, count in self.tasks.items())
+            lines.append(f"taken to belong to the base, since no pack has the name of their task: {told}")
         if self.stated:
             lines.append(
                 f"stated: {self.stated['accuracy']:.2%} of the {self.stated['examples']} examples right when held out, "
@@ -169,6 +175,7 @@ def evaluate_router(directory: Path, tasks: Sequence[Path], *, device: str = "au
         confusion,
         Counter(route.reason for route in routes),
         sorted(choices, key=lambda choice: -choice.confidence),
+        Counter(row.task for row, label in zip(rows, labels, strict=True) if label == BASE and row.task != BASE),
         {} if grafted.router is None else unknown_accepted(grafted.router),
         {} if grafted.router is None else _stated(grafted.router),
     )

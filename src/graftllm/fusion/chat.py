@@ -27,20 +27,34 @@ class Chat:
     messages: list[Message] = field(default_factory=list)
     chosen: Wanted = None
 
+    def __post_init__(self) -> None:
+        """Check that the pack is one that can be asked for.
+
+        Raises:
+            FusionError: it does not exist, or it is `auto`, and there is neither router nor rule.
+        """
+        if self.pack not in self._known():
+            raise FusionError(
+                f"pack: expected one of {', '.join(self._known())}; found {self.pack!r}."
+                + (f" {AUTO} needs a router or rules." if self.pack == AUTO else "")
+            )
+
+    def _known(self) -> list[str]:
+        return [BASE, *([AUTO] if self.model.chooses else []), *self.model.packs]
+
     def say(self, line: str) -> Iterator[str]:
         """Yield the reply to a line piece by piece; `/new` and `/pack NAME` are commands, no other word is.
 
         Raises:
-            FusionError: the pack does not exist, or `auto` is asked for without a router.
+            FusionError: `auto` is asked for, and the router is older than a pack.
         """
         command, _, argument = line.partition(" ")
         if command == "/new":
             self.messages.clear()
             yield "(new conversation)"
         elif command == "/pack":
-            known = [BASE, *([AUTO] if self.model.chooses else []), *self.model.packs]
-            if argument not in known:
-                yield f"(expected /pack and one of {', '.join(known)})"
+            if argument not in self._known():
+                yield f"(expected /pack and one of {', '.join(self._known())})"
                 return
             self.pack = argument
             self.messages.clear()

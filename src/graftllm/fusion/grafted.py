@@ -18,7 +18,7 @@ from graftllm.fusion.decoding import is_quantized
 from graftllm.fusion.features import prompt_features
 from graftllm.fusion.manifest import AUTO, open_base, open_shelf
 from graftllm.fusion.names import unknown_pack
-from graftllm.fusion.routes import BASE, Route, ruled
+from graftllm.fusion.routes import BASE, UNRULED, Route, ruled
 from graftllm.fusion.routing import Router
 from graftllm.fusion.rules import Rule, first_fitting
 from graftllm.fusion.shelf import Shelf, default_limit
@@ -141,8 +141,10 @@ class GraftedModel:
     def route(self, conversations: Iterable[Conversation]) -> list[Route]:
         """Return which pack would answer each conversation: by the first rule that fits, else by the router.
 
+        Where there are rules and no router, it is the base if none fits.
+
         Raises:
-            FusionError: no rule fits, and there is no router or one that is older than a pack.
+            FusionError: there is neither router nor rule; or no rule fits, and the router is older than a pack.
         """
         messages = [messages_of(conversation) for conversation in several(conversations)]
         routes = [ruled(rule.pack) if (rule := first_fitting(self.rules, one)) else None for one in messages]
@@ -154,6 +156,8 @@ class GraftedModel:
     def _routed(self, messages: Sequence[Sequence[Message]]) -> list[Route]:
         if not messages:
             return []
+        if self.router is None and self.rules:
+            return [UNRULED] * len(messages)
         if self.router is None:
             raise FusionError(
                 f"pack: {AUTO!r} needs a router, and this grafted model has none; "
@@ -199,8 +203,8 @@ class GraftedModel:
 
         Raises:
             FusionError: a name or way is unknown, a conversation has no message or is no conversation, `auto` is asked
-                for without a router, packs that can only be merged shall run beside the weights, or more than one
-                answer each is asked for.
+                for without router and rules, packs that can only be merged shall run beside the weights, or more than
+                one answer each is asked for.
         """
         if options.samples > 1:
             raise FusionError(f"samples: expected 1, as each conversation gets one answer; found {options.samples}.")
@@ -246,7 +250,7 @@ class GraftedModel:
         """Yield the answer to one conversation piece by piece; read it to its end or close it to let others answer.
 
         Raises:
-            FusionError: the pack's name is unknown, or `auto` is asked for without a router.
+            FusionError: the pack's name is unknown, or `auto` is asked for without router and rules.
         """
         mix = self._chosen([messages_of(conversation)], [pack])[0]
         beside, voice = self._goes_beside([mix], "auto"), self.voices.of(dict(mix))

@@ -7,7 +7,7 @@ from typing import Literal
 BASE = "base"
 _GRAIN = 10  # soft weights are tenths, so that few mixtures have to be decoded
 
-Reason = Literal["router", "unsure", "unknown", "rule"]
+Reason = Literal["router", "unsure", "unknown", "rule", "no rule"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Route:
         name: a pack's name or `base`.
         probabilities: of each class, as the classifier sees it.
         reason: `router` decided; `base` although packs together were more probable, because that was not enough
-            (`unsure`), or because the prompt is unlike the pack's own (`unknown`); or a user's `rule`.
+            (`unsure`), or because the prompt is unlike the pack's own (`unknown`); or a user's `rule`; or `base` where
+            there are rules alone and none fits (`no rule`).
         weights: packs that answer together; none for the base.
     """
 
@@ -44,3 +45,6 @@ def tenths(shares: Mapping[str, float]) -> dict[str, float]:
 def ruled(name: str) -> Route:
     """Return the route to a pack, or to `base`, that a user's rule asks for."""
     return Route(name, {}, "rule", {} if name == BASE else {name: 1.0})
+
+
+UNRULED = Route(BASE, {}, "no rule", {})

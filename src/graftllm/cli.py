@@ -61,7 +61,7 @@ EXTRAS = {
     **dict.fromkeys(("datasets", "peft", "trl"), "train"),
     **dict.fromkeys(("fastapi", "prometheus_client", "starlette", "uvicorn"), "serve"),
 }  # what is imported only where it is needed, and what brings it
-RESUMING = ("run", "sample", "score", "train", "learn", "demo", "pack")  # commands that go on where they were
+RESUMING = ("run", "sample", "score", "train", "learn", "demo", "pack", "push", "pull")  # go on where they were
 
 
 def main() -> None:

@@ -46,14 +46,16 @@ def cost(
     from graftllm.costs.prompts import Assumed
     from graftllm.costs.survey import survey
     from graftllm.evaluation.tables import table
-    from graftllm.recipe import load_recipe
+    from graftllm.recipe import check_target_made, load_recipe
 
     launch = read_launch(accelerate) if accelerate else None
     rows = [named(name) for name in ([hardware] if hardware else ROWS)]
     if launch:
         rows = [fitting(launch, named(hardware) if hardware else None)]
     assumed = Assumed(prompts=prompts, prompt_tokens=prompt_tokens, answer_tokens=answer_tokens)
-    asked = survey(load_recipe(recipe, dir)[0], assumed)
+    loaded, directory = load_recipe(recipe, dir)
+    check_target_made(loaded, directory)
+    asked = survey(loaded, assumed)
     if json:
         print_json(tables.figures(asked, rows, launch))
         return

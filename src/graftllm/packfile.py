@@ -62,6 +62,8 @@ def read_header(path: Path) -> Header:
             size = int.from_bytes(file.read(8), "little")
             room = path.stat().st_size - 8
             simple = _is_simple(file.read(min(size, MAX_HEADER_BYTES)))
+    except IsADirectoryError as error:
+        raise PackError(f"{path}: expected a SkillPack, which is a file, found a directory; check the path.") from error
     except OSError as error:
         raise PackError(f"{path}: cannot be read ({error.strerror}); check the path.") from error
     if room < 0 or not 2 <= size <= min(room, MAX_HEADER_BYTES):

@@ -138,6 +138,20 @@ def load_recipe(path: Path, directory: Path | None = None) -> tuple[Recipe, Path
     return _with_paths(recipe, path.parent.absolute(), directory.absolute()), directory
 
 
+def check_target_made(recipe: Recipe, directory: Path) -> None:
+    """Check that a target which lies in the run's own directory has been put there.
+
+    Raises:
+        RecipeError: nothing is there.
+    """
+    target = Path(recipe.target)
+    if target.is_relative_to(directory.absolute()) and not target.exists():
+        raise RecipeError(
+            f"target: {target} is in the run's own directory, and not there yet; make it first, as `graftllm demo --dir "
+            f"{directory}` does for recipes/demo.yaml."
+        )
+
+
 def pack_options(
     *,
     strategy: Strategy,

@@ -124,11 +124,18 @@ def weighed(text: str) -> tuple[str, float | None]:
 
     >>> weighed("user/repo:-0.5"), weighed("math.safetensors")
     (('user/repo', -0.5), ('math.safetensors', None))
+
+    Raises:
+        GraftError: what stands behind a file is no number.
     """
     place, colon, last = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, None
     try:
-        return (place, float(last)) if colon and not Path(text).exists() else (text, None)
+        return place, float(last)
     except ValueError:
+        if Path(place).exists():
+            raise GraftError(f"{text}: expected a number as weight after {place}:, found {last!r}.") from None
         return text, None
 
 

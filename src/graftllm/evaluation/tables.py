@@ -118,7 +118,8 @@ def pack_lines(header: Header, file_bytes: int) -> list[str]:
         "fingerprint": base.fingerprint,
         "file": f"{file_bytes:,} bytes, {file_bytes / max(1, header.tuned_bytes):.1%} of the tuned checkpoint, "
         f"{8 * file_bytes / max(1, parameters):.2f} bits per parameter",
-        "strategy": f"{_pack_options(header.options)}, calibrated on {header.calibration_tokens:,} tokens",
+        "strategy": f"{_pack_options(header.options)}, "
+        + (f"calibrated on {header.calibration_tokens:,} tokens" if header.calibration_tokens else "not calibrated"),
         "operators": _operator_counts(header),
         **_layers(header),
         "sources": ", ".join(made.sources) or "not recorded",

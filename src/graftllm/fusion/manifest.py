@@ -144,7 +144,7 @@ def open_packs(directory: Path, manifest: Manifest) -> dict[str, SkillPack]:
         FusionError: a file is missing or was changed.
         PackError: a pack is damaged.
     """
-    return {name: _open_pack(directory, shelved) for name, shelved in manifest.packs.items()}
+    return {name: _open_pack(directory, name, shelved) for name, shelved in manifest.packs.items()}
 
 
 def open_router(directory: Path, manifest: Manifest) -> Router | None:
@@ -211,7 +211,7 @@ def base_place(directory: Path, manifest: Manifest) -> Path | str:
     return manifest.base
 
 
-def _open_pack(directory: Path, shelved: ShelvedPack) -> SkillPack:
+def _open_pack(directory: Path, name: str, shelved: ShelvedPack) -> SkillPack:
     path = directory / shelved.file
     if not path.is_file():
         raise FusionError(
@@ -219,8 +219,9 @@ def _open_pack(directory: Path, shelved: ShelvedPack) -> SkillPack:
         )
     if (found := sha256_of(path)) != shelved.sha256:
         raise FusionError(
-            f"{path}: expected SHA-256 {shelved.sha256[:12]}..., found {found[:12]}...; "
-            "the file was changed. Run `graftllm fuse` again."
+            f"{path}: expected SHA-256 {shelved.sha256[:12]}..., found {found[:12]}...; the file was changed, as by a "
+            "copy over the one that it is linked to. Put the old one back, or take it as it is: `graftllm remove "
+            f"{directory} {name}`, then `graftllm add` it again."
         )
     return SkillPack.load(path)
 

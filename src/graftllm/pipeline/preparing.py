@@ -11,6 +11,7 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.downloads import repository
 from graftllm.errors import SamplingError
 from graftllm.pipeline.work import GENERAL, Work, check_target
+from graftllm.recipe import check_target_made
 from graftllm.records import read_prompts, write_rows
 from graftllm.sampling.prompts import contamination, load_prompts, without_duplicates
 from graftllm.sampling.scoring import check_judgeable
@@ -44,9 +45,11 @@ def check_inputs(work: Work) -> None:
     Raises:
         CheckpointError: the target or a source on this machine is no whole checkpoint, or the target as for
             `check_target`.
+        RecipeError: the target is to lie in the run's directory, and does not.
         SamplingError: a row lacks what a judge compares with; or as for `prepare`.
     """
     recipe = work.recipe
+    check_target_made(recipe, work.directory)
     if _is_here(recipe.target):
         check_target(work)
     for name, skill in recipe.skills.items():

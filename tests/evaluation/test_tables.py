@@ -21,7 +21,7 @@ def test_the_last_row_of_roles_is_all_of_them(delta: Delta) -> None:
 
 def test_a_pack_tells_its_options_and_operators(delta: Delta) -> None:
     lines = pack_lines(compress(delta, PackOptions(strategy="paper", energy=0.5)).header, 1000)
-    assert "strategy     paper, energy 0.5, calibrated on 0 tokens" in lines
+    assert "strategy     paper, energy 0.5, not calibrated" in lines
     assert "operators    matrices: 14 lowrank, 1 sparse; vectors: 5 exact" in lines
 
 

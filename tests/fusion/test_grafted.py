@@ -583,9 +583,8 @@ def test_a_changed_pack_is_refused(shelf: Path, tmp_path: Path) -> None:
     data = pack.read_bytes()
     pack.unlink()
     pack.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(
-        FusionError, match=r"one.safetensors: expected SHA-256 .*the file was changed. Run `graftllm fuse"
-    ):
+    told = r"one.safetensors: expected SHA-256 .*the file was changed, as by a copy.* `graftllm remove .*grafted one`"
+    with pytest.raises(FusionError, match=told):
         GraftedModel.load(tmp_path / "home" / "grafted")
     pack.unlink()
     with pytest.raises(FusionError, match="the manifest names packs/one.safetensors, which is not there"):

@@ -147,8 +147,8 @@ def check_target_made(recipe: Recipe, directory: Path) -> None:
     target = Path(recipe.target)
     if target.is_relative_to(directory.absolute()) and not target.exists():
         raise RecipeError(
-            f"target: {target} is in the run's own directory, and not there yet; make it first, as `graftllm demo --dir "
-            f"{directory}` does for recipes/demo.yaml."
+            f"target: {target} is in the run's own directory, and not there yet; make it first, as "
+            f"`graftllm demo --dir {directory}` does for recipes/demo.yaml."
         )
 
 

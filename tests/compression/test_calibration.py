@@ -45,6 +45,17 @@ from tests.architectures import CONFIGS, load, save_base, save_tuned
 from tests.models import perturb, rows, save_reward_model, tokenizer
 
 
+def test_calibration_by_few_tokens_is_told(
+    delta: Delta, prompts: list[Prompt], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRAFTLLM_QUIET", raising=False)
+    compress(delta, PackOptions(budget="40%"), calibration=prompts[:1], device="cpu")
+    told = r"graftllm: calibration: \d+ tokens are few for layers of 32 inputs, .* give a few hundred rows"
+    assert re.search(told, capsys.readouterr().err)
+    compress(delta, PackOptions(budget="40%"), calibration=prompts, device="cpu")
+    assert "are few" not in capsys.readouterr().err
+
+
 def test_moments_are_those_of_single_unpadded_rows(tuned: Checkpoint, prompts: list[Prompt]) -> None:
     rows = [*prompts[:9], Prompt("long", ({"role": "user", "content": "a rather longer question?" * 3},))]
     found = collect_moments(tuned.path, rows)

@@ -14,6 +14,7 @@ from graftllm.compression.metric import (
     from_half_octaves,
     half_octaves,
     quantize,
+    shrunk,
 )
 
 
@@ -143,3 +144,27 @@ def test_values_beyond_the_largest_code_are_cut_to_it() -> None:
     codes = quantize(torch.tensor([[1e30, -1e30]]), torch.ones(1), torch.ones(2), None)
     assert codes.abs().max() < 1 << 24
     assert codes.tolist() == codes.int().tolist()
+
+
+@given(st.integers(1, 9), st.integers(1, 200), st.integers(0, 1000))
+def test_shrinking_keeps_the_trace_and_what_is_the_same_in_all_directions(width: int, samples: int, seed: int) -> None:
+    moments = _right(width, seed=seed, samples=samples)
+    found = shrunk(moments, samples)
+    assert float(found.trace()) == pytest.approx(float(moments.trace()))
+    torch.testing.assert_close(shrunk(torch.eye(width), samples), torch.eye(width))
+    assert float((found - torch.eye(width)).norm()) <= float((moments - torch.eye(width)).norm()) * (1 + 1e-6)
+
+
+def test_few_samples_are_brought_nearer_to_the_truth_and_many_are_left() -> None:
+    far: dict[int, list[float]] = {}
+    for samples in (2, 8, 32, 128, 100_000):
+        for seed in range(20):
+            draw = torch.Generator().manual_seed(seed)
+            mixing = torch.randn(32, 32, generator=draw) * torch.logspace(0, -1, 32)
+            x = torch.randn(samples, 32, generator=draw) @ mixing.T
+            moments, truth = x.T @ x / samples, mixing @ mixing.T
+            errors = [float((found - truth).norm()) for found in (shrunk(moments, samples), moments)]
+            far.setdefault(samples, []).append(errors[0] / errors[1])
+    means = {samples: sum(ratios) / len(ratios) for samples, ratios in far.items()}
+    assert means[2] < 0.5 and means[8] < 0.7 and means[32] < 0.9 and means[128] < 1
+    assert means[100_000] == pytest.approx(1, abs=0.01)

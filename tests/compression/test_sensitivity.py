@@ -13,7 +13,8 @@ from graftllm.checkpoint import Checkpoint
 from graftllm.compression import sensitivity
 from graftllm.compression.calibration import collect_moments
 from graftllm.compression.experts import Slice, slices_of
-from graftllm.compression.measures import Measures
+from graftllm.compression.measures import Measures, load_measures, save_measures
+from graftllm.compression.metric import shrunk
 from graftllm.compression.prices import DAMPING, Calibration, Sensitivity
 from graftllm.compression.sensitivity import answered, measure_sensitivity, to_calibrate
 from graftllm.delta import Delta
@@ -270,6 +271,18 @@ def test_where_nothing_was_measured_an_error_costs_what_it_does_in_others_of_its
     assert found.metric("c", (2, 3)).scale == pytest.approx((2 + 8 + 9) / 3)
     assert found.metric("3.a", (2, 3)).scale == pytest.approx(DAMPING * 5)
     assert Measures(None, Sensitivity({}, {}, {})).metric("c", (2, 3)).scale == 1.0
+
+
+def test_second_moments_of_few_tokens_are_shrunk_by_how_many_reached_the_layer(tmp_path: Path) -> None:
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    moments = {name: x.T @ x / 4 for name in ("few", "many", "exact")}
+    found = Measures(Calibration(moments, 4, reached={"few": 4, "many": 4_000_000}))
+    save_measures(found, tmp_path / "measures.safetensors")
+    for known in (found, load_measures(tmp_path / "measures.safetensors")):
+        few, many, exact = (known.moments(name, (2, 8)) for name in moments)
+        torch.testing.assert_close(few, shrunk(moments["few"], 4))
+        torch.testing.assert_close(many, moments["many"], rtol=1e-4, atol=1e-4)
+        assert exact is not None and exact.equal(moments["exact"])
 
 
 def test_an_expert_that_only_last_tokens_reached_costs_as_little_as_one_that_none_did() -> None:

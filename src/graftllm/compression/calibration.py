@@ -6,6 +6,7 @@ Layers are found by what they are (nn.Linear, Conv1D, products with a slice of s
 architecture. Neither the model nor its moments have to fit in memory.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -111,6 +112,7 @@ class _Watcher:
         self.sums, self.weights = sums, weights
         self.shared: dict[str, str] = {}  # stored name -> the key that its H is summed under
         self.transposed: set[str] = set()
+        self._reached = Counter[str]()  # of how many tokens each sum is
         self._last: tuple[Tensor | None, str] = (None, "")
         specs, head = checkpoint.specs, streamed.model.get_output_embeddings()
         self.experts = ExpertWatcher(streamed.model, streamed.bindings, specs, self._add_expert)
@@ -131,7 +133,8 @@ class _Watcher:
     def calibration(self, tokens: int) -> Calibration:
         shared = {name: key for name, key in self.shared.items() if key in self.sums}
         moments = Moments(self.sums, shared, tokens)
-        return Calibration(moments, tokens, frozenset(self.transposed), self.experts.unreached, shared)
+        reached = {name: self._reached[key] for name, key in shared.items()}
+        return Calibration(moments, tokens, frozenset(self.transposed), self.experts.unreached, shared, reached)
 
     def _watch(self, stored: tuple[str, ...], module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
@@ -156,6 +159,7 @@ class _Watcher:
     def _add(self, stored: tuple[str, ...], x: Tensor) -> None:
         if stored and len(x) and bool(x.any()):
             self.sums.add(stored[0], self._weighted(stored[0], x.float()))
+            self._reached[stored[0]] += int(x.any(1).sum())
             for name in stored:
                 self.shared.setdefault(name, stored[0])
 

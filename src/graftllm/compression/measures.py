@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from graftllm.compression.matrix import DOUBLE, matrix_shape
-from graftllm.compression.metric import Metric
+from graftllm.compression.metric import Metric, shrunk
 from graftllm.compression.prices import DAMPING, Calibration, Sensitivity, input_metric, normal
 from graftllm.tensors import DTYPE_NAMES, TensorSpec, raw_bytes, write_safetensors
 
@@ -42,11 +42,15 @@ class Measures:
         return {kind: sum(scales) / len(scales) for kind, scales in found.items()}
 
     def moments(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
-        """Return the second moments of the layer's input, where they are known and fit the parameter's shape."""
+        """Return the second moments of the layer's input, where they are known and fit the parameter's shape.
+
+        They are estimated from those of the tokens that reached the layer, see `shrunk`.
+        """
         found = self.calibration.moments.get(name) if self.calibration is not None else None
-        if found is not None and found.shape[0] != matrix_shape(shape)[0 if self.transposed(name) else 1]:
+        if found is None or found.shape[0] != matrix_shape(shape)[0 if self.transposed(name) else 1]:
             return None
-        return found
+        tokens = self.calibration.reached.get(name) if self.calibration is not None else None
+        return found if tokens is None else shrunk(found, tokens)
 
     def metric(self, name: str, shape: tuple[int, ...]) -> Metric:
         """Return what errors in a parameter cost."""
@@ -90,7 +94,7 @@ def save_measures(measures: Measures, path: Path) -> None:
         keys = {name: known.shared.get(name, name) for name in known.moments}
         first = {key: name for name, key in reversed(keys.items())}
         parts |= {f"moments/{key}": (known.moments, name) for key, name in first.items()}
-        facts |= {"tokens": known.tokens, "keys": keys}
+        facts |= {"tokens": known.tokens, "keys": keys, "reached_tokens": dict(known.reached)}
         facts |= {"transposed": sorted(known.transposed), "unseen": sorted(known.unseen)}
     if sensitivity is not None:
         facts |= {"reached": dict(sensitivity.reached), "prices": dict(measures.prices)}
@@ -126,6 +130,7 @@ def load_measures(path: Path) -> Measures:
             frozenset(facts["transposed"]),
             frozenset(facts["unseen"]),
             facts["keys"],
+            facts["reached_tokens"],
         )
     if not facts["sensitivity"]:
         return Measures(calibration)

@@ -77,6 +77,24 @@ def damped_cholesky(moments: Tensor, damping: float = DAMPING) -> Tensor:
         damping *= 10  # more damping always ends in a multiple of the identity
 
 
+def shrunk(moments: Tensor, samples: int) -> Tensor:
+    """Return second moments as few samples show them, moved toward the same for all directions.
+
+    The share of that is the one of oracle approximating shrinkage (arXiv 0907.4698): none for many, all for one.
+    The trace stays.
+
+    Args:
+        moments: x x^T, mean over the samples, shape (d, d).
+        samples: how many there were.
+    """
+    width, trace, square = len(moments), float(moments.diagonal().sum()), float(moments.square().sum())
+    spread = (samples + 1 - 2 / width) * (square - trace**2 / width)
+    share = min(1.0, ((1 - 2 / width) * square + trace**2) / spread) if spread > 0 else 1.0
+    found = moments * (1 - share)
+    found.diagonal().add_(share * trace / width)
+    return found
+
+
 def half_octaves(steps: Tensor) -> np.ndarray:
     """Return the powers of sqrt(2) nearest to positive steps, as int32 exponents.
 

@@ -24,6 +24,7 @@ class Calibration:
         transposed: names whose input side is dimension 0 of the stored tensor, not 1 (Conv1D).
         unseen: names of experts' matrices, and of stacks of them, of which no token reached one.
         shared: by parameter name, the key of its moments; equal for layers that get the same input.
+        reached: by parameter name, of how many tokens its moments are; where it is not told, they are exact.
     """
 
     moments: Mapping[str, Tensor]
@@ -31,6 +32,7 @@ class Calibration:
     transposed: frozenset[str] = frozenset()
     unseen: frozenset[str] = frozenset()
     shared: Mapping[str, str] = field(default_factory=dict)
+    reached: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from graftllm.checkpoint import Checkpoint
 from graftllm.compression.experts import ExpertWatcher, Slice
 from graftllm.compression.matrix import matrix_shape
+from graftllm.compression.metric import shrunk
 from graftllm.compression.prices import MAX_LENGTH, SEQUENCES, Sensitivity
 from graftllm.devices import memory_bytes
 from graftllm.errors import CheckpointError, CompressionError
@@ -220,11 +221,11 @@ class _Watcher:
 
     def sensitivity(self, predicted: int, tokens: int) -> Sensitivity:
         """Return what was found, as half the mean over predicted tokens; `tokens` are all that were read."""
-        share = 0.5 / max(1, predicted)
+        share, times = 0.5 / max(1, predicted), self._times
         return Sensitivity(
             {name: (total * share).cpu() for name, total in self.outputs.items()},
             {name: (total * share).cpu() for name, total in self.reads.items()},
-            {name: (total / self._times[name]).cpu() for name, total in self.read_outputs.items()},
+            {name: shrunk(total / times[name], times[name]).cpu() for name, total in self.read_outputs.items()},
             {name: count / tokens for name, count in self._reached.items()},
             {name: (total * share).cpu() for name, total in self.rows.items()},
         )

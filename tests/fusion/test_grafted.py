@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -309,6 +311,12 @@ def test_a_stream_that_is_closed_early_stops_and_leaves_the_base(served: Path) -
         model.generate(["hi"], "two", SHORT)
     pieces.close()
     assert model.generate(["hi"], "base", SHORT) == before
+
+
+def test_a_stream_that_nobody_reads_to_its_end_does_not_trouble_the_end_of_the_program(served: Path) -> None:
+    code = f"from graftllm import GraftedModel\nopen = GraftedModel.load({str(served)!r}).stream('31676 4', 'one')\n"
+    done = subprocess.run([sys.executable, "-c", f"{code}next(open)"], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
 
 
 def test_a_thread_that_goes_on_with_a_stream_of_another_is_told_that_it_is_open(served: Path) -> None:

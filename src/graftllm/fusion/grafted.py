@@ -1,12 +1,14 @@
 """GraftedModel: a live base, its packs and its router; each conversation is answered with the pack it asks for."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+import atexit
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, cast, get_args
+from weakref import WeakSet
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -247,11 +249,16 @@ class GraftedModel:
     def stream(
         self, conversation: Conversation, pack: Wanted = AUTO, options: SamplingOptions = GREEDY
     ) -> Iterator[str]:
-        """Yield the answer to one conversation piece by piece; read it to its end or close it to let others answer.
+        """Return the answer to one conversation piece by piece; read it to its end or close it to let others answer.
 
         Raises:
-            FusionError: the pack's name is unknown, or `auto` is asked for without router and rules.
+            FusionError: when it is read, the pack's name is unknown, or `auto` is asked for without router and rules.
         """
+        begun = self._streamed(conversation, pack, options)
+        _BEGUN.add(begun)
+        return begun
+
+    def _streamed(self, conversation: Conversation, pack: Wanted, options: SamplingOptions) -> Generator[str]:
         mix = self._chosen([messages_of(conversation)], [pack])[0]
         beside, voice = self._goes_beside([mix], "auto"), self.voices.of(dict(mix))
         with self.using(BASE if beside else dict(mix)) as model:
@@ -337,3 +344,14 @@ class GraftedModel:
             for i, route in zip(undecided, self.route([messages[i] for i in undecided]), strict=True):
                 wanted[i] = route.weights
         return [mixed(one, self.packs) for one in wanted]
+
+
+_BEGUN: WeakSet[Generator[str]] = WeakSet()  # streams
+
+
+@atexit.register
+def _close() -> None:
+    """Close the streams that nobody reads to their end, while what unplugs their packs is still there."""
+    for one in list(_BEGUN):
+        with suppress(ValueError):  # another thread reads on
+            one.close()

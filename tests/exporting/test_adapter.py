@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,7 @@ def test_a_tokenizer_of_the_packs_own_stands_beside_the_adapter(home: Path, tmp_
 def test_added_vocabulary_rows_are_no_adapters(home: Path, tmp_path: Path) -> None:
     wide = with_vocabulary(home / "base", tmp_path / "wide", 80)
     pack = _pack(home / "base", wide, tmp_path / "wide.safetensors", PackOptions(strategy="exact"))
-    told = r"wide.safetensors: adds vocabulary rows to 'model.embed_tokens.weight', which no adapter holds; write a"
+    told = r"wide.safetensors: adds vocabulary rows to 'model.embed_tokens.weight', which no adapter holds. Write a"
     with pytest.raises(ServingError, match=told):
         export_adapter(SkillPack.load(pack), home / "base", tmp_path / "out", allow_drop=True)
     assert not (tmp_path / "out").exists()
@@ -157,6 +158,8 @@ def test_what_cannot_travel_is_refused_with_its_measured_effect(home: Path, tmp_
     assert [(loss.what, loss.tensors) for loss in adapter.losses] == [("embedding", 1), ("norm", 5)]
     assert adapter.kl > 1e-4
     assert all(loss.kl > 0 for loss in adapter.losses)
+    assert replace(adapter, kl=0.11).sentences()[-1].startswith("The skill is damaged: KL divergence is 0.11,")
+    assert replace(adapter, kl=0.1).sentences()[-1].startswith("Left out: norm")
 
 
 def test_a_rank_that_is_too_small_is_refused_with_its_measured_effect(home: Path, tmp_path: Path) -> None:
@@ -216,18 +219,14 @@ def test_packs_that_no_adapter_can_hold_are_all_named_and_the_others_go_alone(
     export = ["export", tmp_path / "g", "--format", "vllm", "--out", tmp_path / "out"]
     shown = graftllm(*export)
     assert (shown.code, shown.out) == (1, "") and not (tmp_path / "out").exists()
-    assert (
-        f"{tmp_path / 'g'}: packs that no adapter can hold: all, wide. Export the others alone with --pack thin "
-        in (shown.line)
-    )
-    assert "--pack thin --pack exact. " in shown.line
-    assert "all.safetensors: an adapter cannot hold all of it" in shown.line
-    assert "wide.safetensors: adds vocabulary rows to" in shown.line
+    assert f"{tmp_path / 'g'}: packs that no adapter can hold: all (an adapter cannot hold all of it: " in shown.line
+    assert "; wide (adds vocabulary rows to 'model.embed_tokens.weight', which no adapter holds). " in shown.line
+    assert "Export the others alone with --pack thin --pack exact. Give --allow-drop to leave this out" in shown.line
     shown = graftllm(*export, "--pack", "thin", "--pack", "exact")
     assert shown.code == 0 and f"--lora-modules thin={tmp_path}/out/thin exact={tmp_path}/out/exact" in shown.out
     assert {place.name for place in (tmp_path / "out").iterdir()} == {"thin", "exact", "launch.sh"}
     shown = graftllm(*export, "--pack", "wide")
-    assert "packs that no adapter can hold: wide. " in shown.line and "Export the others" not in shown.line
+    assert "packs that no adapter can hold: wide (adds" in shown.line and "Export the others" not in shown.line
     with pytest.raises(FusionError, match="pack: expected one of thin, all, exact, wide; found 'math'"):
         export_shelf(tmp_path / "g", tmp_path / "out", names=["math"])
 

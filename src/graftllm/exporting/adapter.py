@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from graftllm.checkpoint import Checkpoint
 from graftllm.companions import TOKENIZER
 from graftllm.errors import ServingError, StorageError
+from graftllm.evaluation.fidelity import CLOSE_KL
 from graftllm.exporting.divergence import divergence, read_logits, written_texts
 from graftllm.fusion.decoding import decode, touched_bindings
 from graftllm.fusion.voices import Voices
@@ -38,6 +39,15 @@ from graftllm.tensors import DTYPES, MADE_HERE, is_made_here
 LEGAL_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
 FILES = ("adapter_config.json", "adapter_model.safetensors", *TOKENIZER)  # of an adapter
 _ROWS = 64
+
+
+class NoAdapter(ServingError):
+    """A pack of which no adapter can hold all: why, and what to do instead."""
+
+    def __init__(self, source: str, why: str, mend: str) -> None:
+        """Keep both apart, for several packs to be told of at once."""
+        super().__init__(f"{source}: {why}. {mend}")
+        self.why, self.mend = why, mend
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,13 @@ class Adapter:
         if self.own_voice:
             mend = "see that the engine takes these, not the base's"
             lines.append(f"The pack has a tokenizer, chat template or end tokens of its own; {mend}.")
-        return lines + [f"Left out: {_told(loss)}." for loss in self.losses]
+        lines += [f"Left out: {_told(loss)}." for loss in self.losses]
+        if self.kl > CLOSE_KL:
+            lines.append(
+                f"The skill is damaged: KL divergence is {self.kl:.4g}, not at most {CLOSE_KL}. A checkpoint "
+                "(`graftllm apply`) and `graftllm serve` leave nothing out."
+            )
+        return lines
 
 
 def legal_rank(rank: int) -> int:
@@ -127,8 +143,9 @@ def export_adapter(
         device: `auto` takes a GPU when there is one.
 
     Raises:
-        ServingError: something of the pack cannot travel and `allow_drop` is not given, it adds vocabulary rows, or the
-            rank is too large.
+        NoAdapter: something of the pack cannot travel and `allow_drop` is not given, it adds vocabulary rows, or there
+            is nothing to travel.
+        ServingError: the rank is too large.
         PackError: the pack is damaged or was made for another base.
         CheckpointError: the base cannot be loaded.
     """
@@ -138,9 +155,10 @@ def export_adapter(
     _check_vacant(out)
     pack.check_base(checkpoint)
     if grown := next((name for name, one in pack.header.tensors.items() if one.tuned_spec.shape != one.shape), None):
-        raise ServingError(
-            f"{pack.source}: adds vocabulary rows to {grown!r}, which no adapter holds; write a checkpoint with "
-            "`graftllm apply` and serve that."
+        raise NoAdapter(
+            pack.source,
+            f"adds vocabulary rows to {grown!r}, which no adapter holds",
+            "Write a checkpoint with `graftllm apply` and serve that.",
         )
     model, words = load_model(checkpoint.path, device=device), load_tokenizer(checkpoint.path)
     voices = Voices(model, words, {pack.source: pack})
@@ -163,8 +181,10 @@ def export_adapter(
         total += float(delta.double().square().sum())
         kept += float(delta.double().square().sum() - (delta - left.float() @ right.float()).double().square().sum())
     if not factors:
-        raise ServingError(
-            f"{pack.source}: touches no matrix of a linear layer, so there is nothing an adapter could hold."
+        raise NoAdapter(
+            pack.source,
+            "touches no matrix of a linear layer, so there is nothing an adapter could hold",
+            "Write a checkpoint with `graftllm apply` and serve that.",
         )
     with whole_directory(out) as partial:
         if tokenizer is not words:  # engines look for it beside the adapter
@@ -182,9 +202,10 @@ def export_adapter(
             own_voice=voices[pack.source] is not voices.base,
         )
         if losses and not allow_drop:
-            raise ServingError(
-                f"{pack.source}: an adapter cannot hold all of it: {'; '.join(map(_told, losses))}; together KL "
-                f"{adapter.kl:.4g}. Give --allow-drop to leave this out, or write a checkpoint with `graftllm apply`."
+            raise NoAdapter(
+                pack.source,
+                f"an adapter cannot hold all of it: {'; '.join(map(_told, losses))}; together KL {adapter.kl:.4g}",
+                "Give --allow-drop to leave this out, or write a checkpoint with `graftllm apply`.",
             )
     return adapter
 

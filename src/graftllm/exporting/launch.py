@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graftllm.errors import ServingError
-from graftllm.exporting.adapter import FILES, LEGAL_RANKS, Adapter, export_adapter, legal_rank
+from graftllm.exporting.adapter import FILES, LEGAL_RANKS, Adapter, NoAdapter, export_adapter, legal_rank
 from graftllm.fusion.manifest import Manifest, open_base, open_packs, unchanged
 from graftllm.fusion.names import unknown_pack
 from graftllm.skillpack import SkillPack
@@ -55,7 +55,7 @@ def export_shelf(
     manifest, packs = unchanged(directory, look)
     base = open_base(directory, manifest).path
     adapters: dict[str, Adapter] = {}
-    refused: dict[str, ServingError] = {}
+    refused: dict[str, NoAdapter] = {}
     with whole_directory(
         out, over=["launch.sh"], holds=[f"*/{file}" for file in FILES], beside=[base, directory]
     ) as partial:
@@ -65,7 +65,7 @@ def export_shelf(
                     pack, base, partial / name,
                     max_rank=max_rank, allow_drop=allow_drop, prompts=prompts, device=device,
                 )  # fmt: skip
-            except ServingError as error:
+            except NoAdapter as error:
                 refused[name] = error
         if refused:
             raise _refusal(directory, refused, adapters)
@@ -85,12 +85,13 @@ def _chosen(directory: Path, manifest: Manifest, names: Sequence[str]) -> Manife
     return manifest.model_copy(update={"packs": packs})
 
 
-def _refusal(directory: Path, refused: Mapping[str, ServingError], adapters: Mapping[str, Adapter]) -> ServingError:
-    """Return the error that names the packs that cannot travel, how to export the others, and why."""
+def _refusal(directory: Path, refused: Mapping[str, NoAdapter], adapters: Mapping[str, Adapter]) -> ServingError:
+    """Return the error that names the packs that cannot travel, why, and what to do instead."""
     others = " ".join(f"--pack {name}" for name in adapters)
-    mend = f" Export the others alone with {others}." if others else ""
-    told = " ".join(map(str, refused.values()))
-    return ServingError(f"{directory}: packs that no adapter can hold: {', '.join(refused)}.{mend} {told}")
+    told = "; ".join(f"{name} ({error.why})" for name, error in refused.items())
+    mends = [f"Export the others alone with {others}."] if others else []
+    mends += dict.fromkeys(error.mend for error in refused.values())
+    return ServingError(f"{directory}: packs that no adapter can hold: {told}. {' '.join(mends)}")
 
 
 def _command(base: Path, out: Path, adapters: dict[str, Adapter]) -> str:

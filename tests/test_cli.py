@@ -85,6 +85,13 @@ def test_pack_says_what_it_wrote(graftllm: Command, files: Path, tmp_path: Path)
     assert shown.out.startswith(f"{out}: {out.stat().st_size:,} bytes, ")
 
 
+def test_a_pack_of_the_base_itself_is_told_of(graftllm: Command, files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "none.safetensors"
+    shown = graftllm("pack", "--base", files / "base", "--tuned", files / "base", "--out", out)
+    told = f"It changes nothing: {files / 'base'} has the weights of {files / 'base'}."
+    assert shown.code == 0 and shown.out.splitlines()[1] == told
+
+
 def test_packs_with_files_of_their_own_say_so_wherever_they_are_shown(
     graftllm: Command, files: Path, tmp_path: Path
 ) -> None:
@@ -104,11 +111,12 @@ def test_packs_with_files_of_their_own_say_so_wherever_they_are_shown(
 
 
 def test_workers_write_the_same_pack(graftllm: Command, files: Path, tmp_path: Path) -> None:
-    for number in ("1", "2"):
+    made = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+    for workers, out in enumerate(made, 1):
         pair = ("--base", files / "base", "--tuned", files / "tuned")
-        assert graftllm("pack", *pair, "--out", tmp_path / number, "--name", "x", "--workers", number).code == 0
-    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
+        assert graftllm("pack", *pair, "--out", out, "--name", "x", "--workers", workers).code == 0
+    assert made[0].read_bytes() == made[1].read_bytes()
+    assert sorted(tmp_path.iterdir()) == made
 
 
 def test_inspect_shows_card_and_bytes(graftllm: Command, files: Path) -> None:
@@ -239,20 +247,23 @@ def _broken(files: Path, tmp_path: Path, value: float) -> Path:
     [
         (["run", "none.yaml"], "graftllm: none.yaml: no such recipe; recipes/ has examples to start from."),
         (
-            ["pack", "--base", "{f}/none", "--tuned", "{f}/tuned", "--out", "{t}/p"],
+            ["pack", "--base", "{f}/none", "--tuned", "{f}/tuned", "--out", "{t}/p.safetensors"],
             "expected a checkpoint directory, found no",
         ),
-        (["pack", "--base", "{f}/base", "--tuned", "{t}/wide", "--out", "{t}/p"], "They are not the same architecture"),
         (
-            ["pack", "--base", "{f}/base", "--tuned", "{t}/nan", "--out", "{t}/p"],
+            ["pack", "--base", "{f}/base", "--tuned", "{t}/wide", "--out", "{t}/p.safetensors"],
+            "They are not the same architecture",
+        ),
+        (
+            ["pack", "--base", "{f}/base", "--tuned", "{t}/nan", "--out", "{t}/p.safetensors"],
             "1 of 2048 differences to the base are NaN",
         ),
         (
-            ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{t}/p", "--budget", "1KB"],
+            ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{t}/p.safetensors", "--budget", "1KB"],
             "budget: too small by",
         ),
         (
-            ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{t}/p", "--budget", "big"],
+            ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{t}/p.safetensors", "--budget", "big"],
             "such as 5%, 400MB or 60KB; found 'big'.",
         ),
         (["inspect", "{f}/rows.jsonl"], "The file is truncated or not a SkillPack."),
@@ -295,11 +306,11 @@ def _broken(files: Path, tmp_path: Path, value: float) -> Path:
             "has no 'tests', which the judge 'code' runs; add some.",
         ),
         (
-            ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{t}/p", "--budget", "5"],
+            ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{t}/p.safetensors", "--budget", "5"],
             "budget: 5 is so many bytes, which hold no pack; for a share write 5%.",
         ),
         (
-            ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{t}/p", "--device", "meta"],
+            ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{t}/p.safetensors", "--device", "meta"],
             "device: expected auto, cpu or a device that PyTorch sees here, found 'meta'",
         ),
         (
@@ -307,7 +318,17 @@ def _broken(files: Path, tmp_path: Path, value: float) -> Path:
             "expected a file or nothing there, found a directory",
         ),
         (
-            ["pack", "--base", "{f}/base", "--tuned", "{t}/nan", "--out", "{t}/p", "--calibration", "{f}/rows.jsonl"],
+            [
+                "pack",
+                "--base",
+                "{f}/base",
+                "--tuned",
+                "{t}/nan",
+                "--out",
+                "{t}/p.safetensors",
+                "--calibration",
+                "{f}/rows.jsonl",
+            ],
             "says what is no number on calibration rows. The training diverged or a file is damaged",
         ),
         (
@@ -354,8 +375,8 @@ def _broken(files: Path, tmp_path: Path, value: float) -> Path:
             "--base: is of --format peft; a grafted model knows its own, so leave it out.",
         ),
         (
-            ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{f}/rows.jsonl/p"],
-            "p.packing: cannot be written (",
+            ["pack", "--base", "{f}/base", "--tuned", "{f}/tuned", "--out", "{f}/rows.jsonl/p.safetensors"],
+            "p.safetensors.packing: cannot be written (",
         ),
     ],
 )

@@ -153,6 +153,13 @@ def test_paragraphs_calibrate_as_well(tmp_path: Path) -> None:
     assert [prompt.messages[0]["content"] for prompt in found] == ["first\nparagraph", "second"]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"id": "1", "prompt": "x"}\n', encoding="utf-8-sig")
+    (tmp_path / "text.txt").write_text("x\n", encoding="utf-8-sig")
+    for name in ("rows.jsonl", "text.txt"):
+        assert [prompt.messages[0]["content"] for prompt in read_calibration(tmp_path / name)] == ["x"]
+
+
 def test_text_without_paragraphs_and_missing_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(RecordError, match="expected paragraphs of text or JSONL rows, found an empty file"):

@@ -21,6 +21,7 @@ from graftllm.delta import Delta
 from graftllm.errors import PackError, StorageError
 from graftllm.header import Card, Provenance
 from graftllm.packer import compress, compress_to
+from graftllm.packfile import check_place
 from graftllm.packing_options import PackOptions
 from graftllm.records import Prompt
 from graftllm.skillpack import SkillPack
@@ -197,6 +198,12 @@ def test_nothing_is_left_when_there_is_no_room(
     with pytest.raises(StorageError, match="no space left to write it"):
         SkillPack.load(pack_file).save(tmp_path / "p.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["p.bin", "p", "p.safetensors.old"])
+def test_a_pack_has_the_name_of_a_safetensors_file(tmp_path: Path, name: str) -> None:
+    with pytest.raises(StorageError, match=f"{name}: expected a name that ends in .safetensors, as a SkillPack's does"):
+        check_place(tmp_path / name)
 
 
 # Files from strangers.

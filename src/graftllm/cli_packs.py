@@ -162,6 +162,8 @@ def pack(
             f"{out}: {size:,} bytes, {size / made.header.tuned_bytes:.1%} of the tuned checkpoint, "
             f"{figures['bits_per_parameter']:.2f} bits per parameter, in {figures['seconds']} s"
         )
+        if all(entry.operator == "unchanged" for entry in made.header.tensors.values()):
+            print(f"It changes nothing: {tuned} has the weights of {base}.")
         if made.header.own_files:
             print(f"With files that are not the base's, by which it is asked: {', '.join(made.header.own_files)}")
 

@@ -35,20 +35,21 @@ def check_place(path: Path) -> None:
     """Check that a pack may be written at a place: nothing is there, or a pack that it replaces.
 
     Raises:
-        StorageError: something else is there.
+        StorageError: something else is there, or the name is not one of a safetensors file.
     """
     check_file(path)
-    if not path.exists():
-        return
     try:
-        if not path.is_file():
-            raise PackError(f"{path}: no regular file.")
-        read_header(path)
+        if path.exists():
+            if not path.is_file():
+                raise PackError(f"{path}: no regular file.")
+            read_header(path)
     except PackError as error:
         raise StorageError(
             f"{path}: expected nothing or a SkillPack there, found something else, which would be lost; choose another "
             "place, or take that away."
         ) from error
+    if path.suffix != ".safetensors":
+        raise StorageError(f"{path}: expected a name that ends in .safetensors, as a SkillPack's does.")
 
 
 def read_header(path: Path) -> Header:

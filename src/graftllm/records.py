@@ -120,7 +120,7 @@ def read_calibration(path: Path) -> list[Prompt]:
     if path.suffix == ".jsonl" or not path.exists():
         return read_prompts(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         problem = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise RecordError(f"{path}: expected JSONL rows or a text file in UTF-8 ({problem}).") from error
@@ -258,11 +258,12 @@ def read_rows(path: str | Path, *, unfinished: bool = False) -> Iterator[tuple[i
         RecordError: the file is missing, or a line is no JSON object.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise RecordError(f"{path}: no such file; expected JSONL rows there.") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise RecordError(f"{path}: cannot be read as UTF-8 text ({problem}).") from error
     lines = text.split("\n")
     if unfinished:
         lines.pop()

@@ -284,10 +284,10 @@ def test_a_pack_for_another_base_is_refused(hub: Hub, pack_file: Path, grafted: 
     push(pack_file, "user/reverse", base="org/base")
     push(grafted, "user/skills", base="org/base")
     other = save_llama(tmp_path / "other", seed=9)
-    for source in ("user/reverse", "user/skills"):
+    for source, out in (("user/reverse", "p.safetensors"), ("user/skills", "p")):
         with pytest.raises(PackError, match="made for the base base .* but .*other is .* Give that base, or leave"):
-            pull(source, tmp_path / "p", base=other)
-    assert not (tmp_path / "p").exists()
+            pull(source, tmp_path / out, base=other)
+        assert not (tmp_path / out).exists()
 
 
 def test_a_damaged_pack_is_neither_pushed_nor_pulled(hub: Hub, pack_file: Path, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def merge(
     options = None if budget is None else options_of(PackOptions, {"budget": budget})
     made = merging.merge(opened, models, row, out, knobs=knobs, rows=by_task, pack=options, device=device)
     if json:
-        outputs = {name: str(path) for name, path in made.outputs.items()}
+        outputs = {name or "merged": str(path) for name, path in made.outputs.items()}
         figures = {"weights": dict(made.weights), "stored_bytes": made.stored_bytes, "companions_agree": made.agree}
         print_json({"outputs": outputs, **figures})
         return

@@ -371,6 +371,7 @@ def test_the_command_merges_and_lists(base_dir: Path, tuned_dirs: dict[str, Path
     said = run(*common, *models, "--method", "ties", "--density", "0.4")
     assert f"{tmp_path / 'out'}: {base_dir} with code, prose by ties" in said
     found = json.loads(run(*common, *models, "--method", "linear", "--json"))
+    assert found["outputs"] == {"merged": str(tmp_path / "out")}
     assert found["weights"] == {"code": 1.0, "prose": 0.5}
     write_rows(tmp_path / "rows.jsonl", [*rows(4, task="code"), *rows(4, task="prose")])
     run(*common, *models, "--method", "regmean", "--rows", tmp_path / "rows.jsonl")

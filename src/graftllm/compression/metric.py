@@ -89,7 +89,7 @@ def shrunk(moments: Tensor, samples: int) -> Tensor:
     """
     width, trace, square = len(moments), float(moments.diagonal().sum()), float(moments.square().sum())
     spread = (samples + 1 - 2 / width) * (square - trace**2 / width)
-    share = min(1.0, ((1 - 2 / width) * square + trace**2) / spread) if spread > 0 else 1.0
+    share = min(max(((1 - 2 / width) * square + trace**2) / spread, 0.0), 1.0) if spread > 0 else 1.0
     found = moments * (1 - share)
     found.diagonal().add_(share * trace / width)
     return found

@@ -1,4 +1,5 @@
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import graftllm
+from graftllm.checkpoint import Checkpoint
 from tests.conftest import TinyRun
 
 
@@ -39,3 +41,32 @@ def test_the_readmes_example_runs(tiny_run: TinyRun, tmp_path: Path, monkeypatch
     assert Path("math.safetensors").stat().st_size < 0.26 * Path("tuned/model.safetensors").stat().st_size
     assert torch.isfinite(names["model"].model.embed_tokens.weight).all()
     assert len(names["answers"]) == 1
+
+
+def test_a_place_or_a_text_for_what_it_holds_is_told_of_in_one_line(
+    base: Checkpoint, tuned: Checkpoint, delta: graftllm.Delta, tmp_path: Path
+) -> None:
+    place, pack = str(base.path), graftllm.compress(delta, graftllm.PackOptions(strategy="exact"))
+    checkpoint = r": expected a checkpoint, as Checkpoint.open gives it, found str\."
+    with pytest.raises(graftllm.GraftError, match="base" + checkpoint):
+        graftllm.Delta(place, tuned)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(graftllm.GraftError, match="tuned" + checkpoint):
+        graftllm.measure_fidelity(base, pack, place, [])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(graftllm.GraftError, match="base" + checkpoint):
+        graftllm.apply_packs(place, [pack], tmp_path / "out")  # pyright: ignore[reportArgumentType]
+    rows = r": expected prompts, as read_prompts gives them, found str\."
+    for given in ("rows.jsonl", ["a text"]):
+        with pytest.raises(graftllm.GraftError, match="calibration" + rows):
+            graftllm.compress(delta, calibration=given)  # pyright: ignore[reportArgumentType]
+        with pytest.raises(graftllm.GraftError, match="prompts" + rows):
+            graftllm.measure_fidelity(base, pack, tuned, given)  # pyright: ignore[reportArgumentType]
+    graftllm.apply_packs(base, pack, tmp_path / "out")
+    assert graftllm.Checkpoint.open(tmp_path / "out").fingerprint == tuned.fingerprint
+
+
+def test_a_pack_is_not_saved_over_a_model(base: Checkpoint, delta: graftllm.Delta, tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    shutil.copy(base.path / "model.safetensors", weights)
+    with pytest.raises(graftllm.GraftError, match="found something else, which would be lost"):
+        graftllm.compress(delta, graftllm.PackOptions(strategy="exact")).save(weights)
+    assert weights.read_bytes() == (base.path / "model.safetensors").read_bytes()

@@ -185,6 +185,19 @@ class Checkpoint:
             return fingerprint(zip(self.specs, self.specs.values(), threads.map(self.digest, self.specs), strict=True))
 
 
+def check_opened(**given: object) -> None:
+    """Check that what was given under these names are checkpoints, and not their places.
+
+    Raises:
+        CheckpointError: one is something else.
+    """
+    for name, one in given.items():
+        if not isinstance(one, Checkpoint):
+            raise CheckpointError(
+                f"{name}: expected a checkpoint, as Checkpoint.open gives it, found {type(one).__name__}."
+            )
+
+
 def write_checkpoint(
     like: Checkpoint,
     out: Path,

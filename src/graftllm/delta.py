@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graftllm.checkpoint import Checkpoint
+from graftllm.checkpoint import Checkpoint, check_opened
 from graftllm.companions import Companion, changed_companions
 from graftllm.errors import CheckpointError
 from graftllm.tensors import DTYPES, LARGE, TensorSpec, raw_bytes, row_blocks
@@ -39,6 +39,7 @@ class Delta(Mapping[str, Tensor]):
     tuned: Checkpoint
 
     def __post_init__(self) -> None:
+        check_opened(base=self.base, tuned=self.tuned)
         for name in [*self.base.specs, *self.tuned.specs]:
             self._check(name)
 

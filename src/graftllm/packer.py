@@ -30,7 +30,7 @@ from graftllm.header import BaseInfo, Card, Header, StoredCompanion, TensorEntry
 from graftllm.packfile import Run, check_place, file_bytes, opening
 from graftllm.packing_options import PackOptions, budget_bytes
 from graftllm.progress import say
-from graftllm.records import Prompt
+from graftllm.records import Prompt, check_rows
 from graftllm.skillpack import SkillPack
 from graftllm.storage import check_apart
 from graftllm.tensors import fingerprint
@@ -126,6 +126,7 @@ def compress_to(
 
 def _read(calibration: Sequence[Prompt], options: PackOptions) -> Sequence[Prompt]:
     """Return the rows that are read with these options."""
+    check_rows("calibration", calibration)
     rows = calibration if options.distill else calibration[:SEQUENCES]
     return rows if options.strategy != "exact" or options.layered else ()
 

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -109,6 +109,17 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if not prompts:
         raise RecordError(f"{path}: expected at least one row, found an empty file.")
     return prompts
+
+
+def check_rows(name: str, rows: Sequence[Prompt]) -> None:
+    """Check that what was given under a name are rows, and not their file or their texts.
+
+    Raises:
+        RecordError: it is something else.
+    """
+    odd = rows if isinstance(rows, str | Path) else next((row for row in rows if not isinstance(row, Prompt)), None)
+    if odd is not None:
+        raise RecordError(f"{name}: expected prompts, as read_prompts gives them, found {type(odd).__name__}.")
 
 
 def read_calibration(path: Path) -> list[Prompt]:

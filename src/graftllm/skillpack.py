@@ -20,7 +20,7 @@ from graftllm.delta import align
 from graftllm.downloads import Repository, download, repository
 from graftllm.errors import HubError, PackError, PackGoneError, first_line
 from graftllm.header import Header
-from graftllm.packfile import Run, opening, places, read_header
+from graftllm.packfile import Run, check_place, opening, places, read_header
 from graftllm.storage import whole_file
 from graftllm.tensors import DTYPE_NAMES, TensorSpec, digest, is_finite
 
@@ -95,8 +95,9 @@ class SkillPack:
         """Write the pack; the file appears whole or not at all, and the same pack gives the same bytes.
 
         Raises:
-            StorageError: there is no room, or the place cannot be written.
+            StorageError: there is no room, the place cannot be written, or something else than a pack is there.
         """
+        check_place(Path(path))
         with whole_file(Path(path)) as file:
             file.write(opening(self.header))
             for run, parts in places(self.header).items():

@@ -36,8 +36,8 @@ def test_any_number_of_workers_gives_the_same_bytes(
     threads = torch.get_num_threads()
     for workers in (1, 2):
         made = compress(delta, options, calibration=prompts[:6] if calibrated else (), workers=workers)
-        made.save(tmp_path / str(workers))
-    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+        made.save(tmp_path / f"{workers}.safetensors")
+    assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
     assert torch.get_num_threads() == threads
 
 
@@ -125,9 +125,9 @@ def test_a_ray_cluster_gives_the_same_bytes(delta: Delta, tmp_path: Path, monkey
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # by default, 15, other tests leave its workers no processor
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    compress(delta, PackOptions(budget="40%"), workers=1).save(tmp_path / "here")
-    compress(delta, PackOptions(budget="40%"), workers=2, engine="ray").save(tmp_path / "ray")
-    assert (tmp_path / "here").read_bytes() == (tmp_path / "ray").read_bytes()
+    compress(delta, PackOptions(budget="40%"), workers=1).save(tmp_path / "here.safetensors")
+    compress(delta, PackOptions(budget="40%"), workers=2, engine="ray").save(tmp_path / "ray.safetensors")
+    assert (tmp_path / "here.safetensors").read_bytes() == (tmp_path / "ray.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graftllm.adapters import tuned_model
-from graftllm.checkpoint import Checkpoint
+from graftllm.checkpoint import Checkpoint, check_opened
 from graftllm.compression.prices import MAX_LENGTH, SEQUENCES
 from graftllm.delta import Delta
 from graftllm.errors import CheckpointError
@@ -28,7 +28,7 @@ from graftllm.fusion.grafting import plug
 from graftllm.loading import load_model, load_tokenizer
 from graftllm.packing_options import PackOptions
 from graftllm.progress import track
-from graftllm.records import Prompt, read_prompts
+from graftllm.records import Prompt, check_rows, read_prompts
 from graftllm.rendering import Answered, context_length, cut, pad, render_answered
 from graftllm.skillpack import Layer, SkillPack
 from graftllm.storage import writing
@@ -80,7 +80,10 @@ def measure_fidelity(
     Raises:
         PackError: the pack is damaged or was made for another base.
         CheckpointError: a model or tokenizer cannot be loaded.
+        RecordError: the prompts are none.
     """
+    check_opened(base=base, tuned=tuned)
+    check_rows("prompts", prompts)
     tokenizer = load_tokenizer(tuned.path)
     model = load_model(tuned.path, device=device)
     rendered = cut([render_answered(tokenizer, prompt) for prompt in prompts[:ROWS]], MAX_LENGTH, context_length(model))

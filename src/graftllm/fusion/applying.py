@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from graftllm.checkpoint import Checkpoint, write_checkpoint
+from graftllm.checkpoint import Checkpoint, check_opened, write_checkpoint
 from graftllm.companions import agreed_companions
 from graftllm.compression.matrix import CACHED
 from graftllm.delta import align
@@ -36,7 +36,7 @@ class Empty(Protocol):
 _BLOCK = 1 << 26
 
 
-def apply_packs(base: Checkpoint, packs: Iterable[SkillPack | Weighted], out: str | Path) -> bool:
+def apply_packs(base: Checkpoint, packs: SkillPack | Iterable[SkillPack | Weighted], out: str | Path) -> bool:
     """Write base + weighted packs as a checkpoint, with the base's config, tokenizer and shards.
 
     Where the tuned models had more vocabulary rows or another dtype, the checkpoint has them too, and the token ids,
@@ -45,8 +45,8 @@ def apply_packs(base: Checkpoint, packs: Iterable[SkillPack | Weighted], out: st
 
     Args:
         base: what the packs were made for.
-        packs: packs; alone with weight 1, or `(pack, weight)`. Their order does not matter, and one of weight 0 beside
-            others is as if it were not given.
+        packs: one or several; each with weight 1, or `(pack, weight)`. Their order does not matter, and one of weight
+            0 beside others is as if it were not given.
         out: checkpoint directory; appears whole or not at all.
 
     Returns:
@@ -58,6 +58,7 @@ def apply_packs(base: Checkpoint, packs: Iterable[SkillPack | Weighted], out: st
         PackError: a pack is damaged or was made for another base; nothing is then written.
         StorageError: there is no room, or the place cannot be written, or what would be replaced is read.
     """
+    check_opened(base=base)
     packs = with_weights(packs)
     check_apart(Path(out), [base.path, *(place for pack, _ in packs if (place := Path(pack.source)).exists())])
     for pack, _ in packs:
@@ -100,13 +101,14 @@ def in_range(name: str, value: Tensor, base: Callable[[], Tensor]) -> Tensor:
     return value
 
 
-def with_weights(packs: Iterable[SkillPack | Weighted]) -> list[Weighted]:
-    """Return packs with their weights; one that is given alone has the weight 1.
+def with_weights(packs: SkillPack | Iterable[SkillPack | Weighted]) -> list[Weighted]:
+    """Return packs with their weights; one that is given without has the weight 1.
 
     Raises:
         FusionError: what is given is no pack, or a weight is no finite number.
     """
-    found = [pack if isinstance(pack, tuple) else (pack, 1.0) for pack in packs]
+    several = [packs] if isinstance(packs, SkillPack) else packs  # a pack by itself lists its parameters
+    found = [pack if isinstance(pack, tuple) else (pack, 1.0) for pack in several]
     for one in found:
         if len(one) != 2 or not isinstance(one[0], SkillPack) or not isinstance(one[1], Real):
             raise FusionError(f"packs: expected packs, or (pack, weight) with a number as weight, found {one!r}.")

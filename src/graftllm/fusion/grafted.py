@@ -328,7 +328,7 @@ class GraftedModel:
     def _chosen(self, messages: Sequence[Sequence[Message]], pack: Wanted | Sequence[Wanted]) -> list[Mix]:
         """Return the packs of each conversation; the router chooses where that is wanted."""
         wanted: list[Wanted]
-        if pack is None or isinstance(pack, str | Mapping):
+        if pack is None or isinstance(pack, str | Mapping | SkillPack):
             wanted = [cast(Wanted, pack)] * len(messages)
         else:
             wanted = list(pack) if isinstance(pack, Iterable) else [pack]

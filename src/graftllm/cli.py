@@ -38,6 +38,7 @@ from graftllm.terminal import (
     print_table,
     printable,
     settle,
+    typed,
 )
 
 if TYPE_CHECKING:
@@ -208,9 +209,9 @@ def demo(
         first = next(iter(report.packs))
         print_lines(
             "What to type next:",
-            f"  graftllm chat {dir}/grafted",
-            f"  graftllm inspect {dir}/packs/{first}.safetensors",
-            f"  graftllm eval {dir}/grafted --task {dir}/zoo/prompts/{first}.test.jsonl",
+            "  " + typed("graftllm", "chat", dir / "grafted"),
+            "  " + typed("graftllm", "inspect", dir / "packs" / f"{first}.safetensors"),
+            "  " + typed("graftllm", "eval", dir / "grafted", "--task", dir / f"zoo/prompts/{first}.test.jsonl"),
         )
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from graftllm.errors import FusionError
-from graftllm.terminal import AsJson, Device, named_after, print_json, print_lines, print_table
+from graftllm.terminal import AsJson, Device, named_after, print_json, print_lines, print_table, typed
 
 GraftedDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="Grafted model directory.")]
 RouterData = Annotated[
@@ -57,8 +57,8 @@ def fuse(
         rules=read_rules(rules) if rules else (),
         device=device,
     )
-    chosen = "" if router_data or rules else f" --pack {next(iter(packs))}"
-    print(f"{out}: {base} with {', '.join(packs)}. Next: graftllm chat {out}{chosen}")
+    chosen = [] if router_data or rules else ["--pack", next(iter(packs))]
+    print(f"{out}: {base} with {', '.join(packs)}. Next: {typed('graftllm', 'chat', out, *chosen)}")
 
 
 def add(
@@ -87,7 +87,7 @@ def add(
 
     packs = _packs(pack, "[NAME=]FILE")
     manifest = join_packs(dir, packs, router_data=router_data, drift=drift, device=device)
-    print(f"{dir}: {', '.join(packs)} added; {len(manifest.packs)} packs. Next: graftllm list {dir}")
+    print(f"{dir}: {', '.join(packs)} added; {len(manifest.packs)} packs. Next: {typed('graftllm', 'list', dir)}")
     if manifest.router is not None and (late := manifest.unrouted()):
         print(
             f"Its router does not know {', '.join(late)}, so auto is refused: name packs, or give the same again with "
@@ -120,7 +120,8 @@ def rules(
     from graftllm.fusion.rules import read_rules
 
     manifest = set_rules(dir, read_rules(file))
-    print(f"{dir}: {len(manifest.rules)} rules. Next: graftllm list {dir}")
+    count = len(manifest.rules)
+    print(f"{dir}: {count} {'rule' if count == 1 else 'rules'}. Next: {typed('graftllm', 'list', dir)}")
 
 
 def list_shelf(dir: GraftedDirectory, json: AsJson = False) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from graftllm.errors import ServingError
-from graftllm.terminal import AsJson, Device, print_json, print_lines
+from graftllm.terminal import AsJson, Device, print_json, print_lines, typed
 
 _GIB, _MIB = 1 << 30, 1 << 20
 
@@ -115,7 +115,8 @@ def export(
         for name, adapter in launch.adapters.items():
             print_lines(f"{out / name}:", *(f"  {line}" for line in adapter.sentences()))
         print_lines("Start it:", f"  {launch.command}", "Route in front of it:")
-        print_lines(f"  graftllm serve {source} --engine http://127.0.0.1:8000 --port 8001")
+        command = typed("graftllm", "serve", source, "--engine", "http://127.0.0.1:8000", "--port", "8001")
+        print_lines(f"  {command}")
         return
     if source.is_dir():
         raise ServingError(f"{source}: expected a SkillPack, found a directory; a grafted model takes --format vllm.")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -137,6 +138,15 @@ def weighed(text: str) -> tuple[str, float | None]:
         if Path(place).exists():
             raise GraftError(f"{text}: expected a number as weight after {place}:, found {last!r}.") from None
         return text, None
+
+
+def typed(*words: object) -> str:
+    """Return a command as one types it into a shell.
+
+    >>> typed("graftllm", "list", Path("my models/grafted"))
+    "graftllm list 'my models/grafted'"
+    """
+    return shlex.join(map(str, words))
 
 
 def print_lines(*lines: str) -> None:

@@ -130,7 +130,9 @@ def served(base_dir: Path, delta: Delta, tmp_path_factory: pytest.TempPathFactor
     home = tmp_path_factory.mktemp("served")
     for seed, name in enumerate(("one", "two", "three"), 11):
         change = Delta(delta.base, Checkpoint.open(perturb(base_dir, home / name, seed=seed)))
-        compress(change, PackOptions(strategy="exact" if name == "three" else "paper")).save(home / f"{name}.safetensors")
+        compress(change, PackOptions(strategy="exact" if name == "three" else "paper")).save(
+            home / f"{name}.safetensors"
+        )
     write_grafted(home / "g", str(base_dir), {name: home / f"{name}.safetensors" for name in ("one", "two", "three")})
     return home / "g"
 

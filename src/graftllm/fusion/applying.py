@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from graftllm.checkpoint import Checkpoint, check_opened, write_checkpoint
+from graftllm.checkpoint import Checkpoint, check_opened, check_vacant, write_checkpoint
 from graftllm.companions import agreed_companions
 from graftllm.compression.matrix import CACHED
 from graftllm.delta import align
@@ -56,11 +56,13 @@ def apply_packs(base: Checkpoint, packs: SkillPack | Iterable[SkillPack | Weight
         FusionError: the packs' tuned models differ in vocabulary or dtype, or a weight is no finite number, or one
             that leads beyond what the dtype holds.
         PackError: a pack is damaged or was made for another base; nothing is then written.
-        StorageError: there is no room, or the place cannot be written, or what would be replaced is read.
+        StorageError: there is no room, or the place cannot be written, or what would be replaced is read, or was not
+            written here.
     """
     check_opened(base=base)
     packs = with_weights(packs)
     check_apart(Path(out), [base.path, *(place for pack, _ in packs if (place := Path(pack.source)).exists())])
+    check_vacant(base, Path(out))
     for pack, _ in packs:
         pack.check_base(base)
     packs = [one for one in packs if one[1]] or packs

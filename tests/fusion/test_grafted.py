@@ -128,12 +128,12 @@ def test_a_chat_offers_auto_only_where_somebody_chooses(grafted: GraftedModel) -
 def served(base_dir: Path, delta: Delta, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A grafted model with the packs `one` and `two` in factors, and `three`, which can only be merged."""
     home = tmp_path_factory.mktemp("served")
+    files: dict[str, Path] = {}
     for seed, name in enumerate(("one", "two", "three"), 11):
         change = Delta(delta.base, Checkpoint.open(perturb(base_dir, home / name, seed=seed)))
-        compress(change, PackOptions(strategy="exact" if name == "three" else "paper")).save(
-            home / f"{name}.safetensors"
-        )
-    write_grafted(home / "g", str(base_dir), {name: home / f"{name}.safetensors" for name in ("one", "two", "three")})
+        files[name] = home / f"{name}.safetensors"
+        compress(change, PackOptions(strategy="exact" if name == "three" else "paper")).save(files[name])
+    write_grafted(home / "g", str(base_dir), files)
     return home / "g"
 
 

@@ -66,7 +66,7 @@ def test_shards_and_index_tell_the_same(base: Checkpoint, written: Path) -> None
     found, parameters = {}, 0
     for name in shards:
         with safe_open(written / name, framework="pt") as shard:
-            assert shard.metadata() == {"format": "pt"}
+            assert shard.metadata() == {"format": "pt", "made_by": "graftllm"}
             found |= dict.fromkeys(shard.keys(), name)
             parameters += sum(shard.get_tensor(key).numel() for key in shard.keys())
     assert found == base.shards
